@@ -1,0 +1,122 @@
+"""Append-only JSON lines: one writer puts down what a run does, any number of readers follow it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+Event = dict[str, Any]
+
+
+class EventWriter:
+    """The only writer of a run's `events.jsonl`: one `write()` a line, so that a reader never sees half of two.
+
+    Opening heals the file: a last line torn by a kill is cut off.  Numbers that JSON has no word for (NaN,
+    infinities) are written as null.  Lines are not fsynced: only checkpoints are (a power cut may cost the
+    last lines, never a checkpoint).
+    """
+
+    def __init__(self, path: Path) -> None:
+        heal(path)
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - lives as long as the run
+
+    def write(self, kind: str, **fields: Any) -> None:
+        """Append one event; `t` is unix time in seconds."""
+        event = {"t": round(time.time(), 3), "kind": kind, **fields}
+        line = json.dumps(_finite(event), ensure_ascii=False, separators=(",", ":"))
+        self._file.write(line.encode() + b"\n")
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class EventReader:
+    """Follows an event file from a byte offset, whole lines only; a file cut or replaced is read again."""
+
+    def __init__(self, path: Path, offset: int = 0) -> None:
+        self.path, self.offset = path, offset
+
+    def read(self) -> list[Event]:
+        """The events that came since the last call; an unreadable line is passed over."""
+        try:
+            with open(self.path, "rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                if size < self.offset:
+                    self.offset = 0
+                file.seek(self.offset)
+                chunk = file.read(size - self.offset)
+        except FileNotFoundError:
+            return []
+        end = chunk.rfind(b"\n") + 1
+        self.offset += end
+        return list(_parse(chunk[:end]))
+
+
+def heal(path: Path) -> None:
+    """Cut a torn last line (a writer was killed inside its `write`)."""
+    if not path.exists():
+        return
+    with open(path, "rb+") as file:
+        size = file.seek(0, os.SEEK_END)
+        tail = b""
+        while size - len(tail) > 0 and b"\n" not in tail:
+            start = max(0, size - len(tail) - 65536)
+            file.seek(start)
+            tail = file.read(size - len(tail) - start) + tail
+        if tail and not tail.endswith(b"\n"):
+            file.truncate(size - len(tail) + tail.rfind(b"\n") + 1)
+
+
+def last_event(path: Path) -> Event | None:
+    """The newest whole event, from the file's end."""
+    try:
+        with open(path, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            for length in (65536, size):
+                file.seek(max(0, size - length))
+                block = file.read()
+                whole = block[: block.rfind(b"\n") + 1]
+                if length < size:
+                    whole = whole[whole.find(b"\n") + 1 :]
+                events = list(_parse(whole))
+                if events:
+                    return events[-1]
+    except FileNotFoundError:
+        pass
+    return None
+
+
+def rewind(events: list[Event]) -> list[Event]:
+    """What still holds: a `start` at step k voids every earlier event of a later step."""
+    kept: list[Event] = []
+    for event in events:
+        if event.get("kind") == "start":
+            step = event.get("step", 0)
+            kept = [old for old in kept if old.get("step", 0) <= step]
+        kept.append(event)
+    return kept
+
+
+def _parse(block: bytes) -> Iterator[Event]:
+    for line in block.splitlines():
+        try:
+            event = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(event, dict):
+            yield event
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value
