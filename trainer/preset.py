@@ -1,0 +1,276 @@
+"""Reads a preset, checks it whole, and writes it back without losing a comment."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import tempfile
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import tomlkit
+from pydantic import ValidationError
+
+from trainer import schema
+from trainer.errors import UserError
+from trainer.preset_rules import RULES
+from trainer.schema import Preset, Problem
+
+Sections = dict[str, dict[str, Any]]
+SHIPPED = Path(__file__).resolve().parent.parent / "presets"
+ALPHA_REASON = ("the scale alpha/rank would change what the learning rate means, and both manifold methods "
+                "need scale 1")
+
+
+def find(name: str, workspace: Path) -> Path:
+    """The preset file meant by `name`: as given, else in `presets/` and the workspace, with or without .toml."""
+    for folder in (Path(), SHIPPED, workspace / "presets"):
+        for candidate in (folder / name, folder / f"{name}.toml"):
+            if candidate.is_file():
+                return candidate.resolve()
+    known = sorted({p.stem for folder in (SHIPPED, workspace / "presets") for p in folder.glob("*.toml")})
+    raise UserError(f"no preset {name!r}: not a file here, nor in {SHIPPED} or {workspace / 'presets'}."
+                    + _nearest(Path(name).stem, known) + (f" There are: {', '.join(known)}." if known else ""))
+
+
+def load(path: Path, overrides: Iterable[str] = ()) -> Preset:
+    """Read a preset file with `--set` overrides ("section.key=value").
+
+    Paths are made absolute (against the preset's folder when they exist there, else the working directory) and what
+    was left out is filled in, so that the result says all there is to say.  Raises `UserError` with every fault at
+    once, as `file:line: section.key: what is wrong`.
+    """
+    text = read_text(path)
+    return complete(parse(text, path.name, overrides), path.resolve().parent)
+
+
+def parse(text: str, name: str, overrides: Iterable[str] = ()) -> Preset:
+    """The checked preset of a TOML text; `name` stands in the messages."""
+    data = _toml(text, name)
+    given = dict(_override(item) for item in overrides)
+    problems = [Problem("", f"{key} = …: settings stand in sections, as section.key") for key, value in data.items()
+                if not isinstance(value, dict) and key != "version"]
+    data = migrate(data)
+    version = data.pop("version", schema.SCHEMA_VERSION)
+    sections = {key: dict(value) for key, value in data.items() if isinstance(value, dict)}
+    for (section, key), value in given.items():
+        sections.setdefault(section, {})[key] = value
+    preset, found = check(sections)
+    problems += found
+    if problems or preset is None:
+        raise UserError("\n".join(_line(problem, text, name, given) for problem in problems))
+    return preset.model_copy(update={"version": version})
+
+
+def check(sections: Mapping[str, Mapping[str, Any]]) -> tuple[Preset | None, list[Problem]]:
+    """Check sections of plain values; all problems at once, and the preset when there is none."""
+    problems = [Problem(name, "no such section." + _nearest(name, schema.SECTIONS))
+                for name in sections if name not in schema.SECTIONS]
+    checked: dict[str, Any] = {}
+    for name, model in schema.SECTIONS.items():
+        values = dict(sections.get(name, {}))
+        problems += _check_alpha(values) if name == "adapter" else []
+        try:
+            checked[name] = model.model_validate(values)
+        except ValidationError as error:
+            faults = [_problem(name, item, values) for item in error.errors()]
+            problems += {fault.where: fault for fault in reversed(faults)}.values()  # a union says it once a member
+    problems += [problem for rule in RULES for problem in rule(checked)]
+    return (None if problems else Preset(**checked)), list(dict.fromkeys(problems))
+
+
+def migrate(data: dict[str, Any]) -> dict[str, Any]:
+    """Bring the data of an older schema up to date; refuse one from the future."""
+    version = data.get("version", schema.SCHEMA_VERSION)
+    if not isinstance(version, int) or not 1 <= version <= schema.SCHEMA_VERSION:
+        raise UserError(f"version: this preset has version {version!r}, and this program knows 1 to "
+                        f"{schema.SCHEMA_VERSION}; update the program, or take the line out")
+    return dict(data)
+
+
+def complete(preset: Preset, folder: Path) -> Preset:
+    """Fill in what follows from the rest: the method's own optimizer and rate, absolute paths."""
+    method = preset.adapter.method
+    lr, optimizer = preset.train.lr, preset.train.optimizer
+    if not isinstance(lr, float):
+        lr = (lr or {}).get(method, schema.METHOD_LR[method])
+    updates: dict[str, dict[str, Any]] = {
+        "train": {"lr": lr,
+                  "optimizer": schema.METHOD_OPTIMIZER[method] if optimizer == "auto" else optimizer},
+    }
+    for section, model in schema.SECTIONS.items():
+        for key in model.model_fields:
+            if schema.has_path(section, key):
+                updates.setdefault(section, {})[key] = _absolute(getattr(getattr(preset, section), key), folder, hub=section == "model")
+    return preset.model_copy(update={
+        name: getattr(preset, name).model_copy(update=values) for name, values in updates.items()})
+
+
+def dumps(preset: Preset) -> str:
+    """The preset as TOML with every value written out."""
+    document = tomlkit.document()
+    document["version"] = preset.version
+    for name in schema.SECTIONS:
+        values = getattr(preset, name).model_dump(exclude_none=True)
+        table = tomlkit.table()
+        for key, value in values.items():
+            table[key] = value
+        document[name] = table
+    return tomlkit.dumps(document)
+
+
+def update_text(text: str, sections: Mapping[str, Mapping[str, Any]]) -> str:
+    """`text` with the given values set: only what differs is touched, so comments, order and spelling stay.
+
+    A value of None takes the key out.
+    """
+    document = tomlkit.parse(text)
+    for name, values in sections.items():
+        table = document.get(name)
+        for key, value in values.items():
+            if value is None:
+                if table is not None and key in table:
+                    del table[key]
+                continue
+            if table is None:
+                table = document[name] = tomlkit.table()
+                table = document[name]
+            if key not in table or table[key].unwrap() != value or type(table[key].unwrap()) is not type(value):
+                table[key] = value
+    return tomlkit.dumps(document)
+
+
+def save(path: Path, text: str) -> None:
+    """Write a preset's text atomically, after checking it; a faulty one is refused and the file stays."""
+    parse(text, path.name)
+    write_atomic(path, text.encode())
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Replace a file in one step: a reader, or a kill, sees the old bytes or the new, never half."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, path.stat().st_mode & 0o777 if path.exists() else 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def check_resume(before: Preset, after: Preset) -> None:
+    """Refuse a resume that changes what the past steps were made with."""
+    changed = []
+    for name in schema.SECTIONS:
+        old, new = getattr(before, name), getattr(after, name)
+        if name in schema.RESUMABLE:
+            continue
+        changed += [f"{name}.{key}" for key in type(old).model_fields
+                    if getattr(old, key) != getattr(new, key) and (name, key) != ("train", "steps")]
+    if changed:
+        raise UserError(f"a resume may change only train.steps, sample, evaluate and log, not {', '.join(changed)}; "
+                        "start a new run with the changed preset instead")
+
+
+def read_text(path: Path) -> str:
+    """A preset's text; a plain message for a file that cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def _toml(text: str, name: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        match = re.search(r"\(at line (\d+), column \d+\)|at end of document", str(error))
+        line = match.group(1) if match and match.group(1) else str(text.count("\n") + 1)
+        raise UserError(f"{name}:{line}: not valid TOML: {str(error).split(' (at ')[0]}") from None
+
+
+def _override(item: str) -> tuple[tuple[str, str], Any]:
+    """"section.key=value", the value as a TOML literal or else a plain string."""
+    name, equals, literal = item.partition("=")
+    section, dot, key = name.strip().partition(".")
+    if not (equals and dot and section and key) or "." in key:
+        raise UserError(f"--set {item}: write it as section.key=value, for example --set train.lr=1e-4")
+    try:
+        return (section, key), tomllib.loads(f"v = {literal}")["v"]
+    except tomllib.TOMLDecodeError:
+        return (section, key), literal.strip()
+
+
+def _check_alpha(values: dict[str, Any]) -> list[Problem]:
+    """alpha is derived from rank; one that says otherwise is refused."""
+    rank = values.get("rank", schema.Adapter.model_fields["rank"].default)
+    alpha = values.pop("alpha", 0)
+    if isinstance(rank, int):
+        values["alpha"] = rank
+    if alpha in (0, rank) and not isinstance(alpha, bool):
+        return []
+    return [Problem("adapter.alpha", f"alpha must equal rank ({rank}), not {alpha!r}; leave it out ({ALPHA_REASON})")]
+
+
+def _problem(section: str, item: Any, values: Mapping[str, Any]) -> Problem:
+    key = str(item["loc"][0]) if item["loc"] else ""
+    where = f"{section}.{key}" if key else section
+    if item["type"] == "extra_forbidden":
+        return Problem(where, "no such key." + _nearest(key, schema.SECTIONS[section].model_fields))
+    if item["type"] == "missing":
+        return Problem(where, "is missing. " + (schema.SECTIONS[section].model_fields[key].description or ""))
+    inner = f" (item {item['loc'][-1] + 1})" if isinstance(item["loc"][-1], int) else ""
+    message = item["msg"].replace("Input should be", "should be")
+    choices = _nearest(item["input"], re.findall(r"'([^']+)'", message)) if item["type"] == "literal_error" else ""
+    return Problem(where, f"{message}{inner}, not {item['input']!r}.{choices}")
+
+
+def _line(problem: Problem, text: str, name: str, given: Mapping[tuple[str, str], Any]) -> str:
+    """The problem with its place: `--set …` or file and line."""
+    section, _, key = problem.where.partition(".")
+    if (section, key) in given:
+        return f"--set {problem.where}={given[section, key]}: {problem.text}"
+    line = _find_line(text, section, key)
+    place = f"{name}:{line}" if line else name
+    return f"{place}: {problem.where}: {problem.text}" if problem.where else f"{place}: {problem.text}"
+
+
+def _find_line(text: str, section: str, key: str) -> int | None:
+    """Where `key` stands, else its section's head: presets have exactly two levels, so a scan finds it."""
+    current, head = "", None
+    for number, line in enumerate(text.splitlines(), 1):
+        if match := re.match(r"\s*\[\s*([\w-]+)\s*\]", line):
+            current = match.group(1)
+            head = number if current == section else head
+        elif current == section and key and re.match(rf"\s*[\"']?{re.escape(key)}[\"']?\s*=", line):
+            return number
+    return head
+
+
+def _nearest(word: object, known: Iterable[str]) -> str:
+    matches = difflib.get_close_matches(str(word), [str(item) for item in known], n=1, cutoff=0.55)
+    return f" Did you mean {matches[0]}?" if matches else ""
+
+
+def _absolute(value: str | list[str], folder: Path, hub: bool) -> str | list[str]:
+    """A path made absolute; a hub id (nothing of that name on the disk, not written as a path) stays as it is."""
+    if isinstance(value, list):
+        return [str(_absolute(item, folder, hub)) for item in value]
+    if not value:
+        return value
+    path = Path(value).expanduser()
+    for base in (folder, Path.cwd()):
+        if (base / path).exists():
+            return str((base / path).resolve())
+    is_hub_id = hub and re.fullmatch(r"[\w.-]+/[\w.-]+", value) is not None
+    return value if is_hub_id else str((Path.cwd() / path).absolute())
+

@@ -1,0 +1,237 @@
+"""Every setting there is, with its limits, default and help text: preset files, `--set` and the app's form come from here.
+
+A field's `json_schema_extra` may carry `advanced` (folded away in the form), `follows` (shown, never typed),
+`kind` ("path", "text": how the form draws it) and `path` ("input": made absolute when a run begins).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field
+
+SCHEMA_VERSION = 1
+
+
+def setting(default: Any, help: str, *, advanced: bool = False, kind: str = "", path: bool = False,
+            follows: str = "", **limits: Any) -> Any:
+    """A field of the schema: default, help text for the form, and limits as in pydantic's `Field`."""
+    extra: dict[str, Any] = {"advanced": advanced}
+    if kind:
+        extra["kind"] = kind
+    if path:
+        extra |= {"kind": "path", "path": True}
+    if follows:
+        extra["follows"] = follows
+    return Field(default, description=help, json_schema_extra=extra, **limits)
+
+
+class Problem(NamedTuple):
+    """One fault of a preset: where ("section.key", "section" or ""), and what is wrong in plain words."""
+
+    where: str
+    text: str
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+Folders = Annotated[str, Field(min_length=1)] | list[Annotated[str, Field(min_length=1)]]
+Method = Literal["lora", "stiefel", "stella", "trilora"]
+Rate = Annotated[float, Field(gt=0.0, le=10.0)]
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+class Model(Section):
+    family: Literal["sd15"] = setting(..., "The kind of base model.")
+    base: str = setting(..., "The base model: a diffusers folder, a single .safetensors file, or a hub id.",
+                        path=True, min_length=1)
+    vae: str = setting("", "Another VAE: folder or .safetensors file. Empty: the base's own.", path=True, advanced=True)
+    text_encoder: str = setting("", "Another text encoder: folder or .safetensors file. Empty: the base's own.",
+                                path=True, advanced=True)
+    tokenizer: str = setting("", "A tokenizer folder. Empty: the base's own, else the CLIP tokenizer that comes with us.",
+                             path=True, advanced=True)
+    prediction: Literal["auto", "epsilon", "v_prediction"] = setting(
+        "auto", "What the base predicts. auto: read from the base, as far as it says.", advanced=True)
+    clip_skip: int = setting(1, "Which of CLIP's last layers feeds the model: 1 the last, 2 the one before.",
+                             advanced=True, ge=1, le=4)
+
+
+class Data(Section):
+    folder: Folders = setting(..., "Folder with images and their .txt captions, or a list of folders. "
+                              "A folder called 5_name counts each image five times.", path=True)
+    repeats: int = setting(1, "How often an epoch shows each image, on top of a folder's own number.", ge=1, le=1000)
+    resolution: int = setting(512, "Side of a square image of the trained area, in pixels. Other shapes get the same area.",
+                              ge=64, le=4096, multiple_of=8)
+    buckets: bool = setting(True, "Group images by aspect ratio instead of cropping all of them to squares.", advanced=True)
+    crop: Literal["center", "random"] = setting("center", "Which part stays when an image does not fit its bucket.",
+                                                advanced=True)
+    crop_variants: int = setting(4, "How many random crops of each image are cached.", advanced=True, ge=1, le=64)
+    flip: bool = setting(False, "Show each image mirrored half of the time. Wrong for text and lop-sided faces.")
+    trigger: str = setting("", "Trigger word: put before every caption that does not already have it.")
+    caption_dropout: Method = Literal["lora", "stiefel", "stella", "trilora"]
+Rate = Annotated[float, Field(gt=0.0, le=10.0)]
+Fraction = setting(0.0, "Share of samples trained without their caption.")
+    shuffle_tags: bool = setting(False, "Shuffle comma-separated tags.")
+    keep_tags: int = setting(1, "How many first tags stay in place when tags are shuffled (the trigger word is one).",
+                             advanced=True, ge=0, le=100)
+    caption_variants: int = setting(8, "How many shuffled orders of each caption are cached.", advanced=True, ge=1, le=256)
+
+
+class Adapter(Section):
+    method: Method = setting(
+        "stella", "lora: plain. stiefel: B orthonormal, A free. stella: U S Vᵀ with U and V orthonormal. "
+        "trilora: U S Vᵀ unconstrained, for comparison.")
+    rank: int = setting(16, "Rank of the adapter: more holds more, and makes a larger file.", ge=1, le=512)
+    alpha: int = setting(0, "Follows rank: the scale alpha/rank is always 1.", follows="rank")
+    init: Literal["default", "pissa", "olora", "random", "zero", "pseudo-zero", "svd-major", "svd-minor"] = setting(
+        "default", "How the factors start. default: the method's own. lora: pissa, olora. "
+        "stella: random, zero, pseudo-zero, svd-major, svd-minor.", advanced=True)
+    dora: bool = setting(False, "Add a trained magnitude per input column (DoRA). diffusers cannot read it.", advanced=True)
+    retraction: Literal["default", "polar", "exponential", "qr"] = setting(
+        "default", "How a factor returns to the manifold. stella: polar or exponential. stiefel: qr.", advanced=True)
+    targets: list[Literal["attention", "feed_forward", "projection", "text_encoder"]] = setting(
+        ["attention"], "Which layers get an adapter.", min_length=1)
+    dropout: Method = Literal["lora", "stiefel", "stella", "trilora"]
+Rate = Annotated[float, Field(gt=0.0, le=10.0)]
+Fraction = setting(0.0, "Share of an adapter's inputs dropped while training.", advanced=True)
+
+
+class Train(Section):
+    steps: int | None = setting(None, "Optimizer steps to train.", ge=1, le=10_000_000)
+    epochs: int | None = setting(None, "Or: times through the data set.", ge=1, le=1_000_000)
+    batch_size: int = setting(1, "Images per forward pass.", ge=1, le=1024)
+    grad_accum: int = setting(1, "Forward passes per optimizer step.", advanced=True, ge=1, le=1024)
+    optimizer: Literal["auto", "adamw", "adamw8bit", "sgd", "stiefel"] = setting(
+        "auto", "auto: the method's own.", advanced=True)
+    lr: Rate | dict[Method, Rate] | None = setting(
+        None, "Learning rate: a number, or one for each method as { lora = 1e-4, stella = 8e-4 }. "
+        "Left out: the method's own.")
+    lr_scheduler: Literal["constant", "cosine", "linear"] = setting("cosine", "How the learning rate falls.")
+    warmup_steps: int = setting(0, "Steps over which the learning rate rises.", ge=0)
+    weight_decay: float = setting(0.0, "Weight decay; on the manifold only the free factors have any.", advanced=True,
+                                  ge=0.0, le=10.0)
+    max_grad_norm: float = setting(1.0, "Gradient clipping; 0 is none.", advanced=True, ge=0.0)
+    loss: Literal["mse", "huber"] = setting("mse", "Huber is kinder to outliers.", advanced=True)
+    huber_delta: float = setting(0.1, "Where Huber turns from square to straight.", advanced=True, gt=0.0)
+    snr_gamma: float = setting(0.0, "Min-SNR weighting; 5 is usual, 0 is none.", advanced=True, ge=0.0)
+    offset_noise: float = setting(0.0, "Noise that shifts whole channels; 0.05 helps very dark and bright images.",
+                                  advanced=True, ge=0.0, le=1.0)
+    ema_decay: Method = Literal["lora", "stiefel", "stella", "trilora"]
+Rate = Annotated[float, Field(gt=0.0, le=10.0)]
+Fraction = setting(0.0, "Running average of the adapter; 0.999 is usual for long runs, 0 is none.",
+                                  advanced=True)
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = setting(
+        "auto", "Arithmetic of the frozen model. auto: bf16 on GPUs that have it, fp16 on older ones, fp32 on a CPU.",
+        advanced=True)
+    deterministic: bool = setting(False, "Bit-exact repeats on a GPU, at some cost in speed.", advanced=True)
+    seed: int = setting(0, "Decides data order, noise and starts.", ge=0, le=2**32 - 1)
+
+
+class Memory(Section):
+    device: str = setting("auto", "auto, cpu, cuda, or one of several GPUs as cuda:1.", advanced=True,
+                          pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
+    gradient_checkpointing: bool = setting(False, "Less memory, about a third more time.")
+
+
+class Sample(Section):
+    prompts: list[str] = setting([], "Prompts drawn while training, each with its own fixed seed.", kind="text")
+    negative: str = setting("", "Negative prompt.", advanced=True)
+    every: int = setting(250, "Draw every so many steps; 0: only at the end.", ge=0)
+    before: bool = setting(True, "Draw once before training, to compare with.", advanced=True)
+    seed: int = setting(1, "Seed of the first prompt; the next ones count up.", advanced=True, ge=0, le=2**32 - 1)
+    steps: int = setting(20, "Sampler steps.", advanced=True, ge=1, le=200)
+    guidance: float = setting(5.0, "Classifier-free guidance.", advanced=True, ge=0.0, le=50.0)
+    width: int = setting(0, "Width in pixels; 0: data.resolution.", advanced=True, ge=0, le=4096, multiple_of=8)
+    height: int = setting(0, "Height in pixels; 0: data.resolution.", advanced=True, ge=0, le=4096, multiple_of=8)
+
+
+class Evaluate(Section):
+    folder: str = setting("", "Held-out images with captions, never trained on. Empty: holdout decides.", path=True)
+    holdout: Annotated[float, Field(ge=0.0, le=0.5)] = setting(
+        0.0, "Or: share of the data set kept out of training for validation.")
+    every: int = setting(100, "Validation loss every so many steps; 0: only before and after.", ge=0)
+    images: int = setting(12, "Held-out images in the validation loss.", advanced=True, ge=1, le=4096)
+    quantiles: int = setting(4, "Fixed timesteps at which each is measured.", advanced=True, ge=1, le=20)
+    distance: Literal["auto", "inception", "efflite0", "off"] = setting(
+        "auto", "Extractor for KID and FID. auto: Inception when its weights are on this machine, else EfficientNet-Lite0.",
+        advanced=True)
+    generate: int = setting(24, "Images generated from held-out captions for KID and FID.", advanced=True, ge=4, le=50_000)
+    distance_every: int = setting(0, "Measure KID and FID every so many steps; 0: only at the end.", advanced=True, ge=0)
+    inception_weights: str = setting("", "Inception weights file. Empty: looked for in torch's cache.", path=True,
+                                     advanced=True)
+
+
+class Output(Section):
+    dtype: Literal["auto", "fp16", "bf16", "fp32"] = setting("auto", "Precision of the exported file. auto: the family's usual.",
+                                                             advanced=True)
+    save_every: int = setting(250, "Checkpoint every so many steps; 0: by minutes only.", ge=0)
+    save_minutes: float = setting(10.0, "And every so many minutes; 0: by steps only.", ge=0.0)
+    keep: int = setting(3, "How many checkpoints stay, beside the best and the pinned.", ge=1, le=1000)
+    weights: Literal["auto", "ema", "raw"] = setting("auto", "Which weights are exported, sampled and validated. auto: the EMA when there is one.",
+                                                     advanced=True)
+    title: str = setting("", "Title in the file's metadata. Empty: the run's name.", advanced=True)
+    author: str = setting("", "Author in the file's metadata.", advanced=True)
+    license: str = setting("", "Licence in the file's metadata.", advanced=True)
+
+
+class Log(Section):
+    every: int = setting(1, "A step event every so many steps.", advanced=True, ge=1)
+    rank_every: int = setting(25, "Effective rank every so many steps; 0: never.", ge=0)
+    tensorboard: bool = setting(True, "Write TensorBoard event files too.", advanced=True)
+
+
+class Preset(BaseModel):
+    """A whole preset; `preset.load` reads, checks and completes one."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    version: int = SCHEMA_VERSION
+    model: Model
+    data: Data
+    adapter: Adapter = Adapter()
+    train: Train
+    memory: Memory = Memory()
+    sample: Sample = Sample()
+    evaluate: Evaluate = Evaluate()
+    output: Output = Output()
+    log: Log = Log()
+
+
+SECTIONS: dict[str, type[Section]] = {
+    name: field.annotation for name, field in Preset.model_fields.items()
+    if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+}
+
+# Optimizer and learning rate of each method, when a preset leaves them out.
+# stella: the paper's for SD1.5 (algorithms: AdamW, 8e-4); stiefel: its authors' 1e-4; lora: the field's usual.
+METHOD_OPTIMIZER = {"lora": "adamw", "stiefel": "stiefel", "stella": "adamw", "trilora": "adamw"}
+METHOD_LR = {"lora": 1e-4, "stiefel": 1e-4, "stella": 8e-4, "trilora": 8e-4}
+METHOD_INITS = {
+    "lora": ("default", "pissa", "olora"),
+    "stiefel": ("default",),
+    "stella": ("default", "random", "zero", "pseudo-zero", "svd-major", "svd-minor"),
+    "trilora": ("default", "random", "zero", "pseudo-zero", "svd-major", "svd-minor"),
+}
+METHOD_RETRACTIONS = {
+    "lora": ("default",), "trilora": ("default",),
+    "stiefel": ("default", "qr"), "stella": ("default", "polar", "exponential"),
+}
+METHOD_OPTIMIZERS = {
+    "lora": ("adamw", "adamw8bit", "sgd"), "trilora": ("adamw", "adamw8bit", "sgd"),
+    "stella": ("adamw", "adamw8bit", "sgd"), "stiefel": ("stiefel", "adamw", "adamw8bit", "sgd"),
+}
+
+RESUMABLE = {"sample", "evaluate", "log"}  # sections a resume may change, beside train.steps
+
+
+def fields(section: str) -> dict[str, Any]:
+    """The fields of a section, by key: pydantic's `FieldInfo` with help, limits and `json_schema_extra`."""
+    return dict(SECTIONS[section].model_fields)
+
+
+def has_path(section: str, key: str) -> bool:
+    """Whether a setting names something on the disk."""
+    field = SECTIONS[section].model_fields[key]
+    return bool((field.json_schema_extra or {}).get("path"))
