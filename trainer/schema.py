@@ -70,9 +70,7 @@ class Data(Section):
     crop_variants: int = setting(4, "How many random crops of each image are cached.", advanced=True, ge=1, le=64)
     flip: bool = setting(False, "Show each image mirrored half of the time. Wrong for text and lop-sided faces.")
     trigger: str = setting("", "Trigger word: put before every caption that does not already have it.")
-    caption_dropout: Method = Literal["lora", "stiefel", "stella", "trilora"]
-Rate = Annotated[float, Field(gt=0.0, le=10.0)]
-Fraction = setting(0.0, "Share of samples trained without their caption.")
+    caption_dropout: Fraction = setting(0.0, "Share of samples trained without their caption.")
     shuffle_tags: bool = setting(False, "Shuffle comma-separated tags.")
     keep_tags: int = setting(1, "How many first tags stay in place when tags are shuffled (the trigger word is one).",
                              advanced=True, ge=0, le=100)
@@ -93,9 +91,7 @@ class Adapter(Section):
         "default", "How a factor returns to the manifold. stella: polar or exponential. stiefel: qr.", advanced=True)
     targets: list[Literal["attention", "feed_forward", "projection", "text_encoder"]] = setting(
         ["attention"], "Which layers get an adapter.", min_length=1)
-    dropout: Method = Literal["lora", "stiefel", "stella", "trilora"]
-Rate = Annotated[float, Field(gt=0.0, le=10.0)]
-Fraction = setting(0.0, "Share of an adapter's inputs dropped while training.", advanced=True)
+    dropout: Fraction = setting(0.0, "Share of an adapter's inputs dropped while training.", advanced=True)
 
 
 class Train(Section):
@@ -118,9 +114,7 @@ class Train(Section):
     snr_gamma: float = setting(0.0, "Min-SNR weighting; 5 is usual, 0 is none.", advanced=True, ge=0.0)
     offset_noise: float = setting(0.0, "Noise that shifts whole channels; 0.05 helps very dark and bright images.",
                                   advanced=True, ge=0.0, le=1.0)
-    ema_decay: Method = Literal["lora", "stiefel", "stella", "trilora"]
-Rate = Annotated[float, Field(gt=0.0, le=10.0)]
-Fraction = setting(0.0, "Running average of the adapter; 0.999 is usual for long runs, 0 is none.",
+    ema_decay: Fraction = setting(0.0, "Running average of the adapter; 0.999 is usual for long runs, 0 is none.",
                                   advanced=True)
     precision: Literal["auto", "fp32", "bf16", "fp16"] = setting(
         "auto", "Arithmetic of the frozen model. auto: bf16 on GPUs that have it, fp16 on older ones, fp32 on a CPU.",
