@@ -1,0 +1,248 @@
+"""A run's folder: its files, its lock, requests to it, and its state, which is derived and never stored."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from filelock import FileLock, Timeout
+
+from trainer.errors import UserError
+from trainer.events import Event, EventReader, last_event
+from trainer.preset import write_atomic
+
+Request = Literal["stop", "pause", "save", "sample"]
+ONCE: tuple[Request, ...] = ("stop", "save", "sample")  # taken once; "pause" lasts while its file exists
+SILENCE = 300.0  # seconds without an event after which a living run counts as stuck
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._-]{0,99}")
+RESERVED = {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(10))}  # on Windows
+
+
+@dataclass(frozen=True)
+class State:
+    """What a run is doing: a word for the program, a text for a person, and how far it is."""
+
+    word: Literal["new", "starting", "training", "paused", "silent", "done", "stopped", "failed", "crashed"]
+    text: str
+    step: int = 0
+    steps: int = 0
+    alive: bool = False
+
+
+class Run:
+    """The files of one run; see the architecture page for the layout.  Knows paths, holds nothing open."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.name = path.name
+        self.preset = path / "preset.toml"
+        self.events = path / "events.jsonl"
+        self.log = path / "trainer.log"
+        self.control = path / "control"
+        self.checkpoints = path / "checkpoints"
+        self.samples = path / "samples"
+        self.exports = path / "exports"
+        self.tensorboard = path / "tensorboard"
+        self.result = path / f"{path.name}.safetensors"
+        self._lock = path / "lock"
+
+    @contextmanager
+    def hold(self, patience: float = 2.0) -> Iterator[None]:
+        """Be the one trainer of this run until the block ends; the system lets go of the lock if we are killed.
+
+        Waits `patience` seconds, since a reader that looks whether a run lives holds the lock for an instant.
+        Raises `UserError` when another process trains it.
+        """
+        lock = FileLock(self._lock)
+        try:
+            lock.acquire(timeout=patience, poll_interval=0.05)
+        except Timeout:
+            raise UserError(f"{self.path} is being trained by another process; stop that one first, "
+                            f"or wait for it to end") from None
+        try:
+            for request in ONCE:
+                self._request_file(request).unlink(missing_ok=True)
+            yield
+        finally:
+            lock.release()
+
+    def is_held(self) -> bool:
+        """Whether a trainer is alive on this run."""
+        if not self._lock.exists():
+            return False
+        lock = FileLock(self._lock)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            return True
+        except OSError:  # a read-only folder: nobody trains there
+            return False
+        lock.release()
+        return False
+
+    def request(self, request: Request, content: dict[str, Any] | None = None) -> None:
+        """Ask the trainer for something; `content` is for "sample" (prompts)."""
+        write_atomic(self._request_file(request), json.dumps(content).encode() if content else b"")
+
+    def withdraw(self, request: Request) -> None:
+        """Take a request back: how a paused run goes on."""
+        self._request_file(request).unlink(missing_ok=True)
+
+    def asked(self, request: Request) -> bool:
+        """Whether a request is waiting; a few microseconds."""
+        return self._request_file(request).exists()
+
+    def take(self, request: Request) -> dict[str, Any] | None:
+        """Take a one-time request: its content ({} when it has none), or None when nobody asked."""
+        file = self._request_file(request)
+        try:
+            content = file.read_bytes()
+            file.unlink()
+        except OSError:
+            return None
+        try:
+            data = json.loads(content) if content.strip() else {}
+        except ValueError:
+            return {}
+        return data if isinstance(data, dict) else {}
+
+    def state(self, now: float | None = None) -> State:
+        """The state after the table of the architecture page: is the lock held, and what was said last?"""
+        last = last_event(self.events)
+        held = self.is_held()
+        step, steps = _progress(self.events, last)
+        if last is None:
+            return State("starting", "starting", alive=True) if held else State("new", "not started yet")
+        if held:
+            return _living(last, step, steps, time.time() if now is None else now)
+        if last["kind"] == "end":
+            reason = last.get("reason")
+            if reason == "error":
+                return State("failed", f"failed at step {step}: {last.get('error', 'see trainer.log')}", step, steps)
+            word = "done" if reason == "done" else "stopped"
+            return State(word, f"{word} at step {step}", step, steps)
+        return State("crashed", f"crashed; last saved at step {self.last_step()}", step, steps)
+
+    def checkpoint_steps(self) -> list[int]:
+        """Steps that have a whole checkpoint, rising: a checkpoint gets its name only when it is complete."""
+        found = (re.fullmatch(r"step_(\d{6,})", path.name) for path in self.checkpoints.glob("step_*"))
+        return sorted(int(match.group(1)) for match in found if match)
+
+    def checkpoint(self, step: int) -> Path:
+        return self.checkpoints / f"step_{step:06d}"
+
+    def last_step(self) -> int:
+        """The step a resume would start from; 0 before any checkpoint."""
+        return max(self.checkpoint_steps(), default=0)
+
+    def log_tail(self, lines: int = 30) -> str:
+        """The end of `trainer.log`."""
+        try:
+            with open(self.log, "rb") as file:
+                size = file.seek(0, 2)
+                file.seek(max(0, size - 65536))
+                text = file.read().decode("utf-8", "replace")
+        except OSError:
+            return ""
+        return "\n".join(text.splitlines()[-lines:])
+
+    def _request_file(self, request: Request) -> Path:
+        return self.control / request
+
+
+def create(workspace: Path, name: str, preset_text: str) -> Run:
+    """Make a new run's folder; a taken or impossible name is refused, with the way to resume."""
+    check_name(name)
+    run = Run(workspace / "runs" / name)
+    run.path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        run.path.mkdir()
+    except FileExistsError:
+        raise UserError(f"there is already a run called {name!r}. To go on with it: "
+                        f"python -m trainer --resume {run.path}. For a new one give another --name.") from None
+    run.control.mkdir()
+    write_atomic(run.preset, preset_text.encode())
+    return run
+
+
+def open_run(path: Path) -> Run:
+    """The run in an existing folder."""
+    run = Run(path.resolve())
+    if not run.preset.is_file():
+        raise UserError(f"{path}: not a run folder (it has no preset.toml)")
+    return run
+
+
+def list_runs(workspace: Path) -> list[Run]:
+    """All runs of a workspace, the newest first."""
+    paths = (path.parent for path in (workspace / "runs").glob("*/preset.toml"))
+    return [Run(path) for path in sorted(paths, key=_started, reverse=True)]
+
+
+def free_name(workspace: Path, stem: str) -> str:
+    """`stem`, or the first of stem-2, stem-3 … that no run has."""
+    stem = re.sub(r"[^A-Za-z0-9 ._-]+", "-", stem).strip(" .-_") or "run"
+    name, number = stem, 1
+    while (workspace / "runs" / name).exists():
+        number += 1
+        name = f"{stem}-{number}"
+    return name
+
+
+def check_name(name: str) -> None:
+    """A run's name is a folder's name on every system; `UserError` otherwise."""
+    if not NAME.fullmatch(name) or name != name.rstrip(" .") or name.split(".")[0].lower() in RESERVED:
+        raise UserError(f"{name!r} cannot be a run's name: use letters, digits, '.', '_', '-' and blanks, "
+                        "starting with a letter or digit, at most 100 characters")
+
+
+def _living(last: Event, step: int, steps: int, now: float) -> State:
+    quiet = now - last.get("t", now)
+    if last["kind"] == "paused":
+        return State("paused", f"paused at step {step}", step, steps, alive=True)
+    if quiet > SILENCE:
+        return State("silent", f"no sign of life for {quiet / 60:.0f} min", step, steps, alive=True)
+    if last["kind"] == "phase":
+        done, of = last.get("done"), last.get("of")
+        progress = f" {done} of {of}" if of else ""
+        return State("starting" if step == 0 else "training", f"{last.get('name', 'working')}{progress}", step, steps,
+                     alive=True)
+    if last["kind"] == "start":
+        return State("starting", "starting", step, steps, alive=True)
+    return State("training", f"training, step {step} of {steps}", step, steps, alive=True)
+
+
+def _progress(events: Path, last: Event | None) -> tuple[int, int]:
+    """Step and planned steps, from the newest events that say so."""
+    if last is None:
+        return 0, 0
+    step, steps = last.get("step"), last.get("steps")
+    if step is None or steps is None:
+        for event in reversed(_tail(events)):
+            step = event.get("step") if step is None else step
+            steps = event.get("steps") if steps is None else steps
+            if step is not None and steps is not None:
+                break
+    return step or 0, steps or 0
+
+
+def _tail(events: Path, size: int = 1 << 16) -> list[Event]:
+    """The events in the last bytes of the file."""
+    try:
+        length = events.stat().st_size
+    except OSError:
+        return []
+    return EventReader(events, max(0, length - size)).read()
+
+
+def _started(path: Path) -> float:
+    try:
+        return (path / "preset.toml").stat().st_mtime
+    except OSError:
+        return 0.0
