@@ -137,6 +137,10 @@ class Run:
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"step_{step:06d}"
 
+    def export_of(self, step: int) -> Path:
+        """The export that goes with a checkpoint."""
+        return self.exports / f"{self.name}-{step:06d}.safetensors"
+
     def last_step(self) -> int:
         """The step a resume would start from; 0 before any checkpoint."""
         return max(self.checkpoint_steps(), default=0)

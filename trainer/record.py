@@ -1,0 +1,109 @@
+"""Puts down what a run does: events for the app, TensorBoard files, and a line for the person at the terminal."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections import deque
+from pathlib import Path
+from statistics import median
+from typing import Any, TextIO
+
+from trainer.events import EventWriter
+from trainer.run import Run
+from trainer.tensorboard import TensorBoardWriter
+
+PHASE_INTERVAL = 1.0  # seconds between two events of one phase
+LINE_INTERVAL = 10.0  # seconds between two lines where no terminal redraws one
+
+
+class Recorder:
+    """Writes events (always), TensorBoard files (by choice) and a progress line."""
+
+    def __init__(self, run: Run, *, tensorboard: bool, terminal: TextIO | None) -> None:
+        self.run, self.terminal = run, terminal
+        self._events = EventWriter(run.events)
+        self._board = TensorBoardWriter(run.tensorboard) if tensorboard else None
+        self._phase_at, self._phase = 0.0, ""
+        self._line_at = 0.0
+        self._seconds: deque[float] = deque(maxlen=50)
+
+    def event(self, kind: str, **fields: Any) -> None:
+        """An event as it is; see the list of kinds in the architecture pages."""
+        self._events.write(kind, **fields)
+
+    def note(self, step: int, text: str) -> None:
+        """Something that a person should read."""
+        self.event("note", step=step, text=text)
+        self.say(f"note: {text}")
+
+    def phase(self, name: str, done: int = 0, of: int = 0) -> None:
+        """How far a long preparation is; at most one event a second, but the first and last always."""
+        now = time.monotonic()
+        if name == self._phase and done < of and now - self._phase_at < PHASE_INTERVAL:
+            return
+        new, self._phase, self._phase_at = name != self._phase, name, now
+        self.event("phase", name=name, done=done, of=of)
+        if self.terminal is not None and self.terminal.isatty():
+            self._redraw(f"{name} {done}/{of}" if of else name)
+        elif new:
+            self.say(name)
+
+    def step(self, step: int, steps: int, *, loss: float, lr: float, grad_norm: float, sec: float,
+             vram: int | None, vram_peak: int | None) -> None:
+        """One optimizer step; `sec` of wall time, memory in bytes."""
+        self._seconds.append(sec)
+        eta = median(self._seconds) * (steps - step)
+        self.event("step", step=step, steps=steps, loss=loss, lr=lr, grad_norm=grad_norm, sec=round(sec, 4), vram=vram,
+                   vram_peak=vram_peak, eta=round(eta, 1))
+        self.scalars(step, {"train/loss": loss, "train/lr": lr, "train/grad_norm": grad_norm})
+        memory = f"  {vram_peak / 2**30:.1f} GiB" if vram_peak else ""
+        line = f"step {step}/{steps}  loss {loss:.4f}  {median(self._seconds):.2f} s/it  ETA {clock(eta)}{memory}"
+        if self.terminal is not None and self.terminal.isatty():
+            self._redraw(line)
+        elif time.monotonic() - self._line_at > LINE_INTERVAL or step == steps:
+            self._line_at = time.monotonic()
+            self.say(line)
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        """Numbers for TensorBoard only."""
+        if self._board is not None:
+            for tag, value in values.items():
+                self._board.scalar(tag, value, step)
+
+    def image(self, tag: str, path: Path, width: int, height: int, step: int) -> None:
+        if self._board is not None:
+            self._board.image(tag, path.read_bytes(), width, height, step)
+
+    def say(self, text: str) -> None:
+        """A line of its own, on the terminal or in the log."""
+        stream = self.terminal or sys.stdout
+        if stream.isatty():
+            stream.write("\r\x1b[K")
+        stream.write(text + "\n")
+        stream.flush()
+
+    def close(self) -> None:
+        self._events.close()
+        if self._board is not None:
+            self._board.close()
+
+    def seconds_per_step(self) -> float | None:
+        """The median of the last steps."""
+        return median(self._seconds) if self._seconds else None
+
+    def _redraw(self, text: str) -> None:
+        assert self.terminal is not None
+        width = os.get_terminal_size(self.terminal.fileno()).columns if self.terminal.isatty() else 200
+        self.terminal.write("\r\x1b[K" + text[: max(20, width - 1)])
+        self.terminal.flush()
+
+
+def clock(seconds: float) -> str:
+    """A duration as a person says it."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
