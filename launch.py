@@ -168,7 +168,7 @@ def make_venv(venv: Path, base: str, needed_gb: int) -> None:
             f"The set-up needs about {needed_gb} GB in {venv.parent}, where {free_gb:.1f} GB are free. "
             "Make room, or name a folder on another disk: --venv DIR"
         )
-    write_stamp(venv, {"base": base})
+    write_stamp(venv, {})  # ours, and not yet whole
     print(f"Making an environment in {venv}", flush=True)
     made = subprocess.run(
         [sys.executable, "-m", "venv", venv], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -178,6 +178,14 @@ def make_venv(venv: Path, base: str, needed_gb: int) -> None:
         debian = "ensurepip" in made.stdout and Path("/etc/debian_version").exists()
         cure = "Debian and Ubuntu keep a part of Python apart: sudo apt install python3-venv"
         sys.exit("Python could not make an environment.\n" + (cure if debian else made.stdout.strip()))
+    write_stamp(venv, {"base": base})
+
+
+def drop_torn_packages(venv: Path) -> None:
+    """pip writes RECORD last: a package without it was cut off by a kill, and must not pass for installed."""
+    for description in venv.rglob("*.dist-info"):
+        if not (description / "RECORD").exists():
+            shutil.rmtree(description)
 
 
 def pip_install(venv: Path, *arguments: str) -> None:
@@ -198,6 +206,7 @@ def set_up(venv: Path, requirements: list[str]) -> None:
     base = f"Python {PYTHON_MINOR}, torch from {index or 'the usual index'}"
     if read_stamp(venv).get("base") != base or not interpreter(venv).exists():
         make_venv(venv, base, needed_gb=9 if gpus else 3)
+    drop_torn_packages(venv)
     if index and not is_reachable(index):
         print(f"{index} does not answer: taking torch from the usual index, which may not fit this machine.")
         print(f"To try that address again, delete {venv}.")

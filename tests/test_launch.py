@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -47,6 +48,13 @@ NO_ENSUREPIP = """
 import os, sys
 os.makedirs(sys.argv[1] + "/bin")
 sys.exit("The virtual environment was not created successfully because ensurepip is not available.")
+"""
+
+KILLS_ITS_PARENT = """
+import os, signal, sys
+os.makedirs(sys.argv[1] + "/bin")
+open(sys.argv[1] + "/bin/python", "w")
+os.kill(os.getppid(), signal.SIGKILL)
 """
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="the small programs of these tests are POSIX scripts")
@@ -277,6 +285,27 @@ def test_an_interrupted_set_up_is_finished_by_the_next_start(copy):
     assert start(copy).returncode == 0
     assert kept.exists(), "what was downloaded is kept"
     assert calls(copy)[-1] == ["-m", "app", "--open"]
+
+
+def test_a_package_cut_off_by_a_kill_is_installed_again(copy):
+    start(copy)
+    packages = copy / ".venv/lib/python3/site-packages"
+    for name in ("whole", "torn"):
+        (packages / f"{name}-1.0.dist-info").mkdir(parents=True)
+        (packages / f"{name}-1.0.dist-info/METADATA").touch()
+    (packages / "whole-1.0.dist-info/RECORD").touch()
+    launch.write_stamp(copy / ".venv", {"base": launch.read_stamp(copy / ".venv")["base"]})
+    start(copy)
+    assert [path.name for path in packages.iterdir()] == ["whole-1.0.dist-info"]
+
+
+def test_an_environment_cut_off_while_it_was_made_is_made_again(copy):
+    working = (copy / "stubs/venv.py").read_text()
+    stub(copy, KILLS_ITS_PARENT)
+    assert start(copy).returncode == -signal.SIGKILL
+    stub(copy, working)
+    assert start(copy).returncode == 0
+    assert pip_targets(copy) == ["torch", "requirements"]
 
 
 def test_a_lost_interpreter_or_stamp_is_repaired(copy):
