@@ -32,15 +32,9 @@ TORCH_WHEELS = "https://download.pytorch.org/whl/"
 APP_REQUIREMENTS = ["requirements.txt"]
 TEST_REQUIREMENTS = ["requirements.txt", "tests/requirements.txt"]
 APP_FOLDERS = ("--workspace", "--root")
-APP_OPTIONS = """options of the app:
-  --port N         another port than 7860
-  --host ADDRESS   listen on another address than 127.0.0.1 (also: --listen)
-  --password WORD  ask for a password
-  --workspace DIR  where datasets, presets and runs are kept (workspace/ beside this file)
-  --root DIR       another folder that the app may read; may be given several times
-  --share          a public address through Gradio's relay
-
-TORCH_INDEX_URL=address takes torch from another package index; empty, from pip's own."""
+APP_OPTIONS = """options of the app: --port N, --host ADDRESS, --password WORD, --workspace DIR, --share,
+--root DIR (a folder that the app may read; may be given several times). README.md says more.
+TORCH_INDEX_URL=address takes torch from another package index; empty, from pip's usual one."""
 
 
 class Gpu(NamedTuple):
@@ -227,9 +221,9 @@ def set_up(venv: Path, requirements: list[str]) -> None:
 def absolute_folders(options: list[str]) -> list[str]:
     """Folders among the app's options as seen from here, since the app runs in this file's folder."""
     result = []
-    for before, option in zip([""] + options, options):
+    for option in options:
         name, equals, value = option.partition("=")
-        if before in APP_FOLDERS:
+        if result and result[-1] in APP_FOLDERS:
             option = os.path.abspath(option)
         elif equals and name in APP_FOLDERS:
             option = name + "=" + os.path.abspath(value)

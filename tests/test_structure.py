@@ -1,9 +1,11 @@
-"""The house keeps its shape: imports point one way, light modules stay light, files and functions stay short.
+"""The house keeps its shape: imports point one way, light modules stay light, files and functions stay short,
+and requirements stay exact.
 
 Walks whatever is there, so a new file is held to the rules from its first line.
 """
 
 import ast
+import re
 import shutil
 import subprocess
 import sys
@@ -234,3 +236,21 @@ def test_ruff_finds_nothing():
     command = [sys.executable, "-m", "ruff", "check", "--output-format=concise", *TOPS, "launch.py"]
     checked = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
+# The pins
+
+
+@pytest.mark.parametrize("name", ["requirements.txt", "tests/requirements.txt"])
+def test_every_requirement_is_pinned_exactly_and_explained(name):
+    lines = [line for line in (ROOT / name).read_text().splitlines() if line and not line.startswith("#")]
+    assert lines
+    for line in lines:
+        assert re.fullmatch(r"[\w-]+==[\d.]+(; \S.*)?  # \S.*", line), line
+
+
+def test_packages_that_break_installations_are_not_required():
+    text = (ROOT / "requirements.txt").read_text() + (ROOT / "tests/requirements.txt").read_text()
+    named = set(re.findall(r"^([\w-]+)==", text, flags=re.MULTILINE))
+    assert not named & {"torchvision", "torchaudio", "torch-fidelity", "open_clip_torch", "trackio"}
+    assert {"torch", "diffusers", "peft", "gradio", "bitsandbytes", "pytest"} <= named
