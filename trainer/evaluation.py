@@ -1,0 +1,194 @@
+"""Tells whether an adapter is any good: validation loss, pictures for prompts, and distances to held-out images."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
+
+from trainer import sample
+from trainer.data import dataset
+from trainer.data.order import stream
+from trainer.material import plain_draw
+from trainer.metrics import distances
+from trainer.metrics.features import Extractor, load_extractor
+from trainer.session import Session, free
+
+PICTURES_AT_ONCE = 8  # pixels of this many 512 px images at a time go through the sampler
+FEATURES_AT_ONCE = 16
+
+
+@torch.no_grad()
+def validate(session: Session, step: int) -> float | None:
+    """Validation loss on the first held-out images at fixed timestep quantiles, with fixed noise; None without any."""
+    chosen = range(min(len(session.held_latents.items), session.preset.evaluate.images))
+    if not chosen:
+        return None
+    session.use(session.shown_weights)
+    quantiles = session.objective.quantile_timesteps(session.preset.evaluate.quantiles).tolist()
+    losses = torch.stack([_losses_at(session, chosen, timestep, index) for index, timestep in enumerate(quantiles)])
+    by_quantile = losses.double().mean(dim=1).tolist()  # losses: quantiles images
+    loss = sum(by_quantile) / len(by_quantile)
+    session.recorder.event("validation", step=step, loss=loss, by_quantile=[round(value, 6) for value in by_quantile])
+    session.recorder.scalars(step, {"eval/loss": loss})
+    session.progress.validation[str(step)] = loss
+    return loss
+
+
+def _losses_at(session: Session, chosen: Sequence[int], timestep: float, quantile: int) -> Tensor:
+    """The loss of each held-out image at one timestep, without weights."""
+    store, batch = session.held_latents, session.preset.train.batch_size
+    losses = torch.zeros(len(chosen))
+    by_size = groupby(sorted(chosen, key=lambda i: (store.sizes[i], i)), key=lambda i: store.sizes[i])
+    for _, same in by_size:
+        same = list(same)
+        for start in range(0, len(same), batch):
+            session.guard()
+            part = same[start : start + batch]
+            latents = store.latents([plain_draw(i) for i in part], session.device)
+            seeds = [stream(session.preset.train.seed, i, f"validation {quantile}") for i in part]
+            noise, drawn = session.objective.draw(seeds, latents.shape, session.device, latents.dtype, offset_noise=0.0)
+            timesteps = torch.full_like(drawn, timestep)
+            texts = [session.material.held_caption(store.items[i]) for i in part]
+            prediction = session.predict(latents, noise, timesteps, session.conditioning(texts))
+            target = session.objective.target(latents, noise, timesteps)
+            loss = session.objective.per_sample_loss(prediction, target, kind="mse", delta=1.0)
+            losses[part] = loss.float().cpu()
+    return losses
+
+
+def draw_samples(session: Session, step: int, weights: str, prompts: Sequence[str] | None = None,
+                 asked: bool = False) -> None:
+    """Pictures for the preset's prompts (or others), saved as `samples/000500_00.png` with their settings inside."""
+    settings = session.preset.sample
+    texts = list(prompts if prompts is not None else settings.prompts)
+    if not texts:
+        return
+    started = time.monotonic()
+    session.recorder.phase("drawing samples", 0, len(texts))
+    seeds = [settings.seed + index for index in range(len(texts))]
+    folder = session.run.samples
+    folder.mkdir(exist_ok=True)
+    names, number = [], _asked_number(folder, step) if asked else None
+    for index, picture in enumerate(generate(session, texts, seeds, weights, "drawing samples")):
+        path = folder / _name(step, index, number)
+        _save_picture(path, picture, {"prompt": texts[index], "seed": seeds[index], "steps": settings.steps,
+                                      "guidance": settings.guidance, "negative": settings.negative, "step": step})
+        session.recorder.image(f"sample/{index}", path, picture.width, picture.height, step)
+        names.append(f"samples/{path.name}")
+    session.recorder.event("sample", step=step, images=names, prompts=texts, seed=settings.seed, weights=weights,
+                           asked=asked, sec=round(time.monotonic() - started, 2))
+
+
+def generate(session: Session, texts: Sequence[str], seeds: Sequence[int], weights: str, phase: str) -> list[Image.Image]:
+    """One picture a prompt, with the sampler settings of the preset."""
+    settings, resolution = session.preset.sample, session.preset.data.resolution
+    width, height = settings.width or resolution, settings.height or resolution
+    at_once = max(1, PICTURES_AT_ONCE * 512 * 512 // (width * height))
+    pictures: list[Image.Image] = []
+    with torch.no_grad(), session.vae() as vae:
+        session.use(weights)
+        for start in range(0, len(texts), at_once):
+            session.guard()
+            part = list(texts[start : start + at_once])
+            pictures += sample.sample(
+                session.family, session.denoiser, vae, session.objective, conditioning=session.conditioning(part),
+                negative=session.conditioning([settings.negative] * len(part)), seeds=list(seeds[start : start + at_once]),
+                steps=settings.steps, guidance=settings.guidance, width=width, height=height, device=session.device,
+                dtype=session.dtype, should_stop=session.guard)
+            session.recorder.phase(phase, len(pictures), len(texts))
+    return pictures
+
+
+def measure_distance(session: Session, step: int) -> None:
+    """KID and FID-like distance of generated to held-out images, beside the base model's own (kept by hash)."""
+    evaluate, held = session.preset.evaluate, session.held_latents.items
+    if evaluate.distance == "off" or len(held) < 4:
+        return
+    extractor = load_extractor(evaluate.distance, evaluate.inception_weights, session.device)
+    if extractor.note:
+        session.recorder.note(step, extractor.note)
+    texts = [session.material.held_caption(held[i % len(held)]) for i in range(evaluate.generate)]
+    seeds = [stream(session.preset.train.seed, i, "distance") & 0xFFFFFFFF for i in range(len(texts))]
+    reference = _features_of_files(session, extractor, held)
+    training = _features_of_files(session, extractor, session.latents.items)
+    base = _base_features(session, extractor, texts, seeds)
+    pictures = generate(session, texts, seeds, session.shown_weights, "generating images for KID and FID")
+    result = distances.measure(reference, _features(extractor, pictures), training, extractor=extractor)
+    before = distances.measure(reference, base, extractor=extractor)
+    free(session.device)
+    session.recorder.event("distance", step=step, **result, base_kid=before["kid"], base_kid_low=before["kid_low"],
+                           base_kid_high=before["kid_high"], base_fd=before["fd"])
+    session.recorder.scalars(step, {"eval/kid": result["kid"], "eval/fd": result["fd"]})
+
+
+def _base_features(session: Session, extractor: Extractor, texts: Sequence[str], seeds: Sequence[int]) -> Tensor:
+    """Features of the base model's own pictures: the same for every run, so computed once."""
+    settings, data = session.preset.sample, session.preset.data
+    key = session.cache.key("base pictures", session.base.denoiser_id, session.base.vae_id, session.base.text_id,
+                            extractor.name, extractor.resize, json.dumps([list(texts), list(seeds)]),
+                            json.dumps(settings.model_dump(exclude={"prompts", "every", "before", "seed"})),
+                            data.resolution, str(session.dtype), session.device.type)
+    if (stored := session.cache.get(key)) is None:
+        pictures = generate(session, texts, seeds, "off", "generating the base model's own images")
+        stored = {"features": _features(extractor, pictures)}
+        session.cache.put(key, stored)
+    return stored["features"]
+
+
+def _features_of_files(session: Session, extractor: Extractor, items: Sequence[Any]) -> Tensor:
+    """Features of images on the disk, at the size they are trained at; kept by hash."""
+    sizes = [session.material.size(item) for item in items]
+    digest = hashlib.sha256("\n".join(f"{item.sha256} {size}" for item, size in zip(items, sizes)).encode()).hexdigest()
+    key = session.cache.key("image features", digest, extractor.name, extractor.resize)
+    if (stored := session.cache.get(key)) is None:
+        features = []
+        for index, (item, size) in enumerate(zip(items, sizes)):
+            session.guard()
+            session.recorder.phase("features of images", index, len(items))
+            pixels = dataset.load_pixels(item, size, _middle(item, size), False)  # c h w
+            picture = ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0)
+            features.append(extractor(picture[None]).cpu())
+        stored = {"features": torch.cat(features)}
+        session.cache.put(key, stored)
+    return stored["features"]
+
+
+def _middle(item: Any, size: tuple[int, int]) -> tuple[int, int]:
+    from trainer.data import buckets
+
+    return buckets.crop_offsets(item.width, item.height, size, crop="center", variants=1, sha256=item.sha256, seed=0)[0]
+
+
+def _features(extractor: Extractor, pictures: Sequence[Image.Image]) -> Tensor:
+    import numpy
+
+    images = torch.stack([torch.from_numpy(numpy.array(picture.convert("RGB"))) for picture in pictures])  # b h w 3
+    return torch.cat([extractor(part).cpu() for part in images.split(FEATURES_AT_ONCE)])
+
+
+def _name(step: int, index: int, asked: int | None) -> str:
+    """`000500_00.png`; pictures asked for in between never replace those of the matrix."""
+    return f"{step:06d}_{index:02d}.png" if asked is None else f"{step:06d}_asked{asked}_{index:02d}.png"
+
+
+def _asked_number(folder: Path, step: int) -> int:
+    """How many sets were asked for at this step already."""
+    return sum(1 for _ in folder.glob(f"{step:06d}_asked*_00.png"))
+
+
+def _save_picture(path: Path, picture: Image.Image, facts: dict[str, Any]) -> None:
+    info = PngInfo()
+    info.add_itxt("parameters", json.dumps(facts, ensure_ascii=False))
+    aside = path.with_suffix(".tmp")
+    picture.save(aside, format="PNG", pnginfo=info)
+    aside.replace(path)

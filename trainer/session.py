@@ -1,0 +1,277 @@
+"""Everything that a running trainer holds, put together in the order that memory asks for: text, VAE, denoiser."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trainer import adapters, checkpoint, families, optim
+from trainer.adapters import Adapter
+from trainer.checkpoint import Progress
+from trainer.data.cache import Cache
+from trainer.data.order import Draw, Order
+from trainer.data.store import LatentStore, TextStore
+from trainer.errors import UserError
+from trainer.material import Material, noise_seeds, to_device
+from trainer.objective import Objective
+from trainer.record import Recorder
+from trainer.run import Run
+from trainer.schema import Preset
+
+ENCODE_BATCH = 8  # images or prompts encoded at a time while caching
+LATENT_DTYPE = torch.float32  # noise is added to them at full precision
+FP16_LOSS_SCALE = 1024.0  # fixed: a step that overflows is skipped on the device, and no search needs saving
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+Guard = Callable[[], None]  # called now and then in long work; raises when the run was asked to stop
+
+
+@dataclass
+class Session:
+    """A run in memory.  `texts` is None when a text encoder is trained: then prompts are encoded afresh each time."""
+
+    run: Run
+    preset: Preset
+    recorder: Recorder
+    guard: Guard
+    device: torch.device
+    dtype: torch.dtype
+    family: ModuleType
+    base: Any
+    cache: Cache
+    material: Material
+    captions: list[list[str]]
+    latents: LatentStore
+    held_latents: LatentStore
+    texts: TextStore | None
+    text_encoder: Any
+    objective: Objective
+    denoiser: nn.Module
+    adapter: Adapter
+    optimizer: torch.optim.Optimizer
+    schedule: Callable[[int], float]
+    order: Order
+    steps: int
+    progress: Progress
+    whole: bool = True  # False inside an optimizer step
+
+    def loss(self, draws: Sequence[Draw]) -> Tensor:
+        """Mean training loss of one micro-batch; a function of the draws alone, and of the adapter."""
+        train = self.preset.train
+        latents = self.latents.latents(draws, self.device)  # b c h w
+        noise, timesteps = self.objective.draw(noise_seeds(draws, train.seed), latents.shape, self.device, latents.dtype,
+                                               offset_noise=train.offset_noise)
+        texts = ["" if draw.caption < 0 else self.captions[draw.item][draw.caption] for draw in draws]
+        prediction = self.predict(latents, noise, timesteps, self.conditioning(texts))
+        target = self.objective.target(latents, noise, timesteps)
+        loss = self.objective.per_sample_loss(prediction, target, kind=train.loss, delta=train.huber_delta)  # b
+        return (loss * self.objective.loss_weight(timesteps, train.snr_gamma)).mean()
+
+    def backward(self, loss: Tensor) -> None:
+        """Gradients of a micro-batch, added to the bank's; fp16 activations' are scaled out of the underflow."""
+        scale = FP16_LOSS_SCALE if self.dtype == torch.float16 else 1.0
+        if scale == 1.0:
+            loss.backward()
+            return
+        parameters = self.adapter.parameters()
+        fresh = torch.autograd.grad(loss * scale, parameters)
+        torch._foreach_add_([leaf.grad for leaf in parameters], list(fresh), alpha=1.0 / scale)
+
+    def predict(self, latents: Tensor, noise: Tensor, timesteps: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
+        """The denoiser's answer in fp32 for noised latents."""
+        noisy = self.objective.add_noise(latents, noise, timesteps).to(self.dtype)
+        return self.family.predict(self.denoiser, noisy, timesteps, conditioning).float()
+
+    def conditioning(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """Embeddings of prompts on the device, from the cache where there is one."""
+        if self.texts is None:
+            return to_device(self.family.encode_prompts(self.text_encoder, list(texts)), self.device, self.dtype)
+        if missing := [text for text in texts if text not in self.texts]:
+            self._encode_more(missing)
+        return to_device(self.texts.embeds(list(texts)), self.device, self.dtype)
+
+    def use(self, weights: str) -> None:
+        """Let the model run with the adapter's "raw" or "ema" weights, or without it ("off")."""
+        self.adapter.refresh(weights, self.dtype)
+
+    @property
+    def shown_weights(self) -> str:
+        """The weights that exports, samples and validation use."""
+        chosen = self.preset.output.weights
+        return chosen if chosen != "auto" else ("ema" if self.preset.train.ema_decay > 0 else "raw")
+
+    @contextmanager
+    def vae(self) -> Iterator[nn.Module]:
+        """The VAE on the device, for as long as it is needed."""
+        vae = self.family.load_vae(self.base, self.device, torch.float32)
+        try:
+            yield vae
+        finally:
+            del vae
+            free(self.device)
+
+    def _encode_more(self, texts: list[str]) -> None:
+        """Prompts that came during the run: the text encoder is loaded for them alone."""
+        assert self.texts is not None
+        self.texts.add(texts)
+        fill_texts(self.texts, self.family, self.base, self.device, self.recorder, self.guard)
+
+
+def set_up(run: Run, preset: Preset, workspace: Path, recorder: Recorder, guard: Guard) -> Session:
+    """Load, cache and build everything, resuming from the run's last checkpoint if there is one."""
+    family = families.get(preset.model.family)
+    device, dtype = pick_device(preset), pick_dtype(preset)
+    recorder.phase("opening the base model")
+    base = open_base(preset)
+    for note in base.notes:
+        recorder.note(0, note)
+    cache = Cache(workspace / "cache")
+    material = Material(preset, family.bucket_step(preset.data.resolution), lambda done, of: (
+        guard(), recorder.phase("reading images", done, of)))
+    texts, text_encoder = _prepare_text(preset, family, base, material, cache, device, dtype, recorder, guard)
+    latents, held = _prepare_latents(family, base, material, cache, device, recorder, guard)
+    for skipped in material.skipped:
+        recorder.event("skipped", file=str(skipped.file), reason=skipped.reason)
+        recorder.say(f"skipped {skipped.file}: {skipped.reason}")
+    order = material.order(latents, preset.train.batch_size * preset.train.grad_accum)
+    steps = preset.train.steps or (preset.train.epochs or 0) * order.steps_per_epoch
+
+    recorder.phase("loading the denoiser")
+    guard()
+    denoiser = family.load_denoiser(base, device, dtype)
+    family.set_gradient_checkpointing(denoiser, preset.memory.gradient_checkpointing)
+    adapter = build_adapter(preset, family, denoiser, text_encoder, device)
+    optimizer = optim.build_optimizer(preset.train.optimizer, adapter, lr=preset.train.lr,
+                                      weight_decay=preset.train.weight_decay)
+    schedule = optim.build_schedule(preset.train.lr_scheduler, steps, preset.train.warmup_steps)
+    session = Session(run, preset, recorder, guard, device, dtype, family, base, cache, material,
+                      [material.train_captions(item) for item in latents.items], latents, held, texts, text_encoder,
+                      family.objective(base), denoiser, adapter, optimizer, schedule, order, steps, Progress())
+    _resume(session)
+    return session
+
+
+def build_adapter(preset: Preset, family: ModuleType, denoiser: nn.Module, text_encoder: Any,
+                  device: torch.device) -> Adapter:
+    """The adapter of a preset on its models, installed."""
+    chosen = preset.adapter
+    models = {"unet": denoiser} | ({} if text_encoder is None else {"text_encoder": text_encoder})
+    targets = family.adapter_targets(models, chosen.targets)
+    adapter = adapters.build(targets, method=chosen.method, rank=chosen.rank, init=chosen.init, dora=chosen.dora,
+                             retraction=chosen.retraction, dropout=chosen.dropout, seed=preset.train.seed, device=device,
+                             ema_decay=preset.train.ema_decay or None)
+    adapter.install()
+    return adapter
+
+
+def open_base(preset: Preset) -> Any:
+    """The preset's base model, checked but not loaded."""
+    model = preset.model
+    return families.get(model.family).open_base(
+        model.base, vae=model.vae, text_encoder=model.text_encoder, tokenizer=model.tokenizer,
+        prediction=model.prediction, clip_skip=model.clip_skip)
+
+
+def pick_device(preset: Preset) -> torch.device:
+    """The device of `memory.device`; accelerate decides for "auto".  `UserError` when it is not there."""
+    name = preset.memory.device
+    if name.startswith("cuda"):
+        index = int(name.partition(":")[2] or 0)
+        if index >= torch.cuda.device_count():
+            raise UserError(f"memory.device = {name!r}: torch sees {torch.cuda.device_count()} CUDA GPUs on this machine; "
+                            "choose another, or 'auto'")
+        return torch.device("cuda", index)
+    if name != "auto":
+        return torch.device(name)
+    from accelerate import PartialState  # late: it is slow to import
+
+    return PartialState().device
+
+
+def pick_dtype(preset: Preset) -> torch.dtype:
+    """The arithmetic of the frozen model."""
+    if preset.train.precision != "auto":
+        return PRECISIONS[preset.train.precision]
+    if pick_device(preset).type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def free(device: torch.device) -> None:
+    """Give back what was held for a model that is gone."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def fill_texts(texts: TextStore, family: ModuleType, base: Any, device: torch.device, recorder: Recorder,
+               guard: Guard) -> None:
+    """Encode the prompts that the cache lacks; the text encoder is in memory only meanwhile."""
+    if not texts.missing():
+        return
+    recorder.phase("loading the text encoder")
+    encoder = family.load_text_encoder(base, device, torch.float32)
+
+    def encode(prompts: list[str]) -> dict[str, Tensor]:
+        guard()
+        with torch.no_grad():
+            return family.encode_prompts(encoder, prompts)
+
+    texts.fill(encode, ENCODE_BATCH, lambda done, of: recorder.phase("caching captions", done, of))
+    del encoder
+    free(device)
+
+
+def _prepare_text(preset: Preset, family: ModuleType, base: Any, material: Material, cache: Cache, device: torch.device,
+                  dtype: torch.dtype, recorder: Recorder, guard: Guard) -> tuple[TextStore | None, Any]:
+    if "text_encoder" in preset.adapter.targets:
+        return None, family.load_text_encoder(base, device, dtype)
+    texts = TextStore(material.prompts(), cache, base.text_id, dtype)
+    fill_texts(texts, family, base, device, recorder, guard)
+    return texts, None
+
+
+def _prepare_latents(family: ModuleType, base: Any, material: Material, cache: Cache, device: torch.device,
+                     recorder: Recorder, guard: Guard) -> tuple[LatentStore, LatentStore]:
+    stores = (material.latent_store(material.train, cache, base.vae_id, LATENT_DTYPE, training=True),
+              material.latent_store(material.held, cache, base.vae_id, LATENT_DTYPE, training=False))
+    if any(store.missing() for store in stores):
+        recorder.phase("loading the VAE")
+        vae = family.load_vae(base, device, torch.float32)
+
+        def encode(pixels: Tensor) -> Tensor:
+            guard()
+            with torch.no_grad():
+                return family.encode_images(vae, pixels.to(device))
+
+        for store, name in zip(stores, ("caching latents", "caching held-out latents")):
+            store.fill(encode, ENCODE_BATCH, lambda done, of, name=name: recorder.phase(name, done, of),
+                       should_stop=lambda: False, on_skip=material.skip)  # `encode` looks for a stop itself
+        del vae
+        free(device)
+    return stores
+
+
+def _resume(session: Session) -> None:
+    """Take the last checkpoint's state, if there is one."""
+    run, preset = session.run, session.preset
+    session.progress.global_batch = preset.train.batch_size * preset.train.grad_accum
+    session.progress.data = session.material.fingerprint()
+    checkpoint.remove_remains(run)
+    step = run.last_step()
+    if step == 0:
+        return
+    progress, state, optimizer = checkpoint.load(run.checkpoint(step))
+    session.adapter.load_state_dict(state)
+    session.optimizer.load_state_dict(optimizer)
+    if progress.data != session.progress.data:
+        session.recorder.note(step, "the data set changed since this run was last trained; it goes on with the new one")
+        progress.data = session.progress.data
+    session.progress = progress
