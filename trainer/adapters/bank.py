@@ -1,0 +1,185 @@
+"""The bank: an adapter's stacked parameters, their gradients, averages and manifold, and the layers they feed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from trainer.adapters import dora, layer, state, transfer
+from trainer.adapters.layout import Layout
+from trainer.adapters.lora import LoRA, Stacks
+from trainer.adapters.manifold_step import ManifoldStep
+from trainer.adapters.stella import StelLA
+
+
+class Adapter:
+    """All adapted layers of a model as a handful of stacked leaves.
+
+    leaves: what optimizers, clipping and all-reduce see; their addresses and those of their `.grad` never change.
+    One optimizer step, none of it waiting for the device:
+
+        adapter.guard(loss, clip_grad_norm(adapter.parameters(), 1.0))
+        adapter.before_step(); optimizer.step(); adapter.after_step(); adapter.ema_update(); adapter.zero_grad()
+    """
+
+    def __init__(self, layout: Layout, method: LoRA | StelLA, leaves: Stacks, frozen: Stacks | None,
+                 magnitude: dora.Magnitude | None, dropout: float, ema_decay: float | None) -> None:
+        self.layout, self.method, self.frozen, self.magnitude = layout, method, frozen, magnitude
+        self.dropout, self.ema_decay = dropout, ema_decay
+        device = next(iter(leaves.values())).device
+        self.leaves = {key: leaf.requires_grad_() for key, leaf in leaves.items()}
+        for leaf in self.leaves.values():
+            leaf.grad = torch.zeros_like(leaf)
+        self.manifold_step: ManifoldStep | None = None
+        self.skip = torch.zeros((), dtype=torch.bool, device=device)
+        self.found_inf = torch.zeros((), dtype=torch.float32, device=device)  # the same, as torch's optimizers read it
+        self.skipped_in_a_row = torch.zeros((), dtype=torch.int64, device=device)
+        self.updates = torch.zeros((), dtype=torch.float32, device=device)  # steps taken, for the average's warm-up
+        self.pruned: Tensor | None = None  # diagonal S only: which singular values were cut
+        with torch.no_grad():
+            pair = self.pair_stacks()
+            self.start = {key: pair[key].to(torch.bfloat16) for key in pair}  # only for measuring drift
+            self.ema = {key: stack.clone() for key, stack in self._averaged().items()} if ema_decay else None
+
+    # -- layers ----------------------------------------------------------------------------------------------------
+
+    def install(self) -> None:
+        """Route every target's forward through the fused function; the base model until the first `refresh`."""
+        for target in self.layout.targets:
+            layer.install(target, self.dropout)
+
+    def remove(self) -> None:
+        for target in self.layout.targets:
+            layer.remove(target)
+
+    def refresh(self, weights: str = "raw", dtype: torch.dtype = torch.float32) -> None:
+        """Cast the stacks to the compute dtype and hand each layer its slices; once a micro-batch.
+
+        weights: "raw" (with gradients where they are recorded), "ema", or "off" for the base model alone.
+        """
+        if weights == "off":
+            for target in self.layout.targets:
+                layer.switch(target.module, None, None, None)
+            return
+        stacks = self.pair_stacks(weights)
+        gains = [None] * len(self.layout.targets)
+        if self.magnitude is not None:
+            gains = self.magnitude.gains(stacks, self._values(weights))
+        stacks = {key: stack.to(dtype) for key, stack in stacks.items()}
+        downs, ups = self.layout.by_layer(stacks, "down"), self.layout.by_layer(stacks, "up")
+        for target, down, up, gain in zip(self.layout.targets, downs, ups, gains):
+            layer.switch(target.module, down, up, gain)
+
+    def pair_stacks(self, weights: str = "raw") -> Stacks:
+        """Stacks `up.<m>` [L, m, r'] and `down.<n>` [L, n, r'] of the exported pair, with the frozen start pair."""
+        values = self._values(weights)
+        pair = self.method.pair(values) if weights == "raw" else {key: values[key] for key in self.layout.pair_shapes()}
+        if self.frozen is None:
+            return pair
+        return {key: torch.cat([stack, self.frozen[key]], dim=-1) for key, stack in pair.items()}
+
+    def _values(self, weights: str) -> Stacks:
+        if weights == "raw":
+            return self.leaves
+        if weights != "ema" or self.ema is None:
+            raise ValueError(f"this adapter keeps no {weights!r} weights")
+        return self.ema
+
+    # -- the step --------------------------------------------------------------------------------------------------
+
+    def parameters(self) -> list[Tensor]:
+        return list(self.leaves.values())
+
+    def parameters_by_role(self) -> dict[str, list[Tensor]]:
+        """Leaves by what they are: up, down, factor (on the manifold), core (S), magnitude (DoRA)."""
+        roles: dict[str, list[Tensor]] = {}
+        for key, leaf in self.leaves.items():
+            roles.setdefault(key.split(".")[0], []).append(leaf)
+        return roles
+
+    def on_manifold(self) -> Stacks:
+        """The leaves whose matrices are orthonormal."""
+        return {key: leaf for key, leaf in self.leaves.items() if key.split(".")[0] in self.method.manifold}
+
+    def zero_grad(self) -> None:
+        torch._foreach_zero_([leaf.grad for leaf in self.leaves.values()])
+
+    @torch.no_grad()
+    def guard(self, *numbers: Tensor) -> None:
+        """Skip the coming step, on the device, unless all numbers (loss, gradient norm) are finite.
+
+        A skipped step leaves parameters, optimizer state and averages bit for bit as they were. With several
+        processes pass numbers that are equal on all of them, such as the norm of the averaged gradients.
+        """
+        bad = ~torch.stack([number.detach().float().isfinite().all() for number in numbers]).all()
+        self.skip.copy_(bad)
+        self.found_inf.copy_(bad)
+        self.skipped_in_a_row.add_(1).mul_(bad)
+
+    def before_step(self) -> None:
+        """What the manifold asks before `optimizer.step()`."""
+        if self.manifold_step is not None:
+            self.manifold_step.before()
+
+    def after_step(self) -> None:
+        """What the manifold asks after `optimizer.step()`."""
+        if self.manifold_step is not None:
+            self.manifold_step.after(self.skip)
+
+    @torch.no_grad()
+    def ema_update(self) -> None:
+        """Average the exported pair, with a decay that warms up as min(decay, (1 + t) / (10 + t))."""
+        taken = ~self.skip
+        self.updates.add_(taken)
+        if self.ema is None:
+            return
+        decay = ((1 + self.updates) / (10 + self.updates)).clamp(max=self.ema_decay)
+        weight = (1 - decay) * taken
+        for key, stack in self._averaged().items():
+            self.ema[key].lerp_(stack, weight.to(stack.dtype))
+
+    def _averaged(self) -> Stacks:
+        magnitudes = {key: leaf for key, leaf in self.leaves.items() if key.startswith("magnitude.")}
+        return self.method.pair(self.leaves) | magnitudes
+
+    # -- state and transfer ------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> Stacks:
+        """Everything the adapter is, as a flat dict of tensors (not copies)."""
+        return state.gather(self)
+
+    def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy a `state_dict` in, to the bit; UserError if it is of other layers, sizes or options."""
+        state.restore(self, tensors)
+
+    def pairs(self, weights: str = "raw") -> Iterator[transfer.Pair]:
+        """(name, up [m, r'], down [r', n], magnitude [1, n] | None) of every layer; convolutions as kernels."""
+        return transfer.export(self, weights)
+
+    def load_pairs(self, pairs: Mapping[str, tuple[Tensor, Tensor, Tensor | None]]) -> None:
+        """Continue from another adapter's pairs, exactly; a higher rank is cut by the SVD."""
+        transfer.load(self, pairs)
+
+    @torch.no_grad()
+    def reset_after_import(self, magnitudes: Mapping[int, Tensor]) -> None:
+        """Restart averages, drift and (but for the given layers) magnitudes from the present pair."""
+        pair = self.pair_stacks()
+        if self.magnitude is not None:
+            for key, stack in self.magnitude.start(pair).items():
+                for position, number in enumerate(self.layout.members(key)):
+                    self.leaves[key][position].copy_(magnitudes.get(number, stack[position]))
+        self.updates.zero_()
+        self.start = {key: stack.to(torch.bfloat16) for key, stack in pair.items()}
+        if self.ema is not None:
+            self.ema = {key: stack.clone() for key, stack in self._averaged().items()}
+
+    def delta(self, name: str, weights: str = "raw") -> Tensor:
+        """The change of a layer's matrix, [m, n] in fp64, with the start pair and without DoRA's magnitude."""
+        return transfer.delta(self, name, weights)
+
+    def describe(self) -> dict[str, int]:
+        """Counts for logs: layers, stacks, trained parameters."""
+        return {"layers": len(self.layout.targets), "stacks": len(self.leaves),
+                "parameters": sum(leaf.numel() for leaf in self.leaves.values())}

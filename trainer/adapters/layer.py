@@ -1,0 +1,101 @@
+"""Routes a frozen layer's forward through its low-rank pair, without changing module or state_dict names."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trainer.adapters.fused import FusedLayer, composed
+from trainer.adapters.target import Target
+
+
+class AdaptedLayer:
+    """Mixed in before a layer's own class; the slices of the bank are plain attributes, None when switched off."""
+
+    base_kind: type[nn.Module]  # the class the layer had
+    adapter_down: Tensor | None = None  # n r
+    adapter_up: Tensor | None = None  # m r
+    adapter_gain: Tensor | None = None  # n, DoRA: magnitude / column norm
+    adapter_dropout: float = 0.0
+
+    def base_forward(self, x: Tensor) -> Tensor:
+        """The frozen layer alone."""
+        return super().forward(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """W x + bias + up (down x). Dropout acts on the input of `down`, where gradients are recorded.
+
+        Its mask comes from torch's generator, which activation checkpointing restores before it recomputes.
+        """
+        down, up = self.adapter_down, self.adapter_up
+        if down is None:
+            return super().forward(x)
+        dropped = None
+        if self.adapter_dropout and torch.is_grad_enabled():
+            dropped = F.dropout(x, self.adapter_dropout)
+        if torch.compiler.is_compiling():
+            return composed(x, dropped, self.adapter_gain, down, up, self)
+        return FusedLayer.apply(x, dropped, self.adapter_gain, down, up, self)
+
+
+@cache
+def adapted_class(kind: type[nn.Module]) -> type[nn.Module]:
+    """A subclass of a layer's class with `AdaptedLayer` in front.
+
+    Swapping the class, rather than patching `forward` on each instance, gives the compiler one function for all.
+    """
+    return type(f"Adapted{kind.__name__}", (AdaptedLayer, kind), {"base_kind": kind})
+
+
+def install(target: Target, dropout: float) -> None:
+    """Make the target's module an adapted one; its weights are frozen."""
+    module = target.module
+    if "forward" in vars(module):
+        raise RuntimeError(f"{target.name}: its forward is patched on the instance; install adapters before such hooks")
+    if isinstance(module, AdaptedLayer):
+        raise RuntimeError(f"{target.name} already has an adapter")
+    module.requires_grad_(False)
+    module.__class__ = adapted_class(type(module))
+    module.adapter_dropout = dropout
+
+
+def remove(target: Target) -> None:
+    """Give the target's module its own class back."""
+    module = target.module
+    for name in ("adapter_down", "adapter_up", "adapter_gain", "adapter_dropout"):
+        vars(module).pop(name, None)
+    module.__class__ = type(module).base_kind
+
+
+def switch(module: nn.Module, down: Tensor | None, up: Tensor | None, gain: Tensor | None) -> None:
+    """Hand a layer its slices, or None for the base model."""
+    module.adapter_down, module.adapter_up, module.adapter_gain = down, up, gain
+
+
+def readable(module: nn.Module) -> bool:
+    """Whether the weight is an ordinary matrix; a quantised layer is known by its own class."""
+    return getattr(type(module), "base_kind", type(module)) in (nn.Linear, nn.Conv2d)
+
+
+def transposed_product(target: Target, up: Tensor) -> Tensor:
+    """W^T up: [m, r] -> [n, r]; a layer whose W cannot be read gives it as its input gradient."""
+    module = target.module
+    if readable(module):
+        weight = module.weight.detach().flatten(1)
+        return weight.t() @ up.to(weight.dtype)
+    forward = module.base_forward if isinstance(module, AdaptedLayer) else module.forward
+    with torch.enable_grad():
+        probe = torch.zeros(up.shape[1], target.columns, device=up.device, dtype=up.dtype, requires_grad=True)
+        return torch.autograd.grad(forward(probe), probe, up.t().contiguous())[0].t()
+
+
+def base_matrix(target: Target) -> Tensor:
+    """W as [m, n], in fp32 or better."""
+    module = target.module
+    if not readable(module):
+        return transposed_product(target, torch.eye(target.rows, device=module.weight.device)).t()
+    weight = module.weight.detach().flatten(1)
+    return weight if weight.dtype == torch.float64 else weight.float()

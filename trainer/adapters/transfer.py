@@ -1,0 +1,90 @@
+"""Exact ways out of and into a bank: export of pairs, import of a LoRA, and a layer's change of weight."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from trainer.adapters.target import Target
+from trainer.errors import UserError
+
+if TYPE_CHECKING:
+    from trainer.adapters.bank import Adapter
+
+Pair = tuple[str, Tensor, Tensor, Tensor | None]
+
+
+@torch.no_grad()
+def export(adapter: Adapter, weights: str) -> Iterator[Pair]:
+    """Pairs in fp32 (fp64 for an fp64 bank); convolutions as up [m, r', 1, 1], down [r', c, k, k], magnitude [1, c, 1, 1]."""
+    stacks = adapter.pair_stacks(weights)
+    values = adapter._values(weights)
+    for number, target in enumerate(adapter.layout.targets):
+        up = adapter.layout.slot(stacks, "up", number)
+        down = adapter.layout.slot(stacks, "down", number).t()
+        magnitude = None
+        if adapter.magnitude is not None:
+            key = f"magnitude.{target.inputs}"
+            magnitude = values[key][adapter.layout.members(key).index(number)].unsqueeze(0).clone()
+        if target.convolution:
+            up = up[:, :, None, None]
+            down = down.reshape(-1, target.inputs, *target.module.kernel_size)
+            magnitude = None if magnitude is None else magnitude[:, :, None, None]
+        yield target.name, up.contiguous(), down.contiguous(), magnitude
+
+
+@torch.no_grad()
+def delta(adapter: Adapter, name: str, weights: str) -> Tensor:
+    stacks = adapter.pair_stacks(weights)
+    number = [target.name for target in adapter.layout.targets].index(name)
+    up, down = (adapter.layout.slot(stacks, kind, number).double() for kind in ("up", "down"))
+    return up @ down.t()
+
+
+@torch.no_grad()
+def load(adapter: Adapter, pairs: Mapping[str, tuple[Tensor, Tensor, Tensor | None]]) -> None:
+    """Each layer's change becomes up @ down of its pair, and zero where there is none; the start pair is dropped.
+
+    alpha must already be folded into `up`. A lower rank is filled up, a higher one cut to the leading singular
+    values. Raises UserError for names or shapes that do not fit.
+    """
+    targets = {target.name: (number, target) for number, target in enumerate(adapter.layout.targets)}
+    unknown = sorted(set(pairs) - set(targets))
+    if unknown:
+        raise UserError(f"the LoRA has layers that this run does not train, such as {unknown[0]} ({len(unknown)} in all): "
+                        f"add them to adapter.targets")
+    adapter.frozen = None
+    magnitudes: dict[int, Tensor] = {}
+    for name, (number, target) in targets.items():
+        up, down, magnitude = pairs.get(name, (torch.zeros(target.rows, 1), torch.zeros(1, target.columns), None))
+        up, down = _matrices(target, up, down)
+        up, down = _at_rank(up, down, adapter.layout.rank)
+        device = adapter.parameters()[0].device
+        adapter.method.assign(adapter.leaves, number, up.to(device), down.to(device))
+        if magnitude is not None:
+            if adapter.magnitude is None:
+                raise UserError(f"the LoRA has DoRA magnitudes ({name}): set adapter.dora = true to continue it")
+            magnitudes[number] = magnitude.flatten()
+    adapter.reset_after_import(magnitudes)
+
+
+def _matrices(target: Target, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+    up, down = up.flatten(1).double(), down.flatten(1).double()
+    if up.shape[0] != target.rows or down.shape[1] != target.columns or up.shape[1] != down.shape[0]:
+        raise UserError(f"the LoRA does not fit {target.name}: its pair is {tuple(up.shape)} and {tuple(down.shape)}, "
+                        f"the layer is {target.rows} x {target.columns}; it may be for another model")
+    return up, down
+
+
+def _at_rank(up: Tensor, down: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The pair at another rank, in fp64: padded by zeros, or its best approximation from r x r work."""
+    if up.shape[1] <= rank:
+        extra = rank - up.shape[1]
+        return torch.nn.functional.pad(up, (0, extra)), torch.nn.functional.pad(down, (0, 0, 0, extra))
+    q_up, r_up = torch.linalg.qr(up)
+    q_down, r_down = torch.linalg.qr(down.t())
+    left, values, right = torch.linalg.svd(r_up @ r_down.t())
+    return q_up @ (left[:, :rank] * values[:rank]), right[:rank] @ q_down.t()

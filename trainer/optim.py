@@ -1,0 +1,203 @@
+"""Optimizers by name for a bank's leaves, learning-rate schedules, and clipping; none waits for the device."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from trainer.adapters.bank import Adapter
+from trainer.adapters.manifold_step import ManifoldStep
+from trainer.errors import UserError
+from trainer.manifold import qr_retraction, tangent_projection
+
+KEEP_OWN_WEIGHTS = ("prodigy", "schedulefree", "schedule-free", "adamwschedulefree", "prodigyschedulefree")
+
+
+def build_optimizer(name: str, adapter: Adapter, *, lr: float, weight_decay: float = 0.0,
+                    betas: tuple[float, float] = (0.9, 0.999), momentum: float | None = None,
+                    cautious: bool = False, gradient_weight: float | None = None,
+                    up_lr_ratio: float = 1.0) -> Optimizer:
+    """An optimizer over the adapter's leaves, its state made at once; on a GPU `step` can be captured in a graph.
+
+    name: adamw, adamw8bit (runs eagerly), sgd, scaled_adamw (lora only) or stiefel (Stiefel-LoRA only).
+    weight_decay acts on free factors only. momentum: of sgd (0.9) and stiefel (0.95). cautious, gradient_weight:
+    options of stiefel. up_lr_ratio: LoRA+, the learning rate of `up` over that of `down`. Any but `stiefel` turns
+    Stiefel-LoRA into the paper's plain form: A by this optimizer, B by it on the manifold with QR.
+    Raises UserError for an optimizer that cannot go with the method.
+    """
+    _check(name, adapter, up_lr_ratio)
+    groups = parameter_groups(adapter, lr, 0.0 if name == "stiefel" else weight_decay, up_lr_ratio)
+    if name == "stiefel":
+        return StiefelOptimizer(adapter, groups, weight_decay, 0.95 if momentum is None else momentum, cautious,
+                                gradient_weight)
+    if set(adapter.method.manifold) == {"up"}:
+        adapter.manifold_step = ManifoldStep(adapter.on_manifold(), "qr", 0.0)
+    if name == "adamw8bit":
+        return _adamw8bit(groups, betas)
+    capturable = {"capturable": True} if adapter.skip.is_cuda else {}
+    if name == "sgd":
+        optimizer = torch.optim.SGD(groups, momentum=0.9 if momentum is None else momentum, fused=True)
+        for leaf in adapter.parameters():
+            optimizer.state[leaf]["momentum_buffer"] = torch.zeros_like(leaf)
+    else:
+        optimizer = torch.optim.AdamW(groups, betas=betas, fused=True, **capturable)
+        for leaf in adapter.parameters():  # made now: a first step that is skipped, or captured, finds them ready
+            optimizer.state[leaf] = {"step": torch.zeros((), device=leaf.device),
+                                     "exp_avg": torch.zeros_like(leaf), "exp_avg_sq": torch.zeros_like(leaf)}
+    optimizer.found_inf = adapter.found_inf  # torch's fused kernels leave state and weights alone where it is 1
+    return optimizer
+
+
+def _check(name: str, adapter: Adapter, up_lr_ratio: float) -> None:
+    constrained, kind = bool(adapter.method.manifold), type(adapter.method).__name__
+    if name in KEEP_OWN_WEIGHTS and constrained:
+        raise UserError(f"train.optimizer = {name!r} keeps its own copy of the weights, which would leave the manifold "
+                        f"that {kind} needs: use adamw")
+    if name not in ("adamw", "adamw8bit", "sgd", "scaled_adamw", "stiefel"):
+        raise UserError(f"there is no optimizer {name!r}: choose adamw, adamw8bit, sgd, scaled_adamw or stiefel")
+    if name == "stiefel" and kind != "StiefelLoRA":
+        raise UserError("train.optimizer = 'stiefel' is the step of adapter.method = 'stiefel': use adamw")
+    if (name == "scaled_adamw" or up_lr_ratio != 1.0) and kind != "LoRA":
+        raise UserError("scaled_adamw and a learning-rate ratio go with adapter.method = 'lora' only")
+
+
+def parameter_groups(adapter: Adapter, lr: float, weight_decay: float, up_lr_ratio: float) -> list[dict]:
+    """One group a role; `lr` is a tensor on the device whose address stays, `initial_lr` what `set_lr` scales."""
+    groups = []
+    for role, leaves in adapter.parameters_by_role().items():
+        decayed = role not in (*adapter.method.manifold, "magnitude")
+        initial = lr * up_lr_ratio if role == "up" else lr
+        groups.append({"params": leaves, "role": role, "initial_lr": initial,
+                       "lr": torch.tensor(initial, dtype=_lr_dtype(leaves[0]), device=leaves[0].device),
+                       "weight_decay": weight_decay if decayed else 0.0})
+    return groups
+
+
+def _lr_dtype(leaf: Tensor) -> torch.dtype:
+    return torch.float64 if leaf.dtype == torch.float64 or leaf.device.type == "cpu" else torch.float32
+
+
+def _adamw8bit(groups: list[dict], betas: tuple[float, float]) -> Optimizer:
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except (ImportError, OSError, RuntimeError) as error:
+        raise UserError(f"train.optimizer = 'adamw8bit' needs the package bitsandbytes, which cannot be loaded here "
+                        f"({error}): install it with `pip install bitsandbytes`, or use adamw") from error
+    return AdamW8bit([group | {"lr": group["initial_lr"]} for group in groups], betas=betas)
+
+
+class StiefelOptimizer(Optimizer):
+    """The step of Stiefel-LoRA: sign of the momentum for A, a projected step of fixed RMS and QR for B.
+
+    Heavy-ball momentum M <- mu M + grad. A -= 0.2 lr sign(M), after weight decay by (wd / r) * (lr / initial lr),
+    which `cautious` applies only where the step and A agree in sign. B: M projected onto the tangent space, scaled to
+    RMS 0.2 lr, retracted by QR with positive diagonal. gradient_weight g takes M + g * grad as the direction
+    (Simplified AdEMAMix). DoRA's magnitudes take the sign step without decay.
+    """
+
+    RMS = 0.2
+
+    def __init__(self, adapter: Adapter, groups: list[dict], weight_decay: float, momentum: float, cautious: bool,
+                 gradient_weight: float | None) -> None:
+        super().__init__(groups, {})
+        self.skip, self.rank = adapter.skip, adapter.layout.rank
+        self.decay, self.momentum = weight_decay, momentum
+        self.cautious, self.gradient_weight = cautious, gradient_weight
+        for leaf in adapter.parameters():
+            self.state[leaf]["momentum"] = torch.zeros_like(leaf)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            update = self._on_manifold if group["role"] == "up" else self._free
+            for leaf in group["params"]:
+                buffer = self.state[leaf]["momentum"]
+                momentum = buffer * self.momentum + leaf.grad
+                direction = momentum if self.gradient_weight is None else momentum + self.gradient_weight * leaf.grad
+                after = update(leaf, direction, group)
+                leaf.copy_(torch.where(self.skip, leaf, after))
+                buffer.copy_(torch.where(self.skip, buffer, momentum))
+
+    def _free(self, leaf: Tensor, direction: Tensor, group: dict) -> Tensor:
+        update = direction.sign() * (self.RMS * group["lr"]).to(leaf.dtype)
+        if not self.decay or group["role"] == "magnitude":
+            return leaf - update
+        decay = (self.decay / self.rank * (group["lr"] / group["initial_lr"])).to(leaf.dtype)
+        decayed = leaf * decay * (update * leaf >= 0) if self.cautious else leaf * decay
+        return leaf - decayed - update
+
+    def _on_manifold(self, leaf: Tensor, direction: Tensor, group: dict) -> Tensor:
+        tangent = tangent_projection(leaf, direction)  # L m r
+        norm = torch.linalg.matrix_norm(tangent, keepdim=True).clamp_min(1e-12)
+        length = (self.RMS * group["lr"] * math.sqrt(leaf.shape[1] * leaf.shape[2])).to(leaf.dtype)
+        return qr_retraction(leaf, -tangent * (length / norm))
+
+
+# -- learning rate and clipping --------------------------------------------------------------------------------------
+
+
+def build_schedule(name: str, steps: int, warmup: int = 0) -> Callable[[int], float]:
+    """Factor of the learning rate at a step 0..steps-1: constant, cosine or linear (to 0), after a linear warm-up."""
+    shapes = {"constant": lambda t: 1.0, "cosine": lambda t: 0.5 * (1 + math.cos(math.pi * t)), "linear": lambda t: 1 - t}
+    if name not in shapes:
+        raise UserError(f"there is no schedule {name!r}: choose constant, cosine or linear")
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        return shapes[name](min(1.0, (step - warmup) / max(1, steps - warmup)))
+
+    return factor
+
+
+def set_lr(optimizer: Optimizer, factor: float) -> float:
+    """Set every group's learning rate to its initial one times the factor; returns the first group's."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(group["initial_lr"] * factor)
+        else:
+            group["lr"] = group["initial_lr"] * factor
+    return optimizer.param_groups[-1]["initial_lr"] * factor
+
+
+@torch.no_grad()
+def clip_grad_norm(parameters: Sequence[Tensor], max_norm: float) -> Tensor:
+    """The 2-norm of all gradients, on the device; they are scaled down to max_norm (0: left alone)."""
+    grads = [parameter.grad for parameter in parameters]
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+    if max_norm > 0:
+        torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+    return norm
+
+
+# -- state -----------------------------------------------------------------------------------------------------------
+
+
+def optimizer_state(optimizer: Optimizer) -> dict[str, Tensor]:
+    """The optimizer's state as a flat dict of tensors `<group>.<position>.<name>` (not copies)."""
+    tensors = {}
+    for g, group in enumerate(optimizer.param_groups):
+        for p, leaf in enumerate(group["params"]):
+            for name, value in optimizer.state[leaf].items():
+                tensors[f"{g}.{p}.{name}"] = value if isinstance(value, Tensor) else torch.tensor(value)
+    return tensors
+
+
+@torch.no_grad()
+def load_optimizer_state(optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Copy `optimizer_state` back in place, to the bit; UserError if it is of another optimizer."""
+    own = optimizer_state(optimizer)
+    if own and set(own) != set(tensors):
+        raise UserError("the saved optimizer state is of another optimizer or adapter: resume with the run's own preset")
+    for key, saved in tensors.items():
+        g, p, name = key.split(".")
+        leaf = optimizer.param_groups[int(g)]["params"][int(p)]
+        state = optimizer.state[leaf]
+        if isinstance(state.get(name), Tensor):
+            state[name].copy_(saved)
+        else:  # bitsandbytes makes its state at the first step, and counts steps by plain numbers
+            state[name] = saved.item() if name == "step" else saved.to(leaf.device)
