@@ -1,0 +1,73 @@
+"""Keeps tensors on the disk under the hash of what made them: an entry may be missing, never stale."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zlib
+from pathlib import Path
+
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from trainer.errors import UserError
+from trainer.preset import write_atomic
+
+Part = str | int | float | bool | None
+
+
+class Cache:
+    """A folder of safetensors files, in sub-folders by the key's first two characters."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    @staticmethod
+    def key(*parts: Part) -> str:
+        """sha256 of the parts; as JSON, so that ("a", "bc") and ("ab", "c"), 1 and "1" differ."""
+        return hashlib.sha256(json.dumps(parts, separators=(",", ":")).encode()).hexdigest()
+
+    def has(self, key: str) -> bool:
+        """Whether the entry is whole (reads it: else a torn file would be found only in training)."""
+        return self.get(key) is not None
+
+    def get(self, key: str) -> dict[str, Tensor] | None:
+        """The tensors (on the CPU), or None; a file that is torn or whose checksum is wrong is removed."""
+        path = self._path(key)
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError:
+            return None
+        try:
+            metadata, body = _parts(data)
+            if metadata.get("crc32") == _checksum(body):
+                return safetensors.torch.load(data)
+        except (SafetensorError, ValueError, KeyError):
+            pass
+        path.unlink(missing_ok=True)
+        return None
+
+    def put(self, key: str, tensors: dict[str, Tensor]) -> None:
+        """Store tensors under a key, whole or not at all.  Raises `UserError` when the disk refuses."""
+        plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+        _, body = _parts(safetensors.torch.save(plain))
+        try:
+            write_atomic(self._path(key), safetensors.torch.save(plain, {"crc32": _checksum(body)}))
+        except OSError as error:
+            raise UserError(f"the cache in {self.root} cannot be written: {error.strerror}; free some space, "
+                            "or choose another workspace with --workspace") from error
+
+    def _path(self, key: str) -> Path:
+        return self.root / key[:2] / f"{key}.safetensors"
+
+
+def _parts(data: bytes) -> tuple[dict[str, str], memoryview]:
+    """Metadata and tensor bytes of a safetensors file (8 bytes of header length, JSON header, tensors)."""
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:8 + length])
+    return header.get("__metadata__", {}), memoryview(data)[8 + length:]
+
+
+def _checksum(body: memoryview) -> str:
+    return f"{zlib.crc32(body):08x}"

@@ -1,0 +1,197 @@
+"""Finds the images and captions of a data set and reads their pixels; the files are only ever read."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from trainer import captions
+from trainer.data import images
+from trainer.data.buckets import Size, cover
+from trainer.data.images import ImageError
+from trainer.errors import UserError
+
+# Three digits at most: "2024_summer" is a year and not two thousand repeats.
+REPEATS = re.compile(r"(\d{1,3})_")
+READERS = min(8, os.cpu_count() or 1)  # hashing, decoding and resizing run outside Python's lock
+
+
+@dataclass(frozen=True)
+class Item:
+    """One image with its caption: size in pixels after EXIF rotation, sha256 of the file's bytes."""
+
+    path: Path
+    caption: str
+    repeats: int
+    width: int
+    height: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A file that looks like an image and is not trained on, with the reason in plain words."""
+
+    file: Path
+    reason: str
+
+
+@dataclass(frozen=True)
+class Dataset:
+    items: tuple[Item, ...]
+    skipped: tuple[Skipped, ...]
+
+
+def scan(folders: Sequence[Path], *, repeats: int = 1,
+         progress: Callable[[int, int], None] | None = None) -> Dataset:
+    """Every image in the folders and their sub-folders, in the order of its path.
+
+    A folder "N_name" gives its images N repeats (the nearest such folder counts), times `repeats`.  Hidden
+    files and masks ("-masklabel.png") are passed over; a broken image is skipped with its reason; equal ones
+    are kept.  Raises `UserError` for a missing or empty folder, nothing readable, and captions that are not
+    UTF-8 (all of them at once).
+    """
+    found = [entry for folder in folders for entry in _files(Path(folder))]
+    items: list[Item] = []
+    skipped: list[Skipped] = []
+    faults: list[str] = []
+    pool = ThreadPoolExecutor(READERS)
+    try:
+        results = pool.map(_inspect, [path for path, _ in found])
+        for done, ((path, own), result) in enumerate(zip(found, results), 1):
+            if isinstance(result, str):
+                skipped.append(Skipped(path, result))
+            elif own == 0:
+                skipped.append(Skipped(path, "its folder's name says 0 repeats"))
+            else:
+                try:
+                    items.append(Item(path, captions.read(captions.sidecar(path)), own * repeats, *result))
+                except UserError as error:
+                    faults.append(str(error))
+            if progress:
+                progress(done, len(found))
+    finally:
+        pool.shutdown(cancel_futures=True)
+    if faults:
+        raise UserError("\n".join(faults))
+    if not items:
+        listed = "\n".join(f"  {entry.file}: {entry.reason}" for entry in skipped[:10])
+        raise UserError(f"none of the {len(skipped)} images in {_names(folders)} can be used:\n{listed}")
+    return Dataset(tuple(items), tuple(skipped))
+
+
+def split(items: Sequence[Item], share: float, seed: int) -> tuple[tuple[Item, ...], tuple[Item, ...]]:
+    """Items to train on and items held out: about `share` of them, at least one, chosen by content and seed.
+
+    Equal images stay on one side; names and order do not matter.  Raises `UserError` when none is left.
+    """
+    distinct = sorted({item.sha256 for item in items},
+                      key=lambda sha: hashlib.blake2b(f"{seed}:{sha}".encode(), digest_size=16).digest())
+    count = max(1, round(share * len(distinct)))
+    if count >= len(distinct):
+        raise UserError(f"evaluate.holdout: of {len(distinct)} different images none would be left to train "
+                        "on; add images, or set it to 0")
+    held = set(distinct[:count])
+    return (tuple(item for item in items if item.sha256 not in held),
+            tuple(item for item in items if item.sha256 in held))
+
+
+def load_pixels(item: Item, size: Size, offset: tuple[int, int], flip: bool) -> Tensor:
+    """One crop of an image as float32 in [-1, 1].  # 3 h w
+
+    `size` (w, h) and `offset` (left, top) are in pixels of the covering image (`buckets.cover`).
+    Raises `ImageError`.
+    """
+    return crop_pixels(cover_image(item, size), size, offset, flip)
+
+
+def cover_image(item: Item, size: Size) -> Image.Image:
+    """The image as RGB, resized by Lanczos so that it just covers `size`.
+
+    Raises `ImageError` when it is broken, or not the one that was hashed: the cache must tell the truth.
+    """
+    try:
+        data = item.path.read_bytes()
+    except OSError as error:
+        raise ImageError(f"cannot be read: {error.strerror}") from error
+    if hashlib.sha256(data).hexdigest() != item.sha256:
+        raise ImageError("changed since the data set was read; start again to train on what it is now")
+    image = images.decode(data)
+    full = cover(image.width, image.height, size)
+    if full[0] * full[1] > images.MAX_PIXELS:
+        raise ImageError(f"{image.width} × {image.height} pixels are too narrow a strip to fill "
+                         f"{size[0]} × {size[1]}")
+    return image if image.size == full else image.resize(full, Image.Resampling.LANCZOS)
+
+
+def crop_pixels(image: Image.Image, size: Size, offset: tuple[int, int], flip: bool) -> Tensor:
+    """A crop of a covering image, mirrored after cropping if `flip`.  # 3 h w, float32 in [-1, 1]"""
+    (width, height), (left, top) = size, offset
+    pixels = np.asarray(image.crop((left, top, left + width, top + height)), dtype=np.float32)  # h w c
+    tensor = torch.from_numpy(pixels).permute(2, 0, 1) / 127.5 - 1.0
+    return (tensor.flip(-1) if flip else tensor).contiguous()
+
+
+def _files(folder: Path) -> list[tuple[Path, int]]:
+    """Images of a folder with the repeats that its sub-folders' names say."""
+    if not folder.is_dir():
+        state = "a file, not a folder" if folder.exists() else "not there"
+        raise UserError(f"data.folder: {folder} is {state}; give the folder with the images")
+    found = sorted(_walk(folder), key=lambda entry: entry[0].relative_to(folder).as_posix())
+    if not found:
+        raise UserError(f"data.folder: no images in {folder} or its sub-folders "
+                        f"(known types: {', '.join(sorted(s[1:] for s in images.SUFFIXES))})")
+    return found
+
+
+def _walk(folder: Path) -> Iterator[tuple[Path, int]]:
+    def fail(error: OSError) -> None:
+        raise UserError(f"data.folder: {error.filename} cannot be read: {error.strerror}")
+
+    inherited = {os.fspath(folder): _repeats(folder.resolve().name, 1)}
+    seen = {os.path.realpath(folder)}  # a link to a folder above would lead round for ever
+    for parent, names, files in os.walk(folder, onerror=fail, followlinks=True):
+        kept = []
+        for name in names:
+            path = os.path.join(parent, name)
+            if not name.startswith(".") and os.path.realpath(path) not in seen:
+                seen.add(os.path.realpath(path))
+                inherited[path] = _repeats(name, inherited[parent])
+                kept.append(name)
+        names[:] = kept
+        for name in files:
+            known = Path(name).suffix.lower() in images.SUFFIXES | images.UNSUPPORTED
+            if known and not name.startswith(".") and not name.lower().endswith("-masklabel.png"):
+                yield Path(parent, name), inherited[parent]
+
+
+def _repeats(name: str, inherited: int) -> int:
+    match = REPEATS.match(name)
+    return int(match.group(1)) if match else inherited
+
+
+def _inspect(path: Path) -> tuple[int, int, str] | str:
+    """Width, height and sha256; or why the image is skipped."""
+    if path.suffix.lower() in images.UNSUPPORTED:
+        return f"{path.suffix[1:].upper()} files are not read; save it as PNG or JPEG"
+    try:
+        data = path.read_bytes()
+        return *images.inspect(data), hashlib.sha256(data).hexdigest()
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+    except ImageError as error:
+        return str(error)
+
+
+def _names(folders: Sequence[Path]) -> str:
+    return ", ".join(str(folder) for folder in folders)
