@@ -12,7 +12,6 @@ import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -33,11 +32,14 @@ class Progress:
     step: int = 0
     seconds: float = 0.0  # of training, over all sessions
     global_batch: int = 0  # samples an optimizer step
+    data: str = ""  # fingerprint of the data set
     validation: dict[str, float] = field(default_factory=dict)  # step -> loss
 
 
-def save(run: Run, progress: Progress, adapter: Mapping[str, Tensor], optimizer: Mapping[str, Any]) -> int:
+def save(run: Run, progress: Progress, adapter: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]) -> int:
     """Write `checkpoints/step_…`: aside, fsynced, then renamed.  Returns its size in bytes.
+
+    adapter, optimizer: flat states, tensors by name.
 
     Raises `OSError` (a full disk) with nothing left behind and older checkpoints untouched.
     """
@@ -49,10 +51,8 @@ def save(run: Run, progress: Progress, adapter: Mapping[str, Tensor], optimizer:
     shutil.rmtree(aside, ignore_errors=True)
     try:
         aside.mkdir()
-        tensors, rest = _flatten(optimizer)
         _write_tensors(aside / "adapter.safetensors", adapter)
-        _write_tensors(aside / "optimizer.safetensors", tensors)
-        _write_text(aside / "optimizer.json", json.dumps(rest))
+        _write_tensors(aside / "optimizer.safetensors", optimizer)
         _write_text(aside / "progress.json", json.dumps({"format": FORMAT, **asdict(progress)}))
         _sync_folder(aside)
         os.replace(aside, target)
@@ -63,8 +63,8 @@ def save(run: Run, progress: Progress, adapter: Mapping[str, Tensor], optimizer:
     return _size(target)
 
 
-def load(folder: Path) -> tuple[Progress, dict[str, Tensor], dict[str, Any]]:
-    """Progress, the adapter's state and the optimizer's `state_dict` of a checkpoint.
+def load(folder: Path) -> tuple[Progress, dict[str, Tensor], dict[str, Tensor]]:
+    """Progress, the adapter's and the optimizer's state of a checkpoint.
 
     Raises `UserError` for one that is damaged or of a later program.
     """
@@ -72,9 +72,8 @@ def load(folder: Path) -> tuple[Progress, dict[str, Tensor], dict[str, Any]]:
         stored = json.loads((folder / "progress.json").read_text())
         if stored.pop("format") > FORMAT:
             raise UserError(f"{folder} was written by a newer version of this program; update it to go on")
-        rest = json.loads((folder / "optimizer.json").read_text())
-        adapter = load_file(folder / "adapter.safetensors")
-        return Progress(**stored), adapter, _unflatten(load_file(folder / "optimizer.safetensors"), rest)
+        return (Progress(**stored), load_file(folder / "adapter.safetensors"),
+                load_file(folder / "optimizer.safetensors"))
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise UserError(f"{folder} is damaged ({error}); delete that folder to resume from the one before") from None
 
@@ -102,38 +101,6 @@ def drop_after(run: Run, step: int) -> None:
         if later > step:
             shutil.rmtree(run.checkpoint(later), ignore_errors=True)
             run.export_of(later).unlink(missing_ok=True)
-
-
-def _flatten(value: Any, prefix: str = "") -> tuple[dict[str, Tensor], Any]:
-    """Split a nested state into its tensors by path, and the rest with each tensor's path in its place."""
-    if isinstance(value, Tensor):
-        return {prefix: value}, {"tensor": prefix}
-    tensors: dict[str, Tensor] = {}
-    if isinstance(value, Mapping):
-        pairs = []
-        for key, item in value.items():
-            inner, rest = _flatten(item, f"{prefix}/{key}")
-            tensors |= inner
-            pairs.append([key, rest])
-        return tensors, {"dict": pairs}
-    if isinstance(value, (list, tuple)):
-        items = [_flatten(item, f"{prefix}/{index}") for index, item in enumerate(value)]
-        for inner, _ in items:
-            tensors |= inner
-        return tensors, {"list" if isinstance(value, list) else "tuple": [rest for _, rest in items]}
-    return {}, {"value": value}
-
-
-def _unflatten(tensors: Mapping[str, Tensor], rest: Any) -> Any:
-    (kind, value), = rest.items()
-    if kind == "tensor":
-        return tensors[value]
-    if kind == "dict":
-        return {key: _unflatten(tensors, item) for key, item in value}
-    if kind in ("list", "tuple"):
-        items = [_unflatten(tensors, item) for item in value]
-        return items if kind == "list" else tuple(items)
-    return value
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -62,8 +62,7 @@ def train(session: Session, requests: Requests) -> str:
     while progress.step < session.steps and not requests.stop_asked():
         started = time.perf_counter()
         torch.manual_seed(stream(preset.train.seed, progress.step, "dropout"))  # so no random state needs saving
-        lr = preset.train.lr * session.schedule(progress.step)
-        optim.set_lr(optimizer, lr)
+        lr = optim.set_lr(optimizer, session.schedule(progress.step))
 
         loss = torch.zeros((), device=session.device)
         draws = session.order.batch(progress.step)
@@ -189,7 +188,7 @@ def save(session: Session) -> bool:
                       f"{free / 2**20:.0f} MB left; free some space")
         return False
     try:
-        size = checkpoint.save(run, progress, session.adapter.state_dict(), session.optimizer.state_dict())
+        size = checkpoint.save(run, progress, session.adapter.state_dict(), optim.optimizer_state(session.optimizer))
     except OSError as error:
         recorder.note(progress.step, f"no checkpoint at step {progress.step}: {error.strerror or error}; the earlier ones "
                       "are whole. Free some space; the next save tries again")

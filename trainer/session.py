@@ -270,7 +270,7 @@ def _resume(session: Session) -> None:
         return
     progress, state, optimizer = checkpoint.load(run.checkpoint(step))
     session.adapter.load_state_dict(state)
-    session.optimizer.load_state_dict(optimizer)
+    optim.load_optimizer_state(session.optimizer, optimizer)
     if progress.data != session.progress.data:
         session.recorder.note(step, "the data set changed since this run was last trained; it goes on with the new one")
         progress.data = session.progress.data
