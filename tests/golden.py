@@ -90,7 +90,7 @@ def replay(case: Case) -> dict[str, float]:
     adapter.install()
     errors = {"parameters": 0.0, "loss": 0.0, "final": 0.0}
     for step, rate in enumerate(case.rates):
-        set_lr(optimizer, rate / case.rates[0])
+        set_lr(optimizer, rate)
         loss = _train_step(adapter, optimizer, net, case.tensors[f"step{step}/x"], case.tensors[f"step{step}/y"])
         errors["loss"] = max(errors["loss"], _difference(loss, case.tensors[f"step{step}/loss"]))
         errors["parameters"] = max(errors["parameters"], _compare(case, adapter, layers, f"step{step}/param/"))

@@ -40,11 +40,11 @@ def build_optimizer(name: str, adapter: Adapter, *, lr: float, weight_decay: flo
         return _adamw8bit(groups, betas)
     capturable = {"capturable": True} if adapter.skip.is_cuda else {}
     if name == "sgd":
-        optimizer = torch.optim.SGD(groups, momentum=0.9 if momentum is None else momentum, fused=True)
+        optimizer = SGD(groups, momentum=0.9 if momentum is None else momentum, fused=True)
         for leaf in adapter.parameters():
             optimizer.state[leaf]["momentum_buffer"] = torch.zeros_like(leaf)
     else:
-        optimizer = torch.optim.AdamW(groups, betas=betas, fused=True, **capturable)
+        optimizer = AdamW(groups, betas=betas, fused=True, **capturable)
         for leaf in adapter.parameters():  # made now: a first step that is skipped, or captured, finds them ready
             optimizer.state[leaf] = {"step": torch.zeros((), device=leaf.device),
                                      "exp_avg": torch.zeros_like(leaf), "exp_avg_sq": torch.zeros_like(leaf)}
@@ -66,12 +66,13 @@ def _check(name: str, adapter: Adapter, up_lr_ratio: float) -> None:
 
 
 def parameter_groups(adapter: Adapter, lr: float, weight_decay: float, up_lr_ratio: float) -> list[dict]:
-    """One group a role; `lr` is a tensor on the device whose address stays, `initial_lr` what `set_lr` scales."""
+    """One group a role; `lr` is a tensor on the device whose address stays, `initial_lr` is what weight decay refers to."""
     groups = []
     for role, leaves in adapter.parameters_by_role().items():
         decayed = role not in (*adapter.method.manifold, "magnitude")
-        initial = lr * up_lr_ratio if role == "up" else lr
-        groups.append({"params": leaves, "role": role, "initial_lr": initial,
+        ratio = up_lr_ratio if role == "up" else 1.0
+        initial = lr * ratio
+        groups.append({"params": leaves, "role": role, "initial_lr": initial, "ratio": ratio,
                        "lr": torch.tensor(initial, dtype=_lr_dtype(leaves[0]), device=leaves[0].device),
                        "weight_decay": weight_decay if decayed else 0.0})
     return groups
@@ -87,10 +88,47 @@ def _adamw8bit(groups: list[dict], betas: tuple[float, float]) -> Optimizer:
     except (ImportError, OSError, RuntimeError) as error:
         raise UserError(f"train.optimizer = 'adamw8bit' needs the package bitsandbytes, which cannot be loaded here "
                         f"({error}): install it with `pip install bitsandbytes`, or use adamw") from error
-    return AdamW8bit([group | {"lr": group["initial_lr"]} for group in groups], betas=betas)
+    kind = type("EagerAdamW8bit", (InPlaceState, AdamW8bit), {})
+    return kind([group | {"lr": group["initial_lr"]} for group in groups], betas=betas)
 
 
-class StiefelOptimizer(Optimizer):
+class InPlaceState(Optimizer):
+    """Saves an optimizer as flat tensors and restores them in place: no address changes, so a captured graph holds."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """`<group>.<position>.<name>` -> tensor (not copies). Learning rates follow from the step."""
+        tensors = {}
+        for g, group in enumerate(self.param_groups):
+            for p, leaf in enumerate(group["params"]):
+                for name, value in self.state[leaf].items():
+                    tensors[f"{g}.{p}.{name}"] = value if isinstance(value, Tensor) else torch.tensor(value)
+        return tensors
+
+    @torch.no_grad()
+    def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
+        """To the bit; UserError if the state is of another optimizer or adapter."""
+        own = self.state_dict()
+        if own and {key: tensor.shape for key, tensor in own.items()} != {key: t.shape for key, t in tensors.items()}:
+            raise UserError("the saved optimizer state is of another optimizer or adapter: "
+                            "resume with the run's own preset")
+        for key, saved in tensors.items():
+            g, p, name = key.split(".")
+            leaf = self.param_groups[int(g)]["params"][int(p)]
+            if isinstance(self.state[leaf].get(name), Tensor):
+                self.state[leaf][name].copy_(saved)
+            else:  # bitsandbytes makes its state at the first step, and counts steps by a plain number
+                self.state[leaf][name] = saved.item() if name == "step" else saved.to(leaf.device)
+
+
+class AdamW(InPlaceState, torch.optim.AdamW):
+    """torch's fused AdamW."""
+
+
+class SGD(InPlaceState, torch.optim.SGD):
+    """torch's fused SGD with momentum."""
+
+
+class StiefelOptimizer(InPlaceState):
     """The step of Stiefel-LoRA: sign of the momentum for A, a projected step of fixed RMS and QR for B.
 
     Heavy-ball momentum M <- mu M + grad. A -= 0.2 lr sign(M), after weight decay by (wd / r) * (lr / initial lr),
@@ -154,14 +192,13 @@ def build_schedule(name: str, steps: int, warmup: int = 0) -> Callable[[int], fl
     return factor
 
 
-def set_lr(optimizer: Optimizer, factor: float) -> float:
-    """Set every group's learning rate to its initial one times the factor; returns the first group's."""
+def set_lr(optimizer: Optimizer, lr: float) -> None:
+    """Set the learning rate, in place; groups with a ratio of their own (LoRA+) keep it."""
     for group in optimizer.param_groups:
         if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(group["initial_lr"] * factor)
+            group["lr"].fill_(lr * group["ratio"])
         else:
-            group["lr"] = group["initial_lr"] * factor
-    return optimizer.param_groups[-1]["initial_lr"] * factor
+            group["lr"] = lr * group["ratio"]
 
 
 @torch.no_grad()
@@ -172,32 +209,3 @@ def clip_grad_norm(parameters: Sequence[Tensor], max_norm: float) -> Tensor:
     if max_norm > 0:
         torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0))
     return norm
-
-
-# -- state -----------------------------------------------------------------------------------------------------------
-
-
-def optimizer_state(optimizer: Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state as a flat dict of tensors `<group>.<position>.<name>` (not copies)."""
-    tensors = {}
-    for g, group in enumerate(optimizer.param_groups):
-        for p, leaf in enumerate(group["params"]):
-            for name, value in optimizer.state[leaf].items():
-                tensors[f"{g}.{p}.{name}"] = value if isinstance(value, Tensor) else torch.tensor(value)
-    return tensors
-
-
-@torch.no_grad()
-def load_optimizer_state(optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Copy `optimizer_state` back in place, to the bit; UserError if it is of another optimizer."""
-    own = optimizer_state(optimizer)
-    if own and set(own) != set(tensors):
-        raise UserError("the saved optimizer state is of another optimizer or adapter: resume with the run's own preset")
-    for key, saved in tensors.items():
-        g, p, name = key.split(".")
-        leaf = optimizer.param_groups[int(g)]["params"][int(p)]
-        state = optimizer.state[leaf]
-        if isinstance(state.get(name), Tensor):
-            state[name].copy_(saved)
-        else:  # bitsandbytes makes its state at the first step, and counts steps by plain numbers
-            state[name] = saved.item() if name == "step" else saved.to(leaf.device)
