@@ -1,0 +1,148 @@
+"""The header texts of a LoRA file: what UIs show, the preset that made it, and nothing private."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+from trainer import schema
+from trainer.preset import dumps
+from trainer.schema import Preset, Section
+
+# ComfyUI shows no metadata when the header exceeds 1 MiB; the table of tensors takes up to a third of that.
+TAG_BYTES = 256 * 1024
+TAG_LENGTH = 120  # longer "tags" are sentences of a caption
+PRESET_KEY = "stiefel_studio_preset"
+
+
+@dataclass(frozen=True)
+class Base:
+    """What a family is called: by sd-scripts, by Stability's model specification, and whose layout it has."""
+
+    version: str
+    architecture: str
+    implementation: str
+
+
+BASES = {"sd15": Base("sd_v1", "stable-diffusion-v1/lora", "diffusers")}
+PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """What was trained on. Folders go by their names; where they lie is nobody's business."""
+
+    folders: Mapping[str, tuple[int, int]] = field(default_factory=dict)  # name → repeats, images
+    buckets: Mapping[tuple[int, int], int] = field(default_factory=dict)  # width, height → images
+    tags: Mapping[str, Mapping[str, int]] = field(default_factory=dict)  # folder name → tag → count
+
+
+def build(*, preset: Preset, run_name: str, dataset: Dataset, prediction: str, rank: int, steps: int,
+          epochs: int, global_batch: int, started_at: float, finished_at: float) -> dict[str, str]:
+    """The metadata of a file, all strings: sd-scripts' `ss_*`, `modelspec.*` 1.0.1, and the preset as TOML.
+
+    preset: as the run keeps it, complete; prediction: what the base was found to predict, "epsilon" or
+    "v_prediction"; rank: of the file; steps and epochs done; times in seconds since 1970. `writer.save` adds
+    what depends on the file: `ss_output_name` and the hashes.
+    """
+    texts = {
+        **_training(preset, rank),
+        "ss_training_started_at": str(started_at),
+        "ss_training_finished_at": str(finished_at),
+        "ss_steps": str(steps),
+        "ss_max_train_steps": str(steps),
+        "ss_num_epochs": str(epochs),
+        "ss_total_batch_size": str(global_batch),
+        "modelspec.title": preset.output.title or run_name,
+        "modelspec.date": datetime.fromtimestamp(finished_at, UTC).isoformat(timespec="seconds"),
+        "modelspec.prediction_type": PREDICTIONS[prediction],
+        PRESET_KEY: dumps(without_paths(preset)),
+        **_dataset(dataset),
+    }
+    return {key: value for key, value in texts.items() if value}
+
+
+def _training(preset: Preset, rank: int) -> dict[str, str]:
+    """What the preset alone says."""
+    base = BASES[preset.model.family]
+    side, dora = preset.data.resolution, preset.adapter.dora
+    options = {"method": preset.adapter.method} | ({"dora_wd": "True", "wd_on_out": "False"} if dora else {})
+    return {
+        "ss_v2": "False",
+        "ss_base_model_version": base.version,
+        "ss_sd_model_name": last_part(preset.model.base),
+        "ss_network_module": "lycoris.kohya" if dora else "networks.lora",
+        "ss_network_dim": str(rank),
+        "ss_network_alpha": str(float(rank)),
+        "ss_network_args": _json(options),
+        "ss_learning_rate": str(preset.train.lr),
+        "ss_optimizer": preset.train.optimizer,
+        "ss_seed": str(preset.train.seed),
+        "ss_clip_skip": str(preset.model.clip_skip),
+        "ss_resolution": f"({side}, {side})",
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": base.architecture,
+        "modelspec.implementation": base.implementation,
+        "modelspec.resolution": f"{side}x{side}",
+        "modelspec.encoder_layer": str(preset.model.clip_skip),
+        "modelspec.author": preset.output.author,
+        "modelspec.license": preset.output.license,
+        "modelspec.trigger_phrase": preset.data.trigger,
+    }
+
+
+def without_paths(preset: Preset) -> Preset:
+    """The preset with every path cut to its last part."""
+    updates: dict[str, Section] = {}
+    for name in schema.SECTIONS:
+        section = getattr(preset, name)
+        values = {key: getattr(section, key) for key in schema.fields(name) if schema.has_path(name, key)}
+        updates[name] = section.model_copy(update={
+            key: [last_part(v) for v in value] if isinstance(value, list) else last_part(value)
+            for key, value in values.items()})
+    return preset.model_copy(update=updates)
+
+
+def last_part(path: str) -> str:
+    """The name of a file, folder or hub id, however its system writes paths."""
+    return re.split(r"[\\/]", path.rstrip("\\/"))[-1]
+
+
+def _dataset(dataset: Dataset) -> dict[str, str]:
+    """UIs parse these as JSON objects and fail on anything else: what is empty is left out."""
+    folders = {last_part(name): {"n_repeats": repeats, "img_count": images}
+               for name, (repeats, images) in dataset.folders.items()}
+    buckets = {str(i): {"resolution": list(size), "count": count}
+               for i, (size, count) in enumerate(sorted(dataset.buckets.items()))}
+    tags = capped({last_part(name): counts for name, counts in dataset.tags.items()}, TAG_BYTES)
+    found = {"ss_dataset_dirs": folders, "ss_tag_frequency": tags,
+             "ss_bucket_info": {"buckets": buckets} if buckets else {}}
+    images = sum(folder["img_count"] for folder in folders.values())
+    return {key: _json(value) for key, value in found.items() if value} | {"ss_num_train_images": str(images)}
+
+
+def capped(tags: Mapping[str, Mapping[str, int]], limit: int) -> dict[str, dict[str, int]]:
+    """The most frequent tags of all folders that fit into `limit` bytes of the header."""
+    ranked = sorted(((count, folder, tag) for folder, counts in tags.items() for tag, count in counts.items()
+                     if len(tag) <= TAG_LENGTH), key=lambda item: (-item[0], item[1], item[2]))
+    kept: dict[str, dict[str, int]] = {}
+    size = 0
+    for count, folder, tag in ranked:
+        size += _embedded(tag) + len(str(count)) + 2 + (0 if folder in kept else _embedded(folder) + 4)
+        if size > limit:
+            break
+        kept.setdefault(folder, {})[tag] = count
+    return kept
+
+
+def _embedded(text: str) -> int:
+    """Bytes that a JSON string takes inside another JSON string."""
+    return len(_json(_json(text)).encode())
+
+
+def _json(value: Any) -> str:  # noqa: ANN401
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))

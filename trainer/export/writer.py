@@ -1,0 +1,209 @@
+"""Writes an adapter as the LoRA file that ComfyUI, A1111, Forge and diffusers read with the same strength."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import math
+import os
+import shutil
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from trainer.errors import UserError
+from trainer.export import names
+
+Pair = tuple[str, Tensor, Tensor, Tensor | None]  # name, up, down, magnitude
+Parts = tuple[Tensor, Tensor, Tensor | None]
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+CODES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a file holds: size, number of tensors, rank, hash of its weights, modules it has no name for."""
+
+    path: Path
+    bytes: int
+    tensors: int
+    rank: int
+    model_hash: str
+    unmatched: list[str]
+
+
+def write(path: Path, pairs: Iterable[Pair], *, family: str, dtype: str,
+          metadata: Mapping[str, str]) -> Written:
+    """Write `pairs` as `path`, whole or not at all.
+
+    Linear: up [m, r], down [r, n], magnitude [1, n] or None; convolution: up [m, r, 1, 1], down [r, c, k, k],
+    magnitude [1, c, 1, 1]. ΔW = up down, at scale 1. dtype: "fp16", "bf16", "fp32", or "auto" for the
+    family's usual. Every module gets the same rank (the largest, by zeros) and the same alpha (= rank),
+    because diffusers takes one of each for the whole file. `ss_output_name` and the hashes are added to the
+    metadata. Raises `UserError` for weights that are not finite, for nothing to write, and for a full disk.
+    """
+    form = names.FORMATS[family]
+    modules, unmatched = _collect(pairs, family, DTYPES[form.dtype if dtype == "auto" else dtype], path)
+    _complete_clip(modules)
+    rank = max(down.shape[0] for _, down, _ in modules.values())
+    tensors: dict[str, Tensor] = {}
+    for key, (up, down, magnitude) in modules.items():
+        tensors[key + form.up] = _pad(up, 1, rank)
+        tensors[key + form.down] = _pad(down, 0, rank)
+        if form.alpha:
+            tensors[key + form.alpha] = torch.tensor(float(rank))
+        if magnitude is not None and form.dora:
+            tensors[key + form.dora] = magnitude
+    size, digest = save(path, tensors, metadata)
+    return Written(path, size, len(tensors), rank, digest, unmatched)
+
+
+def save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[int, str]:
+    """Write a safetensors file by way of a temporary one; returns (bytes, sha256 of the tensor data).
+
+    Written here and not by `safetensors.save_file`, which shuffles the metadata: the same weights and
+    metadata give the same bytes, the hash can stand in the header, and no second copy of the tensors is made.
+    Adds `ss_output_name`, `sshs_model_hash` and `modelspec.hash_sha256`. Raises `UserError` when the disk is
+    full.
+    """
+    # The order of safetensors itself, wide types first: every tensor stays aligned, and the hash is
+    # everybody's.
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
+    digest = hashlib.sha256()
+    for _, tensor in ordered:
+        digest.update(_bytes(tensor))
+    header = _header(ordered, {**metadata, "ss_output_name": path.stem, "sshs_model_hash": digest.hexdigest(),
+                               "modelspec.hash_sha256": f"0x{digest.hexdigest()}"})
+    size = len(header) + sum(t.numel() * t.element_size() for _, t in ordered)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if shutil.disk_usage(path.parent).free < size:
+        raise _full(path, size)
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(header)
+            for _, tensor in ordered:
+                file.write(_bytes(tensor))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        if error.errno in NO_ROOM:
+            raise _full(path, size) from error
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+    _sync_folder(path.parent)
+    return size, digest.hexdigest()
+
+
+def _collect(pairs: Iterable[Pair], family: str, dtype: torch.dtype,
+             path: Path) -> tuple[dict[str, Parts], list[str]]:
+    """Modules by their key, cast and on the CPU; beside them the names that the family's map lacks."""
+    modules: dict[str, Parts] = {}
+    unmatched: list[str] = []
+    for name, up, down, magnitude in pairs:
+        key = names.key_of(name, family)
+        if key is None:
+            unmatched.append(name)
+            continue
+        modules[key] = _cast(up, down, magnitude, dtype)
+        if not all(t.isfinite().all() for t in modules[key] if t is not None):
+            raise UserError(f"{path.name} was not written: the weights of {name} are not finite numbers. The "
+                            "training has diverged: export an earlier checkpoint, and train with a smaller "
+                            "learning rate.")
+    if not modules:
+        raise UserError(f"{path.name} was not written: the adapter has no module that a {family} file can "
+                        "name. Choose other adapter.targets.")
+    return modules, unmatched
+
+
+def _cast(up: Tensor, down: Tensor, magnitude: Tensor | None, dtype: torch.dtype) -> Parts:
+    up, down = (t.detach().to("cpu", torch.float32) for t in (up, down))
+    if dtype == torch.float16:
+        up, down = _balance(up, down)
+    if magnitude is not None:
+        magnitude = magnitude.detach().to("cpu", dtype).contiguous()
+    return up.to(dtype).contiguous(), down.to(dtype).contiguous(), magnitude
+
+
+def _balance(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+    """Shift a power of two from one factor to the other where fp16 would lose small entries of a young
+    adapter.
+
+    fp16 has full precision from 2^-14 on; a largest entry below 2^-7 leaves too little room under it. ΔW
+    stays exact.
+    """
+    high, low = float(up.abs().amax()), float(down.abs().amax())
+    if not (0.0 < high < math.inf and 0.0 < low < math.inf):
+        return up, down
+    if min(high, low) >= 2.0**-7 and max(high, low) < 2.0**15:
+        return up, down
+    shift = round((math.log2(low) - math.log2(high)) / 2)
+    return torch.ldexp(up, torch.tensor(shift)), torch.ldexp(down, torch.tensor(-shift))
+
+
+def _complete_clip(modules: dict[str, Parts]) -> None:
+    """Give every CLIP layer all four attention projections, zeros where untrained.
+
+    Without `out_proj` diffusers drops a layer's q, k and v; A1111 applies OpenCLIP attention only when it has
+    all four.
+    """
+    for key in list(modules):
+        layer, found, _ = key.rpartition("_self_attn_")
+        if not found or not key.startswith("lora_te"):
+            continue
+        up, down, _ = modules[key]  # CLIP's projections are square and alike
+        for part in names.CLIP_ATTENTION:
+            zeros = torch.zeros_like(up), torch.zeros_like(down), None
+            modules.setdefault(f"{layer}_self_attn_{part}", zeros)
+
+
+def _pad(factor: Tensor, dim: int, rank: int) -> Tensor:
+    """Zeros up to `rank` along `dim`: ΔW stays the same."""
+    missing = rank - factor.shape[dim]
+    if not missing:
+        return factor
+    after = factor.dim() - 1 - dim
+    return F.pad(factor, (0, 0) * after + (0, missing))
+
+
+def _header(ordered: list[tuple[str, Tensor]], metadata: Mapping[str, str]) -> bytes:
+    table: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
+    offset = 0
+    for name, tensor in ordered:
+        end = offset + tensor.numel() * tensor.element_size()
+        table[name] = {"dtype": CODES[tensor.dtype], "shape": list(tensor.shape),
+                       "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name == "nt":  # folders cannot be opened there
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _full(path: Path, size: int) -> UserError:
+    free = shutil.disk_usage(path.parent).free
+    return UserError(f"{path} was not written: it needs {size / 1e6:.1f} MB and the disk has {free / 1e6:.1f} MB "
+                     "free. Make room there and save again; nothing half-written was left behind.")
