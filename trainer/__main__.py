@@ -6,9 +6,8 @@ import argparse
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
@@ -37,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m trainer", description="Train a LoRA from a preset, without the app.")
+    parser = argparse.ArgumentParser(prog="python -m trainer", description="Train a LoRA without the app.")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--preset", metavar="FILE", help="a preset: a file, or the name of one in presets/")
     what.add_argument("--resume", metavar="RUN", type=Path, help="a run's folder: go on where it is")

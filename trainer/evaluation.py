@@ -21,7 +21,7 @@ from trainer.data.order import stream
 from trainer.material import plain_draw
 from trainer.metrics import distances
 from trainer.metrics.features import Extractor, load_extractor
-from trainer.session import Session, free
+from trainer.session import Session, loaded
 
 PICTURES_AT_ONCE = 8  # pixels of this many 512 px images at a time go through the sampler
 FEATURES_AT_ONCE = 16
@@ -89,22 +89,23 @@ def draw_samples(session: Session, step: int, weights: str, prompts: Sequence[st
                            asked=asked, sec=round(time.monotonic() - started, 2))
 
 
-def generate(session: Session, texts: Sequence[str], seeds: Sequence[int], weights: str, phase: str) -> list[Image.Image]:
+def generate(session: Session, texts: Sequence[str], seeds: Sequence[int], weights: str,
+             phase: str) -> list[Image.Image]:
     """One picture a prompt, with the sampler settings of the preset."""
     settings, resolution = session.preset.sample, session.preset.data.resolution
     width, height = settings.width or resolution, settings.height or resolution
     at_once = max(1, PICTURES_AT_ONCE * 512 * 512 // (width * height))
     pictures: list[Image.Image] = []
-    with torch.no_grad(), session.vae() as vae:
+    with torch.no_grad(), loaded(session.family.load_vae, session.base, session.device) as vae:
         session.use(weights)
         for start in range(0, len(texts), at_once):
             session.guard()
             part = list(texts[start : start + at_once])
             pictures += sample.sample(
                 session.family, session.denoiser, vae, session.objective, conditioning=session.conditioning(part),
-                negative=session.conditioning([settings.negative] * len(part)), seeds=list(seeds[start : start + at_once]),
-                steps=settings.steps, guidance=settings.guidance, width=width, height=height, device=session.device,
-                dtype=session.dtype, should_stop=session.guard)
+                negative=session.conditioning([settings.negative] * len(part)),
+                seeds=list(seeds[start : start + at_once]), steps=settings.steps, guidance=settings.guidance,
+                width=width, height=height, device=session.device, dtype=session.dtype, should_stop=session.guard)
             session.recorder.phase(phase, len(pictures), len(texts))
     return pictures
 
@@ -125,7 +126,6 @@ def measure_distance(session: Session, step: int) -> None:
     pictures = generate(session, texts, seeds, session.shown_weights, "generating images for KID and FID")
     result = distances.measure(reference, _features(extractor, pictures), training, extractor=extractor)
     before = distances.measure(reference, base, extractor=extractor)
-    free(session.device)
     session.recorder.event("distance", step=step, **result, base_kid=before["kid"], base_kid_low=before["kid_low"],
                            base_kid_high=before["kid_high"], base_fd=before["fd"])
     session.recorder.scalars(step, {"eval/kid": result["kid"], "eval/fd": result["fd"]})

@@ -190,8 +190,8 @@ def save(session: Session) -> bool:
     try:
         size = checkpoint.save(run, progress, session.adapter.state_dict(), optim.optimizer_state(session.optimizer))
     except OSError as error:
-        recorder.note(progress.step, f"no checkpoint at step {progress.step}: {error.strerror or error}; the earlier ones "
-                      "are whole. Free some space; the next save tries again")
+        recorder.note(progress.step, f"no checkpoint at step {progress.step}: {error.strerror or error}; the "
+                      "earlier ones are whole. Free some space; the next save tries again")
         return False
     recorder.event("checkpoint", step=progress.step, path=str(run.checkpoint(progress.step).relative_to(run.path)),
                    bytes=size, sec=round(time.perf_counter() - started, 3))
@@ -206,7 +206,8 @@ def _finish(session: Session, requests: Requests) -> str:
     run, progress = session.run, session.progress
     done = progress.step >= session.steps
     if not run.checkpoint(progress.step).exists() and progress.step and not save(session):
-        raise UserError(f"{run.path}: the last checkpoint could not be written (see the notes); free some space and resume")
+        raise UserError(f"{run.path}: the last checkpoint could not be written (see the notes); free some space, "
+                        "then resume")
     if progress.step:
         publish(session, run.result)
     if done:

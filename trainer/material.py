@@ -1,4 +1,4 @@
-"""What a run trains and is measured on: images, captions, buckets and order, with their cached latents and embeddings."""
+"""What a run trains and is measured on: images, captions, buckets and order."""
 
 from __future__ import annotations
 

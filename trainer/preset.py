@@ -104,7 +104,8 @@ def complete(preset: Preset, folder: Path) -> Preset:
     for section, model in schema.SECTIONS.items():
         for key in model.model_fields:
             if schema.has_path(section, key):
-                updates.setdefault(section, {})[key] = _absolute(getattr(getattr(preset, section), key), folder, hub=section == "model")
+                value = getattr(getattr(preset, section), key)
+                updates.setdefault(section, {})[key] = _absolute(value, folder, hub=section == "model")
     return preset.model_copy(update={
         name: getattr(preset, name).model_copy(update=values) for name, values in updates.items()})
 

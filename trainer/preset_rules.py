@@ -1,4 +1,7 @@
-"""What single settings cannot say: which of them fit together.  Each rule sees the sections that are right in themselves."""
+"""What single settings cannot say: which of them fit together.
+
+Each rule sees the sections that are right in themselves.
+"""
 
 from __future__ import annotations
 
@@ -56,15 +59,15 @@ def _one_holdout(sections: Mapping[str, Any]) -> list[Problem]:
 def _no_effect(sections: Mapping[str, Any]) -> list[Problem]:
     """Settings that would have no effect are faults, not silence."""
     data, train = sections.get("data"), sections.get("train")
-    problems = []
-    if data is not None and data.crop == "center" and data.crop_variants != schema.Data.model_fields["crop_variants"].default:
-        problems.append(Problem("data.crop_variants", "has no effect with data.crop = 'center'; take it out"))
-    if data is not None and not data.shuffle_tags and \
-            data.caption_variants != schema.Data.model_fields["caption_variants"].default:
-        problems.append(Problem("data.caption_variants", "has no effect without data.shuffle_tags; take it out"))
-    if train is not None and train.loss == "mse" and train.huber_delta != schema.Train.model_fields["huber_delta"].default:
-        problems.append(Problem("train.huber_delta", "has no effect with train.loss = 'mse'; take it out"))
-    return problems
+    idle: list[tuple[str, Any, str]] = []
+    if data is not None and data.crop == "center":
+        idle.append(("data.crop_variants", data.crop_variants, "with data.crop = 'center'"))
+    if data is not None and not data.shuffle_tags:
+        idle.append(("data.caption_variants", data.caption_variants, "without data.shuffle_tags"))
+    if train is not None and train.loss == "mse":
+        idle.append(("train.huber_delta", train.huber_delta, "with train.loss = 'mse'"))
+    return [Problem(where, f"has no effect {when}; take it out") for where, value, when in idle
+            if value != schema.fields(where.split(".")[0])[where.split(".")[1]].default]
 
 
 RULES: tuple[Callable[[Mapping[str, Any]], list[Problem]], ...] = (

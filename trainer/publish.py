@@ -3,25 +3,68 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from pathlib import Path
 
-from trainer.checkpoint import Progress
+from trainer import captions
 from trainer.errors import UserError
-from trainer.export import metadata, verify, writer
+from trainer.events import EventReader
+from trainer.export import metadata, names, verify, writer
 from trainer.session import Session
 
 
 def publish(session: Session, path: Path) -> None:
-    """Export the adapter to `path`; an `export` event carries the verdict of reading the file back."""
-    preset, weights = session.preset, session.shown_weights
-    dtype = preset.output.dtype if preset.output.dtype != "auto" else session.family.EXPORT_DTYPE
+    """Export the adapter to `path`; an `export` event carries the verdict of reading the file back.
+
+    Raises `UserError` when the file does not hold what was trained.
+    """
+    family, weights = session.preset.model.family, session.shown_weights
+    form, chosen = names.FORMATS[family], session.preset.output.dtype
+    dtype = form.dtype if chosen == "auto" else chosen
     path.parent.mkdir(exist_ok=True)
-    written = writer.write(path, session.adapter.pairs(weights), family=preset.model.family, dtype=dtype,
-                           metadata=facts(session, path.stem))
-    comparison = verify.compare(path, session.adapter.pairs(weights), family=preset.model.family)
+    written = writer.write(path, session.adapter.pairs(weights), family=family, dtype=dtype,
+                           metadata=_header(session))
+    comparison = verify.compare(path, session.adapter.pairs(weights), family=family)
+    unmatched = [*written.unmatched, *comparison.unmatched]
     session.recorder.event(
-        "export", step=session.progress.step, path=str(path.relative_to(session.run.path)), format=written.format,
+        "export", step=session.progress.step, path=path.relative_to(session.run.path).as_posix(), format=form.name,
         weights=weights, dtype=dtype, bytes=written.bytes, worst_rel_error=comparison.worst_rel_error,
-        unmatched=comparison.unmatched, zero=comparison.zero)
-    if comparison.unmatched:
-        raise UserError(f"{path}: the exported file does not hold the trained adapter: {comparison.unmatched[:5]}")
+        unmatched=unmatched, zero=comparison.zero)
+    if unmatched:
+        raise UserError(f"{path}: the exported file does not hold all of the trained adapter: "
+                        + ", ".join(unmatched[:5]))
+
+
+def _header(session: Session) -> dict[str, str]:
+    """The file's metadata: what was trained, on what, how."""
+    preset, progress, train = session.preset, session.progress, session.preset.train
+    return metadata.build(
+        family=preset.model.family, run_name=session.run.name, preset_text=session.run.preset.read_text("utf-8"),
+        method=preset.adapter.method, rank=preset.adapter.rank, dora=preset.adapter.dora, dataset=_dataset(session),
+        base_name=session.base.name, prediction=session.objective.prediction_type, resolution=preset.data.resolution,
+        clip_skip=preset.model.clip_skip, trigger=preset.data.trigger, steps=progress.step,
+        epochs=progress.step // session.order.steps_per_epoch, batch_size=progress.global_batch, lr=train.lr,
+        optimizer=train.optimizer, seed=train.seed, started_at=_started(session), finished_at=time.time(),
+        title=preset.output.title, author=preset.output.author, license=preset.output.license)
+
+
+def _dataset(session: Session) -> metadata.Dataset:
+    """What was trained on, by folder: images, repeats, tags; and by bucket."""
+    tags: dict[str, Counter[str]] = {}
+    images: Counter[str] = Counter()
+    repeats: dict[str, int] = {}
+    for item in session.latents.items:
+        folder = item.path.parent.name
+        tags.setdefault(folder, Counter()).update(captions.split_tags(item.caption))
+        images[folder] += 1
+        repeats[folder] = item.repeats
+    return metadata.Dataset(folders={name: (repeats[name], images[name]) for name in images},
+                            buckets=Counter(session.latents.sizes), tags=tags)
+
+
+def _started(session: Session) -> float:
+    """When the run first began, in seconds since 1970."""
+    for event in EventReader(session.run.events).read():
+        if event["kind"] == "start":
+            return event["t"]
+    return time.time()

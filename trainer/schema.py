@@ -1,4 +1,6 @@
-"""Every setting there is, with its limits, default and help text: preset files, `--set` and the app's form come from here.
+"""Every setting there is, with its limits, default and help text.
+
+Preset files, `--set` and the app's form all come from here.
 
 A field's `json_schema_extra` may carry `advanced` (folded away in the form), `follows` (shown, never typed),
 `kind` ("path", "text": how the form draws it) and `path` ("input": made absolute when a run begins).
@@ -50,7 +52,7 @@ class Model(Section):
     vae: str = setting("", "Another VAE: folder or .safetensors file. Empty: the base's own.", path=True, advanced=True)
     text_encoder: str = setting("", "Another text encoder: folder or .safetensors file. Empty: the base's own.",
                                 path=True, advanced=True)
-    tokenizer: str = setting("", "A tokenizer folder. Empty: the base's own, else the CLIP tokenizer that comes with us.",
+    tokenizer: str = setting("", "A tokenizer folder. Empty: the base's own, else the CLIP tokenizer that ships.",
                              path=True, advanced=True)
     prediction: Literal["auto", "epsilon", "v_prediction"] = setting(
         "auto", "What the base predicts. auto: read from the base, as far as it says.", advanced=True)
@@ -62,9 +64,9 @@ class Data(Section):
     folder: Folders = setting(..., "Folder with images and their .txt captions, or a list of folders. "
                               "A folder called 5_name counts each image five times.", path=True)
     repeats: int = setting(1, "How often an epoch shows each image, on top of a folder's own number.", ge=1, le=1000)
-    resolution: int = setting(512, "Side of a square image of the trained area, in pixels. Other shapes get the same area.",
+    resolution: int = setting(512, "Side of a square image, in pixels. Images of other shapes get the same area.",
                               ge=64, le=4096, multiple_of=8)
-    buckets: bool = setting(True, "Group images by aspect ratio instead of cropping all of them to squares.", advanced=True)
+    buckets: bool = setting(True, "Group images by aspect ratio instead of cropping all to squares.", advanced=True)
     crop: Literal["center", "random"] = setting("center", "Which part stays when an image does not fit its bucket.",
                                                 advanced=True)
     crop_variants: int = setting(4, "How many random crops of each image are cached.", advanced=True, ge=1, le=64)
@@ -72,9 +74,10 @@ class Data(Section):
     trigger: str = setting("", "Trigger word: put before every caption that does not already have it.")
     caption_dropout: Fraction = setting(0.0, "Share of samples trained without their caption.")
     shuffle_tags: bool = setting(False, "Shuffle comma-separated tags.")
-    keep_tags: int = setting(1, "How many first tags stay in place when tags are shuffled (the trigger word is one).",
+    keep_tags: int = setting(1, "How many first tags stay in place when shuffled (the trigger word is one).",
                              advanced=True, ge=0, le=100)
-    caption_variants: int = setting(8, "How many shuffled orders of each caption are cached.", advanced=True, ge=1, le=256)
+    caption_variants: int = setting(8, "How many shuffled orders of each caption are cached.", advanced=True,
+                                  ge=1, le=256)
 
 
 class Adapter(Section):
@@ -86,7 +89,8 @@ class Adapter(Section):
     init: Literal["default", "pissa", "olora", "random", "zero", "pseudo-zero", "svd-major", "svd-minor"] = setting(
         "default", "How the factors start. default: the method's own. lora: pissa, olora. "
         "stella: random, zero, pseudo-zero, svd-major, svd-minor.", advanced=True)
-    dora: bool = setting(False, "Add a trained magnitude per input column (DoRA). diffusers cannot read it.", advanced=True)
+    dora: bool = setting(False, "Add a trained magnitude per input column (DoRA). diffusers cannot read it.",
+                         advanced=True)
     retraction: Literal["default", "polar", "exponential", "qr"] = setting(
         "default", "How a factor returns to the manifold. stella: polar or exponential. stiefel: qr.", advanced=True)
     targets: list[Literal["attention", "feed_forward", "projection", "text_encoder"]] = setting(
@@ -149,22 +153,24 @@ class Evaluate(Section):
     images: int = setting(12, "Held-out images in the validation loss.", advanced=True, ge=1, le=4096)
     quantiles: int = setting(4, "Fixed timesteps at which each is measured.", advanced=True, ge=1, le=20)
     distance: Literal["auto", "inception", "efflite0", "off"] = setting(
-        "auto", "Extractor for KID and FID. auto: Inception when its weights are on this machine, else EfficientNet-Lite0.",
+        "auto", "Extractor for KID and FID. auto: Inception if its weights are here, else EfficientNet-Lite0.",
         advanced=True)
-    generate: int = setting(24, "Images generated from held-out captions for KID and FID.", advanced=True, ge=4, le=50_000)
-    distance_every: int = setting(0, "Measure KID and FID every so many steps; 0: only at the end.", advanced=True, ge=0)
+    generate: int = setting(24, "Images generated from held-out captions for KID and FID.", advanced=True,
+                            ge=4, le=50_000)
+    distance_every: int = setting(0, "Measure KID and FID every so many steps; 0: only at the end.", advanced=True,
+                                  ge=0)
     inception_weights: str = setting("", "Inception weights file. Empty: looked for in torch's cache.", path=True,
                                      advanced=True)
 
 
 class Output(Section):
-    dtype: Literal["auto", "fp16", "bf16", "fp32"] = setting("auto", "Precision of the exported file. auto: the family's usual.",
-                                                             advanced=True)
+    dtype: Literal["auto", "fp16", "bf16", "fp32"] = setting(
+        "auto", "Precision of the exported file. auto: the family's usual.", advanced=True)
     save_every: int = setting(250, "Checkpoint every so many steps; 0: by minutes only.", ge=0)
     save_minutes: float = setting(10.0, "And every so many minutes; 0: by steps only.", ge=0.0)
     keep: int = setting(3, "How many checkpoints stay, beside the best and the pinned.", ge=1, le=1000)
-    weights: Literal["auto", "ema", "raw"] = setting("auto", "Which weights are exported, sampled and validated. auto: the EMA when there is one.",
-                                                     advanced=True)
+    weights: Literal["auto", "ema", "raw"] = setting(
+        "auto", "Which weights are exported, sampled and validated. auto: the EMA when there is one.", advanced=True)
     title: str = setting("", "Title in the file's metadata. Empty: the run's name.", advanced=True)
     author: str = setting("", "Author in the file's metadata.", advanced=True)
     license: str = setting("", "Licence in the file's metadata.", advanced=True)

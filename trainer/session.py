@@ -66,8 +66,8 @@ class Session:
         """Mean training loss of one micro-batch; a function of the draws alone, and of the adapter."""
         train = self.preset.train
         latents = self.latents.latents(draws, self.device)  # b c h w
-        noise, timesteps = self.objective.draw(noise_seeds(draws, train.seed), latents.shape, self.device, latents.dtype,
-                                               offset_noise=train.offset_noise)
+        noise, timesteps = self.objective.draw(noise_seeds(draws, train.seed), latents.shape, self.device,
+                                               latents.dtype, offset_noise=train.offset_noise)
         texts = ["" if draw.caption < 0 else self.captions[draw.item][draw.caption] for draw in draws]
         prediction = self.predict(latents, noise, timesteps, self.conditioning(texts))
         target = self.objective.target(latents, noise, timesteps)
@@ -106,16 +106,6 @@ class Session:
         """The weights that exports, samples and validation use."""
         chosen = self.preset.output.weights
         return chosen if chosen != "auto" else ("ema" if self.preset.train.ema_decay > 0 else "raw")
-
-    @contextmanager
-    def vae(self) -> Iterator[nn.Module]:
-        """The VAE on the device, for as long as it is needed."""
-        vae = self.family.load_vae(self.base, self.device, torch.float32)
-        try:
-            yield vae
-        finally:
-            del vae
-            free(self.device)
 
     def _encode_more(self, texts: list[str]) -> None:
         """Prompts that came during the run: the text encoder is loaded for them alone."""
@@ -165,8 +155,8 @@ def build_adapter(preset: Preset, family: ModuleType, denoiser: nn.Module, text_
     models = {"unet": denoiser} | ({} if text_encoder is None else {"text_encoder": text_encoder})
     targets = family.adapter_targets(models, chosen.targets)
     adapter = adapters.build(targets, method=chosen.method, rank=chosen.rank, init=chosen.init, dora=chosen.dora,
-                             retraction=chosen.retraction, dropout=chosen.dropout, seed=preset.train.seed, device=device,
-                             ema_decay=preset.train.ema_decay or None)
+                             retraction=chosen.retraction, dropout=chosen.dropout, seed=preset.train.seed,
+                             device=device, ema_decay=preset.train.ema_decay or None)
     adapter.install()
     return adapter
 
@@ -185,7 +175,7 @@ def pick_device(preset: Preset) -> torch.device:
     if name.startswith("cuda"):
         index = int(name.partition(":")[2] or 0)
         if index >= torch.cuda.device_count():
-            raise UserError(f"memory.device = {name!r}: torch sees {torch.cuda.device_count()} CUDA GPUs on this machine; "
+            raise UserError(f"memory.device = {name!r}: torch sees {torch.cuda.device_count()} CUDA GPUs here; "
                             "choose another, or 'auto'")
         return torch.device("cuda", index)
     if name != "auto":
@@ -204,11 +194,17 @@ def pick_dtype(preset: Preset) -> torch.dtype:
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
-def free(device: torch.device) -> None:
-    """Give back what was held for a model that is gone."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+@contextmanager
+def loaded(load: Callable[..., Any], base: Any, device: torch.device) -> Iterator[Any]:
+    """A part of the base in fp32 on the device, for as long as it is needed; its memory is given back after."""
+    held = [load(base, device, torch.float32)]
+    try:
+        yield held[0]
+    finally:
+        held.clear()
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 def fill_texts(texts: TextStore, family: ModuleType, base: Any, device: torch.device, recorder: Recorder,
@@ -217,16 +213,14 @@ def fill_texts(texts: TextStore, family: ModuleType, base: Any, device: torch.de
     if not texts.missing():
         return
     recorder.phase("loading the text encoder")
-    encoder = family.load_text_encoder(base, device, torch.float32)
+    with loaded(family.load_text_encoder, base, device) as encoder:
 
-    def encode(prompts: list[str]) -> dict[str, Tensor]:
-        guard()
-        with torch.no_grad():
-            return family.encode_prompts(encoder, prompts)
+        def encode(prompts: list[str]) -> dict[str, Tensor]:
+            guard()
+            with torch.no_grad():
+                return family.encode_prompts(encoder, prompts)
 
-    texts.fill(encode, ENCODE_BATCH, lambda done, of: recorder.phase("caching captions", done, of))
-    del encoder
-    free(device)
+        texts.fill(encode, ENCODE_BATCH, lambda done, of: recorder.phase("caching captions", done, of))
 
 
 def _prepare_text(preset: Preset, family: ModuleType, base: Any, material: Material, cache: Cache, device: torch.device,
@@ -244,18 +238,16 @@ def _prepare_latents(family: ModuleType, base: Any, material: Material, cache: C
               material.latent_store(material.held, cache, base.vae_id, LATENT_DTYPE, training=False))
     if any(store.missing() for store in stores):
         recorder.phase("loading the VAE")
-        vae = family.load_vae(base, device, torch.float32)
+        with loaded(family.load_vae, base, device) as vae:
 
-        def encode(pixels: Tensor) -> Tensor:
-            guard()
-            with torch.no_grad():
-                return family.encode_images(vae, pixels.to(device))
+            def encode(pixels: Tensor) -> Tensor:
+                guard()
+                with torch.no_grad():
+                    return family.encode_images(vae, pixels.to(device))
 
-        for store, name in zip(stores, ("caching latents", "caching held-out latents")):
-            store.fill(encode, ENCODE_BATCH, lambda done, of, name=name: recorder.phase(name, done, of),
-                       should_stop=lambda: False, on_skip=material.skip)  # `encode` looks for a stop itself
-        del vae
-        free(device)
+            for store, name in zip(stores, ("caching latents", "caching held-out latents")):
+                store.fill(encode, ENCODE_BATCH, lambda done, of, name=name: recorder.phase(name, done, of),
+                           should_stop=lambda: False, on_skip=material.skip)  # `encode` looks for a stop itself
     return stores
 
 

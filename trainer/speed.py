@@ -29,7 +29,7 @@ def remember(session: Session) -> None:
 
 
 def recall(workspace: Path, preset: Preset, device: str) -> dict[str, Any] | None:
-    """Seconds per step (`sec`) and bytes (`vram_peak`) of the same work on the same device, if it was ever done here."""
+    """Seconds per step (`sec`) and bytes (`vram_peak`) of the same work on the same device, if done here before."""
     return _read(_path(workspace)).get(_key(preset, device))
 
 
@@ -48,8 +48,8 @@ def _key(preset: Preset, device: str) -> str:
     """What a step's time depends on."""
     adapter, train = preset.adapter, preset.train
     return " ".join(str(part) for part in (
-        device, preset.model.family, Path(preset.model.base).name, preset.data.resolution, train.batch_size, train.grad_accum,
-        train.precision, adapter.method, adapter.rank, adapter.dora, *sorted(adapter.targets),
+        device, preset.model.family, Path(preset.model.base).name, preset.data.resolution, train.batch_size,
+        train.grad_accum, train.precision, adapter.method, adapter.rank, adapter.dora, *sorted(adapter.targets),
         preset.memory.gradient_checkpointing))
 
 
