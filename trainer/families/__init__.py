@@ -1,0 +1,13 @@
+"""Kinds of base model by name: each module says what differs between models, in functions of the same names."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from types import ModuleType
+
+_MODULES = {"sd15": "trainer.families.sd15"}
+
+
+def get(name: str) -> ModuleType:
+    """The module of a family, imported when first asked for."""
+    return import_module(_MODULES[name])

@@ -1,0 +1,129 @@
+"""CLIP as a text encoder: the tokenizer that comes with us, and prompts of any length encoded in chunks."""
+
+from __future__ import annotations
+
+import gzip
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from trainer.errors import UserError
+from trainer.families.tensors import Part, TensorInfo, count_numbered, fill, mapped_tensors
+
+_MERGES = Path(__file__).parent / "configs" / "clip_merges.txt.gz"
+VOCAB_SIZE = 49408  # of the tokenizer that comes with us
+# Where single files keep a CLIP-L: A1111 and ComfyUI checkpoints, ComfyUI's saved encoders.
+PREFIXES = ("cond_stage_model.transformer.", "text_encoders.clip_l.transformer.", "clip_l.transformer.")
+
+
+def _printable_bytes() -> list[str]:
+    """The characters that stand for the 256 bytes in byte-level BPE, in the order of OpenAI's vocabulary."""
+    plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    return [chr(byte) for byte in plain] + [chr(256 + i) for i in range(256 - len(plain))]
+
+
+@cache
+def _bundled_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
+    lines = gzip.decompress(_MERGES.read_bytes()).decode().splitlines()
+    merges = [tuple(line.split()) for line in lines]
+    letters = _printable_bytes()
+    tokens = [
+        *letters,
+        *(letter + "</w>" for letter in letters),
+        *("".join(merge) for merge in merges),
+        "<|startoftext|>",
+        "<|endoftext|>",
+    ]
+    return {token: number for number, token in enumerate(tokens)}, merges
+
+
+def load_tokenizer(folder: Path | None) -> CLIPTokenizer:
+    """The tokenizer of a folder (tokenizer.json, or vocab.json and merges.txt); without one, OpenAI's.
+
+    Raises UserError when the folder has no CLIP tokenizer.
+    """
+    if folder is None:
+        vocabulary, merges = _bundled_vocabulary()
+        return CLIPTokenizer(vocab=dict(vocabulary), merges=list(merges), model_max_length=77)
+    try:
+        return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(
+            f"{folder} has no CLIP tokenizer that can be read ({error}): it needs tokenizer.json, or "
+            f"vocab.json and merges.txt"
+        ) from None
+
+
+def canonical(name: str) -> str:
+    """A CLIP tensor's or module's name as `text_model.…`: transformers from 5.6 on leaves that word out."""
+    return name if name.startswith("text_model.") else f"text_model.{name}"
+
+
+def text_config(tensors: Mapping[str, TensorInfo], template: Mapping[str, Any]) -> dict[str, Any]:
+    """`template` with the sizes that a CLIP text model's shapes tell (canonical names). Heads are 64 wide, as in all
+    of CLIP's text models."""
+    tokens = tensors["text_model.embeddings.token_embedding.weight"].shape
+    width = tokens[1]
+    return dict(template) | {
+        "vocab_size": tokens[0],
+        "hidden_size": width,
+        "num_attention_heads": max(1, width // 64),
+        "num_hidden_layers": count_numbered(tensors, r"text_model\.encoder\.layers\.(\d+)\."),
+        "intermediate_size": tensors["text_model.encoder.layers.0.mlp.fc1.weight"].shape[0],
+        "max_position_embeddings": tensors["text_model.embeddings.position_embedding.weight"].shape[0],
+        "bos_token_id": tokens[0] - 2,
+        "eos_token_id": tokens[0] - 1,
+    }
+
+
+class ClipTextEncoder(nn.Module):
+    """A CLIP text model with its tokenizer: prompts in, the hidden states that condition a UNet out."""
+
+    def __init__(self, model: CLIPTextModel, tokenizer: CLIPTokenizer, clip_skip: int = 1) -> None:
+        super().__init__()
+        self.model, self.tokenizer, self.clip_skip = model, tokenizer, clip_skip
+
+    @property
+    def body(self) -> nn.Module:
+        """The module with `embeddings`, `encoder` and `final_layer_norm`, whatever transformers' version."""
+        return getattr(self.model, "text_model", self.model)
+
+    def chunks(self, prompt: str) -> list[list[int]]:
+        """A prompt's tokens in chunks of the model's length (77), each with start, end and padding."""
+        room = self.model.config.max_position_embeddings - 2
+        tokens = self.tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
+        pieces = [tokens[i : i + room] for i in range(0, len(tokens), room)] or [[]]
+        start, end, pad = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
+        return [[start, *piece, end, *[pad] * (room - len(piece))] for piece in pieces]
+
+    def forward(self, prompts: Sequence[str]) -> Tensor:
+        """Hidden states (b, 77 · chunks, d) in the model's dtype, after the final layer norm.
+
+        Each chunk is encoded on its own and the chunks are joined, so that no prompt is cut. Prompts of one call have
+        as many chunks as the longest of them: the others end in chunks of the empty prompt.
+        """
+        chunked = [self.chunks(prompt) for prompt in prompts]
+        longest = max(len(chunks) for chunks in chunked)
+        empty = self.chunks("")
+        ids = torch.tensor([chunks + empty * (longest - len(chunks)) for chunks in chunked])  # b k 77
+        device = self.body.embeddings.token_embedding.weight.device
+        states = self.model(ids.flatten(0, 1).to(device), output_hidden_states=True).hidden_states[-self.clip_skip]
+        states = self.body.final_layer_norm(states)  # b*k 77 d
+        return states.reshape(len(prompts), -1, states.shape[-1])
+
+
+def load_text_model(part: Part, device: torch.device | str, dtype: torch.dtype) -> CLIPTextModel:
+    """A CLIP text model, frozen, from a part whose tensors have any of CLIP's namings."""
+    with init_empty_weights(include_buffers=False):
+        model = CLIPTextModel(CLIPTextConfig.from_dict(part.config))
+    by_canonical_name = {canonical(name): tensor for name, tensor in mapped_tensors(part).items()}
+    weights = {
+        name: by_canonical_name[canonical(name)] for name in model.state_dict() if canonical(name) in by_canonical_name
+    }
+    return fill(model, weights, device, dtype, part.source)

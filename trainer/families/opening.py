@@ -1,0 +1,76 @@
+"""The way from what a preset names (folder, file or hub id) to a base model's parts, reading headers only."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from trainer.errors import UserError
+from trainer.families import hub
+from trainer.families.folders import component, explain_no_model, is_complete, read_json
+from trainer.families.ldm import VAE_PREFIX, vae_config
+from trainer.families.recognise import KINDS, file_kind, folder_kind
+from trainer.families.tensors import Header, Part, TensorInfo, read_header, without_prefix
+
+
+def locate(base: str, components: Collection[str]) -> Path:
+    """The folder or file that `base` names; a hub id is downloaded unless the cache has its `components`."""
+    if not hub.is_hub_id(base):
+        path = Path(base).expanduser()
+        if not path.exists():
+            raise UserError(
+                f"there is no folder or file {base}: model.base must be a diffusers folder, a "
+                f".safetensors file or a hub id such as someone/some-model"
+            )
+        return path
+    folder = hub.cached(base)
+    if folder and is_complete(folder, components):
+        return folder
+    return hub.download(base, [*components, "tokenizer", "tokenizer_2", "scheduler"])
+
+
+def open_folder(folder: Path, kind: str, components: Collection[str]) -> dict[str, Part]:
+    """The `components` of a diffusers folder of the given kind. Raises UserError saying what it is instead."""
+    if not (folder / "model_index.json").is_file():
+        raise explain_no_model(folder)
+    unet = folder / "unet" / "config.json"
+    found = folder_kind(read_json(folder / "model_index.json"), read_json(unet) if unet.is_file() else None)
+    if found == "other" and (folder / "unet").is_dir():
+        raise UserError(f"there is no file {unet}: the model folder is not complete")
+    _check_kind(folder, found, kind)
+    return {name: component(folder / name) for name in components}
+
+
+def open_file(file: Path, kind: str) -> Header:
+    """The header of a single file of the given kind. Raises UserError saying what it is instead."""
+    header = read_header(file)
+    _check_kind(file, file_kind(header.tensors), kind)
+    return header
+
+
+def _check_kind(path: Path, found: str, wanted: str) -> None:
+    if found != wanted:
+        raise UserError(
+            f"{path} is {KINDS[found]}, and the preset's model.family needs {KINDS[wanted]}: choose another model.base"
+        )
+
+
+def vae_from_file(file: Path, template: Mapping[str, Any]) -> Part:
+    """A VAE kept as one file, in LDM or diffusers names. Raises UserError when the file has none."""
+    tensors = read_header(file).tensors
+    return vae_part(file, without_prefix(tensors, VAE_PREFIX) or tensors, template)
+
+
+def vae_part(file: Path, tensors: Mapping[str, TensorInfo], template: Mapping[str, Any]) -> Part:
+    """The VAE that these tensors are (names without prefix), its config completed from their shapes."""
+    layout = "diffusers" if any("down_blocks." in name for name in tensors) else "ldm"
+    names = {
+        name: info
+        for name, info in tensors.items()
+        if name.startswith(("encoder.", "decoder.", "quant_conv.", "post_quant_conv."))
+    }
+    try:
+        return Part(file, vae_config(names, layout, template), names, layout)
+    except (KeyError, AttributeError, ValueError):
+        raise UserError(f"{file} has no VAE of this kind: choose another model.vae") from None
