@@ -40,10 +40,10 @@ class Cache:
         except FileNotFoundError:
             return None
         try:
-            metadata, body = _parts(data)
-            if metadata.get("crc32") == _checksum(body):
+            metadata, checksum = _checksum(data)
+            if metadata.get("crc32") == checksum:
                 return safetensors.torch.load(data)
-        except (SafetensorError, ValueError, KeyError):
+        except (SafetensorError, ValueError, AttributeError):  # no JSON, or JSON of another shape
             pass
         path.unlink(missing_ok=True)
         return None
@@ -51,9 +51,9 @@ class Cache:
     def put(self, key: str, tensors: dict[str, Tensor]) -> None:
         """Store tensors under a key, whole or not at all.  Raises `UserError` when the disk refuses."""
         plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-        _, body = _parts(safetensors.torch.save(plain))
+        _, checksum = _checksum(safetensors.torch.save(plain))
         try:
-            write_atomic(self._path(key), safetensors.torch.save(plain, {"crc32": _checksum(body)}))
+            write_atomic(self._path(key), safetensors.torch.save(plain, {"crc32": checksum}))
         except OSError as error:
             raise UserError(f"the cache in {self.root} cannot be written: {error.strerror}; free some space, "
                             "or choose another workspace with --workspace") from error
@@ -62,12 +62,10 @@ class Cache:
         return self.root / key[:2] / f"{key}.safetensors"
 
 
-def _parts(data: bytes) -> tuple[dict[str, str], memoryview]:
-    """Metadata and tensor bytes of a safetensors file (8 bytes of header length, JSON header, tensors)."""
+def _checksum(data: bytes) -> tuple[dict[str, str], str]:
+    """Metadata of a safetensors file (8 bytes of header length, JSON header, tensors); CRC-32 of all the rest."""
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8:8 + length])
-    return header.get("__metadata__", {}), memoryview(data)[8 + length:]
-
-
-def _checksum(body: memoryview) -> str:
-    return f"{zlib.crc32(body):08x}"
+    metadata = header.pop("__metadata__", {})
+    names = zlib.crc32(json.dumps(header, sort_keys=True).encode())
+    return metadata, f"{zlib.crc32(memoryview(data)[8 + length:], names):08x}"
