@@ -74,7 +74,7 @@ def load(folder: Path) -> tuple[Progress, dict[str, Tensor], dict[str, Tensor]]:
             raise UserError(f"{folder} was written by a newer version of this program; update it to go on")
         return (Progress(**stored), load_file(folder / "adapter.safetensors"),
                 load_file(folder / "optimizer.safetensors"))
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise UserError(f"{folder} is damaged ({error}); delete that folder to resume from the one before") from None
 
 
@@ -105,8 +105,12 @@ def drop_after(run: Run, step: int) -> None:
 
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Every tensor by itself: safetensors refuses shared memory."""
-    save_file({key: value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-               for key, value in tensors.items()}, path)
+    copies = {key: value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+              for key, value in tensors.items()}
+    try:
+        save_file(copies, path)
+    except SafetensorError as error:  # it hides the system's error, such as a full disk, in its text
+        raise OSError(str(error)) from error
     with open(path, "rb+") as file:
         os.fsync(file.fileno())
 

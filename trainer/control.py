@@ -18,7 +18,7 @@ class Requests:
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        self._stop = False
+        self._stop = self._interrupted = False
         self._old: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Requests:
@@ -42,6 +42,7 @@ class Requests:
             raise Stopped
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self._stop:
+        if number == signal.SIGINT and self._interrupted:
             raise KeyboardInterrupt
+        self._interrupted = self._interrupted or number == signal.SIGINT
         self._stop = True

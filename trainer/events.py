@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -26,10 +27,14 @@ class EventWriter:
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - lives as long as the run
 
     def write(self, kind: str, **fields: Any) -> None:
-        """Append one event; `t` is unix time in seconds."""
+        """Append one event; `t` is unix time in seconds.  Raises `OSError` when the disk is full."""
         event = {"t": round(time.time(), 3), "kind": kind, **fields}
-        line = json.dumps(_finite(event), ensure_ascii=False, separators=(",", ":"))
-        self._file.write(line.encode() + b"\n")
+        text = json.dumps(_finite(event), ensure_ascii=False, separators=(",", ":"))
+        line = text.encode(errors="replace") + b"\n"  # file names may hold what is not UTF-8
+        written = self._file.write(line)
+        if written < len(line):  # a full disk; half a line would spoil the next one too
+            os.ftruncate(self._file.fileno(), os.fstat(self._file.fileno()).st_size - written)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self._file.name)
 
     def close(self) -> None:
         self._file.close()
@@ -40,14 +45,17 @@ class EventReader:
 
     def __init__(self, path: Path, offset: int = 0) -> None:
         self.path, self.offset = path, offset
+        self._inode: int | None = None
 
     def read(self) -> list[Event]:
         """The events that came since the last call; an unreadable line is passed over."""
         try:
             with open(self.path, "rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                if size < self.offset:
+                facts = os.fstat(file.fileno())
+                size = facts.st_size
+                if size < self.offset or self._inode not in (None, facts.st_ino):
                     self.offset = 0
+                self._inode = facts.st_ino
                 file.seek(self.offset)
                 chunk = file.read(size - self.offset)
         except FileNotFoundError:
@@ -108,7 +116,7 @@ def _parse(block: bytes) -> Iterator[Event]:
             event = json.loads(line)
         except ValueError:
             continue
-        if isinstance(event, dict):
+        if isinstance(event, dict) and "kind" in event:
             yield event
 
 

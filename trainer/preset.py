@@ -50,10 +50,14 @@ def load(path: Path, overrides: Iterable[str] = ()) -> Preset:
 def parse(text: str, name: str, overrides: Iterable[str] = ()) -> Preset:
     """The checked preset of a TOML text; `name` stands in the messages."""
     data = _toml(text, name)
+    typed = {_override(item)[0]: item for item in overrides}
     given = dict(_override(item) for item in overrides)
-    problems = [Problem("", f"{key} = …: settings stand in sections, as section.key") for key, value in data.items()
-                if not isinstance(value, dict) and key != "version"]
-    data = migrate(data)
+    problems = [Problem(f".{key}", "stands outside of a section; write it as section.key")
+                for key, value in data.items() if not isinstance(value, dict) and key != "version"]
+    try:
+        data = migrate(data)
+    except UserError as error:
+        raise UserError(_line(Problem(".version", str(error)), text, name, typed)) from None
     version = data.pop("version", schema.SCHEMA_VERSION)
     sections = {key: dict(value) for key, value in data.items() if isinstance(value, dict)}
     for (section, key), value in given.items():
@@ -61,7 +65,7 @@ def parse(text: str, name: str, overrides: Iterable[str] = ()) -> Preset:
     preset, found = check(sections)
     problems += found
     if problems or preset is None:
-        raise UserError("\n".join(_line(problem, text, name, given) for problem in problems))
+        raise UserError("\n".join(_line(problem, text, name, typed) for problem in problems))
     return preset.model_copy(update={"version": version})
 
 
@@ -76,8 +80,7 @@ def check(sections: Mapping[str, Mapping[str, Any]]) -> tuple[Preset | None, lis
         try:
             checked[name] = model.model_validate(values)
         except ValidationError as error:
-            faults = [_problem(name, item, values) for item in error.errors()]
-            problems += {fault.where: fault for fault in reversed(faults)}.values()  # a union says it once a member
+            problems += _problems(name, error)
     problems += [problem for rule in RULES for problem in rule(checked)]
     return (None if problems else Preset(**checked)), list(dict.fromkeys(problems))
 
@@ -86,7 +89,7 @@ def migrate(data: dict[str, Any]) -> dict[str, Any]:
     """Bring the data of an older schema up to date; refuse one from the future."""
     version = data.get("version", schema.SCHEMA_VERSION)
     if not isinstance(version, int) or not 1 <= version <= schema.SCHEMA_VERSION:
-        raise UserError(f"version: this preset has version {version!r}, and this program knows 1 to "
+        raise UserError(f"this preset has version {version!r}, and this program knows 1 to "
                         f"{schema.SCHEMA_VERSION}; update the program, or take the line out")
     return dict(data)
 
@@ -183,7 +186,7 @@ def check_resume(before: Preset, after: Preset) -> None:
 def read_text(path: Path) -> str:
     """A preset's text; a plain message for a file that cannot be read."""
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return path.read_bytes().decode("utf-8-sig")  # as bytes, so that Windows line ends stay as they are
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
     except OSError as error:
@@ -215,34 +218,47 @@ def _check_alpha(values: dict[str, Any]) -> list[Problem]:
     """alpha is derived from rank; one that says otherwise is refused."""
     rank = values.get("rank", schema.Adapter.model_fields["rank"].default)
     alpha = values.pop("alpha", 0)
-    if isinstance(rank, int):
+    if isinstance(rank, int) and not isinstance(rank, bool):
         values["alpha"] = rank
     if alpha in (0, rank) and not isinstance(alpha, bool):
         return []
     return [Problem("adapter.alpha", f"alpha must equal rank ({rank}), not {alpha!r}; leave it out ({ALPHA_REASON})")]
 
 
-def _problem(section: str, item: Any, values: Mapping[str, Any]) -> Problem:
+def _problems(section: str, error: ValidationError) -> list[Problem]:
+    """One problem a setting.  A union complains once a member: the one that came furthest is what was meant."""
+    by_key: dict[Any, list[Any]] = {}
+    for item in error.errors():
+        by_key.setdefault(item["loc"][:1], []).append(item)
+    return [_problem(section, max(items, key=lambda item: (len(item["loc"]), not item["type"].endswith("_type"))))
+            for items in by_key.values()]
+
+
+def _problem(section: str, item: Any) -> Problem:
     key = str(item["loc"][0]) if item["loc"] else ""
     where = f"{section}.{key}" if key else section
     if item["type"] == "extra_forbidden":
         return Problem(where, "no such key." + _nearest(key, schema.SECTIONS[section].model_fields))
+    if item["type"] == "no_switch":
+        return Problem(where, item["msg"])
     if item["type"] == "missing":
         return Problem(where, "is missing. " + (schema.SECTIONS[section].model_fields[key].description or ""))
     inner = f" (item {item['loc'][-1] + 1})" if isinstance(item["loc"][-1], int) else ""
-    message = item["msg"].replace("Input should be", "should be")
+    message = re.sub(r"^(Input|List|String) should", "should", item["msg"])
+    message = re.sub(r" after validation, not \d+$", "", message)
     choices = _nearest(item["input"], re.findall(r"'([^']+)'", message)) if item["type"] == "literal_error" else ""
     return Problem(where, f"{message}{inner}, not {item['input']!r}.{choices}")
 
 
-def _line(problem: Problem, text: str, name: str, given: Mapping[tuple[str, str], Any]) -> str:
-    """The problem with its place: `--set …` or file and line."""
+def _line(problem: Problem, text: str, name: str, typed: Mapping[tuple[str, str], str]) -> str:
+    """The problem with its place: `--set …` as it was typed, or file and line (".key" stands before any section)."""
     section, _, key = problem.where.partition(".")
-    if (section, key) in given:
-        return f"--set {problem.where}={given[section, key]}: {problem.text}"
     line = _find_line(text, section, key)
+    for place, item in typed.items():
+        if place == (section, key) or (place[0] == section and not key and line is None):
+            return f"--set {item}: {problem.text}"
     place = f"{name}:{line}" if line else name
-    return f"{place}: {problem.where}: {problem.text}" if problem.where else f"{place}: {problem.text}"
+    return f"{place}: {problem.where.lstrip('.')}: {problem.text}"
 
 
 def _find_line(text: str, section: str, key: str) -> int | None:
@@ -272,6 +288,6 @@ def _absolute(value: str | list[str], folder: Path, hub: bool) -> str | list[str
     for base in (folder, Path.cwd()):
         if (base / path).exists():
             return str((base / path).resolve())
-    is_hub_id = hub and re.fullmatch(r"[\w.-]+/[\w.-]+", value) is not None
+    is_hub_id = hub and re.fullmatch(r"\w[\w.-]*/[\w.-]+", value) is not None
     return value if is_hub_id else str((Path.cwd() / path).absolute())
 

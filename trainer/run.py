@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -170,8 +171,12 @@ def create(workspace: Path, name: str, preset_text: str) -> Run:
     except FileExistsError:
         raise UserError(f"there is already a run called {name!r}. To go on with it: "
                         f"python -m trainer --resume {run.path}. For a new one give another --name.") from None
-    run.control.mkdir()
-    write_atomic(run.preset, preset_text.encode())
+    try:
+        run.control.mkdir()
+        write_atomic(run.preset, preset_text.encode())
+    except OSError:  # a full disk: the name stays free
+        shutil.rmtree(run.path, ignore_errors=True)
+        raise
     return run
 
 
@@ -190,8 +195,9 @@ def list_runs(workspace: Path) -> list[Run]:
 
 
 def free_name(workspace: Path, stem: str) -> str:
-    """`stem`, or the first of stem-2, stem-3 … that no run has."""
-    stem = re.sub(r"[^A-Za-z0-9 ._-]+", "-", stem).strip(" .-_") or "run"
+    """`stem` made a possible name, or the first of stem-2, stem-3 … that no run has."""
+    stem = re.sub(r"[^A-Za-z0-9 ._-]+", "-", stem).strip(" .-_")[:90].rstrip(" .") or "run"
+    stem = f"run-{stem}" if _is_reserved(stem) else stem
     name, number = stem, 1
     while (workspace / "runs" / name).exists():
         number += 1
@@ -201,13 +207,19 @@ def free_name(workspace: Path, stem: str) -> str:
 
 def check_name(name: str) -> None:
     """A run's name is a folder's name on every system; `UserError` otherwise."""
-    if not NAME.fullmatch(name) or name != name.rstrip(" .") or name.split(".")[0].lower() in RESERVED:
+    if not NAME.fullmatch(name) or name != name.rstrip(" .") or _is_reserved(name):
         raise UserError(f"{name!r} cannot be a run's name: use letters, digits, '.', '_', '-' and blanks, "
                         "starting with a letter or digit, at most 100 characters")
 
 
+def _is_reserved(name: str) -> bool:
+    return name.split(".")[0].rstrip().lower() in RESERVED
+
+
 def _living(last: Event, step: int, steps: int, now: float) -> State:
     quiet = now - last.get("t", now)
+    if last["kind"] == "end":  # of the time before: this trainer has not said anything yet
+        return State("starting", "starting", step, steps, alive=True)
     if last["kind"] == "paused":
         return State("paused", f"paused at step {step}", step, steps, alive=True)
     if quiet > SILENCE:

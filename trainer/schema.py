@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 
 SCHEMA_VERSION = 1
 
@@ -38,8 +39,17 @@ class Problem(NamedTuple):
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """pydantic would take true for 1."""
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+            raise PydanticCustomError("no_switch", "should not be true or false")
+        return value
 
-Folders = Annotated[str, Field(min_length=1)] | list[Annotated[str, Field(min_length=1)]]
+
+Name = Annotated[str, Field(min_length=1)]
+Folders = Name | Annotated[list[Name], Field(min_length=1)]
 Method = Literal["lora", "stiefel", "stella", "trilora"]
 Rate = Annotated[float, Field(gt=0.0, le=10.0)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
