@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from trainer.adapters.bank import Adapter
-from trainer.adapters.manifold_step import ManifoldStep
+from trainer.adapters.step_rule import ManifoldRule, PairPreconditioner
 from trainer.errors import UserError
 from trainer.manifold import qr_retraction, tangent_projection
 
@@ -35,19 +35,12 @@ def build_optimizer(name: str, adapter: Adapter, *, lr: float, weight_decay: flo
         return StiefelOptimizer(adapter, groups, weight_decay, 0.95 if momentum is None else momentum, cautious,
                                 gradient_weight)
     if set(adapter.method.manifold) == {"up"}:
-        adapter.manifold_step = ManifoldStep(adapter.on_manifold(), "qr", 0.0)
+        adapter.step_rule = ManifoldRule(adapter.on_manifold(), "qr", 0.0)
+    if name == "scaled_adamw":
+        adapter.step_rule = PairPreconditioner(adapter.leaves, adapter.layout)
     if name == "adamw8bit":
-        return _adamw8bit(groups, betas)
-    capturable = {"capturable": True} if adapter.skip.is_cuda else {}
-    if name == "sgd":
-        optimizer = SGD(groups, momentum=0.9 if momentum is None else momentum, fused=True)
-        for leaf in adapter.parameters():
-            optimizer.state[leaf]["momentum_buffer"] = torch.zeros_like(leaf)
-    else:
-        optimizer = AdamW(groups, betas=betas, fused=True, **capturable)
-        for leaf in adapter.parameters():  # made now: a first step that is skipped, or captured, finds them ready
-            optimizer.state[leaf] = {"step": torch.zeros((), device=leaf.device),
-                                     "exp_avg": torch.zeros_like(leaf), "exp_avg_sq": torch.zeros_like(leaf)}
+        return _adamw8bit(groups, betas, adapter.skip)
+    optimizer = _sgd(groups, momentum) if name == "sgd" else _adamw(groups, betas, adapter.skip.is_cuda)
     optimizer.found_inf = adapter.found_inf  # torch's fused kernels leave state and weights alone where it is 1
     return optimizer
 
@@ -82,14 +75,41 @@ def _lr_dtype(leaf: Tensor) -> torch.dtype:
     return torch.float64 if leaf.dtype == torch.float64 or leaf.device.type == "cpu" else torch.float32
 
 
-def _adamw8bit(groups: list[dict], betas: tuple[float, float]) -> Optimizer:
+def _adamw(groups: list[dict], betas: tuple[float, float], on_gpu: bool) -> Optimizer:
+    optimizer = AdamW(groups, betas=betas, fused=True, capturable=on_gpu)
+    optimizer._warned_capturable_if_run_uncaptured = True  # the first steps run eagerly, as they should
+    for group in groups:
+        for leaf in group["params"]:  # made now: a first step that is skipped, or captured, finds them ready
+            optimizer.state[leaf] = {"step": torch.zeros((), device=leaf.device),
+                                     "exp_avg": torch.zeros_like(leaf), "exp_avg_sq": torch.zeros_like(leaf)}
+    return optimizer
+
+
+def _sgd(groups: list[dict], momentum: float | None) -> Optimizer:
+    optimizer = SGD(groups, momentum=0.9 if momentum is None else momentum, fused=True)
+    for group in groups:
+        for leaf in group["params"]:
+            optimizer.state[leaf]["momentum_buffer"] = torch.zeros_like(leaf)
+    return optimizer
+
+
+def _adamw8bit(groups: list[dict], betas: tuple[float, float], skip: Tensor) -> Optimizer:
     try:
         from bitsandbytes.optim import AdamW8bit
     except (ImportError, OSError, RuntimeError) as error:
         raise UserError(f"train.optimizer = 'adamw8bit' needs the package bitsandbytes, which cannot be loaded here "
                         f"({error}): install it with `pip install bitsandbytes`, or use adamw") from error
-    kind = type("EagerAdamW8bit", (InPlaceState, AdamW8bit), {})
-    return kind([group | {"lr": group["initial_lr"]} for group in groups], betas=betas)
+
+    class EagerAdamW8bit(InPlaceState, AdamW8bit):
+        """Knows no device flag, so it asks the host whether to skip; its step cannot be captured."""
+
+        capturable_step = False
+
+        def step(self) -> None:
+            if not skip.item():
+                super().step()
+
+    return EagerAdamW8bit([group | {"lr": group["initial_lr"]} for group in groups], betas=betas)
 
 
 class InPlaceState(Optimizer):

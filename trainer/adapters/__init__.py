@@ -11,7 +11,7 @@ from trainer.adapters.bank import Adapter
 from trainer.adapters.dora import Magnitude
 from trainer.adapters.layout import Layout
 from trainer.adapters.lora import LoRA
-from trainer.adapters.manifold_step import ManifoldStep
+from trainer.adapters.step_rule import ManifoldRule
 from trainer.adapters.stella import StelLA, TriLoRA
 from trainer.adapters.stiefel import StiefelLoRA
 from trainer.adapters.target import Target, check_targets
@@ -53,5 +53,5 @@ def build(targets: Sequence[Target], *, method: str, rank: int, init: str = "def
         factors = adapter.on_manifold()
         median = statistics.median(size for target in targets for size in (target.rows, target.columns))
         name = "polar" if retraction == "default" else retraction
-        adapter.manifold_step = ManifoldStep(factors, name, median if scale_dim is None else scale_dim)
+        adapter.step_rule = ManifoldRule(factors, name, median if scale_dim is None else scale_dim)
     return adapter

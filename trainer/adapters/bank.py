@@ -10,7 +10,7 @@ from torch import Tensor
 from trainer.adapters import dora, layer, state, transfer
 from trainer.adapters.layout import Layout
 from trainer.adapters.lora import LoRA, Stacks
-from trainer.adapters.manifold_step import ManifoldStep
+from trainer.adapters.step_rule import StepRule
 from trainer.adapters.stella import StelLA
 
 
@@ -32,12 +32,13 @@ class Adapter:
         self.leaves = {key: leaf.requires_grad_() for key, leaf in leaves.items()}
         for leaf in self.leaves.values():
             leaf.grad = torch.zeros_like(leaf)
-        self.manifold_step: ManifoldStep | None = None
+        self.step_rule: StepRule | None = None
         self.skip = torch.zeros((), dtype=torch.bool, device=device)
         self.found_inf = torch.zeros((), dtype=torch.float32, device=device)  # the same, as torch's optimizers read it
         self.skipped_in_a_row = torch.zeros((), dtype=torch.int64, device=device)
         self.updates = torch.zeros((), dtype=torch.float32, device=device)  # steps taken, for the average's warm-up
-        self.pruned: Tensor | None = None  # diagonal S only: which singular values were cut
+        core = self.leaves.get("core")  # with a diagonal S: which singular values were cut, [layers, r]
+        self.pruned = torch.zeros_like(core, dtype=torch.bool) if core is not None and core.ndim == 2 else None
         with torch.no_grad():
             pair = self.pair_stacks()
             self.start = {key: pair[key].to(torch.bfloat16) for key in pair}  # only for measuring drift
@@ -66,7 +67,7 @@ class Adapter:
         stacks = self.pair_stacks(weights)
         gains = [None] * len(self.layout.targets)
         if self.magnitude is not None:
-            gains = self.magnitude.gains(stacks, self._values(weights))
+            gains = self.magnitude.gains(stacks, self.values(weights))
         stacks = {key: stack.to(dtype) for key, stack in stacks.items()}
         downs, ups = self.layout.by_layer(stacks, "down"), self.layout.by_layer(stacks, "up")
         for target, down, up, gain in zip(self.layout.targets, downs, ups, gains):
@@ -74,13 +75,14 @@ class Adapter:
 
     def pair_stacks(self, weights: str = "raw") -> Stacks:
         """Stacks `up.<m>` [L, m, r'] and `down.<n>` [L, n, r'] of the exported pair, with the frozen start pair."""
-        values = self._values(weights)
+        values = self.values(weights)
         pair = self.method.pair(values) if weights == "raw" else {key: values[key] for key in self.layout.pair_shapes()}
         if self.frozen is None:
             return pair
         return {key: torch.cat([stack, self.frozen[key]], dim=-1) for key, stack in pair.items()}
 
-    def _values(self, weights: str) -> Stacks:
+    def values(self, weights: str) -> Stacks:
+        """Leaves ("raw"), or averaged pair and magnitudes ("ema")."""
         if weights == "raw":
             return self.leaves
         if weights != "ema" or self.ema is None:
@@ -119,14 +121,31 @@ class Adapter:
         self.skipped_in_a_row.add_(1).mul_(bad)
 
     def before_step(self) -> None:
-        """What the manifold asks before `optimizer.step()`."""
-        if self.manifold_step is not None:
-            self.manifold_step.before()
+        """What the method asks before `optimizer.step()`, after clipping."""
+        if self.step_rule is not None:
+            self.step_rule.before()
 
+    @torch.no_grad()
     def after_step(self) -> None:
-        """What the manifold asks after `optimizer.step()`."""
-        if self.manifold_step is not None:
-            self.manifold_step.after(self.skip)
+        """What the method asks after `optimizer.step()`."""
+        if self.step_rule is not None:
+            self.step_rule.after(self.skip)
+        if self.pruned is not None:
+            self.leaves["core"].masked_fill_(self.pruned, 0.0)
+
+    @torch.no_grad()
+    def prune(self, average_rank: float) -> None:
+        """Cut the smallest singular values of a diagonal S, over all layers, down to an average rank; for good.
+
+        Adaptive rank as AdaLoRA has it (Zhang et al. 2023), by |sigma|; every layer keeps its largest. The budget
+        of a step comes from `stella.rank_budget`.
+        """
+        size = self.leaves["core"].abs().masked_fill(self.pruned, -1.0)
+        size.scatter_(1, size.argmax(1, keepdim=True), torch.inf)
+        kept = max(len(size), round(average_rank * len(size)))
+        if kept < size.numel():
+            self.pruned |= size < size.flatten().topk(kept).values[-1]
+            self.leaves["core"].masked_fill_(self.pruned, 0.0)
 
     @torch.no_grad()
     def ema_update(self) -> None:

@@ -19,12 +19,17 @@ Pair = tuple[str, Tensor, Tensor, Tensor | None]
 
 @torch.no_grad()
 def export(adapter: Adapter, weights: str) -> Iterator[Pair]:
-    """Pairs in fp32 (fp64 for an fp64 bank); convolutions as up [m, r', 1, 1], down [r', c, k, k], magnitude [1, c, 1, 1]."""
+    """Exact pairs of every layer; a pruned adapter comes at the highest rank that a layer has kept, padded by zeros.
+
+    In fp32 (fp64 for an fp64 bank); convolutions as up [m, r', 1, 1], down [r', c, k, k], magnitude [1, c, 1, 1].
+    """
     stacks = adapter.pair_stacks(weights)
-    values = adapter._values(weights)
+    values, columns = adapter.values(weights), _kept_columns(adapter)
     for number, target in enumerate(adapter.layout.targets):
         up = adapter.layout.slot(stacks, "up", number)
         down = adapter.layout.slot(stacks, "down", number).t()
+        if columns is not None:
+            up, down = up[:, columns[number]], down[columns[number]]
         magnitude = None
         if adapter.magnitude is not None:
             key = f"magnitude.{target.inputs}"
@@ -34,6 +39,18 @@ def export(adapter: Adapter, weights: str) -> Iterator[Pair]:
             down = down.reshape(-1, target.inputs, *target.module.kernel_size)
             magnitude = None if magnitude is None else magnitude[:, :, None, None]
         yield target.name, up.contiguous(), down.contiguous(), magnitude
+
+
+def _kept_columns(adapter: Adapter) -> Tensor | None:
+    """For a pruned adapter: which columns of each layer to write, the kept ones first, equally many for all."""
+    if adapter.pruned is None or not adapter.pruned.any():
+        return None
+    pruned = adapter.pruned[adapter.layout.order("up", adapter.pruned.device)]
+    columns = pruned.int().argsort(dim=1, stable=True)[:, : int((~pruned).sum(1).max())]
+    if adapter.frozen is not None:
+        fixed = torch.arange(adapter.layout.rank, 2 * adapter.layout.rank, device=columns.device)
+        columns = torch.cat([columns, fixed.expand(len(columns), -1)], dim=1)
+    return columns
 
 
 @torch.no_grad()

@@ -1,0 +1,178 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from trainer import manifold
+
+DTYPES = [torch.float32, torch.float64]
+LIMIT = {torch.float32: 1e-6, torch.float64: 1e-12}
+RETRACTIONS = [manifold.polar_retraction, manifold.qr_retraction, manifold.exponential_map]
+
+
+def point(dim: int, rank: int, dtype: torch.dtype = torch.float64, count: int = 2, seed: int = 0) -> Tensor:
+    noise = torch.randn(count, dim, rank, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+    return manifold.orthonormalize(noise)
+
+
+def tangent(x: Tensor, length: float, seed: int = 1) -> Tensor:
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed), dtype=x.dtype)
+    delta = manifold.tangent_projection(x, noise)
+    return delta * (length / torch.linalg.matrix_norm(delta, keepdim=True))
+
+
+sizes = st.integers(1, 12).flatmap(lambda rank: st.tuples(st.integers(rank + 1, 60), st.just(rank)))
+lengths = st.floats(1e-6, 0.69)
+bounded = settings(max_examples=40, deadline=None, derandomize=True)
+
+
+@bounded
+@given(sizes, st.sampled_from(DTYPES))
+def test_the_projection_is_tangent_and_idempotent(size, dtype):
+    x = point(*size, dtype)
+    once = tangent(x, 1.0)
+    assert (x.mT @ once + once.mT @ x).abs().max() <= 4 * LIMIT[dtype]
+    assert (manifold.tangent_projection(x, once) - once).abs().max() <= LIMIT[dtype]
+
+
+@bounded
+@given(sizes, lengths, st.sampled_from(DTYPES), st.sampled_from(RETRACTIONS))
+def test_retractions_end_on_the_manifold_in_the_dtype_of_the_input(size, length, dtype, retract):
+    x = point(*size, dtype)
+    y = retract(x, tangent(x, length))
+    assert y.dtype == dtype
+    assert manifold.orthogonality_error(y) <= LIMIT[dtype]
+
+
+@bounded
+@given(sizes, st.sampled_from(RETRACTIONS))
+def test_retractions_are_exact_to_first_order(size, retract):
+    x = point(*size)
+    t = 1e-4
+    gap = (retract(x, tangent(x, t)) - x - tangent(x, t)).abs().max()
+    assert gap <= 2 * t**2
+
+
+@bounded
+@given(sizes, lengths)
+def test_the_polar_retraction_is_the_polar_factor_of_the_svd(size, length):
+    x = point(*size)
+    delta = tangent(x, length)
+    left, _, right = torch.linalg.svd(x + delta, full_matrices=False)
+    assert (manifold.polar_retraction(x, delta) - left @ right).abs().max() <= 1e-12
+
+
+@bounded
+@given(sizes, lengths)
+def test_the_qr_retraction_is_householder_qr_with_positive_diagonal(size, length):
+    x = point(*size)
+    delta = tangent(x, length)
+    q, r = torch.linalg.qr(x + delta)
+    expected = q * r.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)
+    assert (manifold.qr_retraction(x, delta) - expected).abs().max() <= 1e-12
+
+
+@bounded
+@given(sizes, lengths)
+def test_the_exponential_map_is_the_canonical_geodesic(size, length):
+    x = point(*size)
+    delta = tangent(x, length)
+    a = x.mT @ delta
+    q, r = torch.linalg.qr(delta - x @ a)
+    turn = torch.cat([torch.cat([a, -r.mT], -1), torch.cat([r, torch.zeros_like(r)], -1)], -2)
+    expected = (torch.cat([x, q], -1) @ torch.matrix_exp(turn))[..., : size[1]]
+    assert (manifold.exponential_map(x, delta) - expected).abs().max() <= 1e-12
+
+
+@pytest.mark.parametrize("step, retract", [(manifold.polar_step, manifold.polar_retraction),
+                                           (manifold.exponential_step, manifold.exponential_map)])
+def test_a_whole_step_is_scaling_projection_and_retraction_in_turn(step, retract):
+    x = point(40, 6)
+    tentative = x + 0.05 * torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(3))
+    expected = retract(x, manifold.tangent_projection(x, 0.7 * (tentative - x)))
+    assert (step(x, tentative, 0.7) - expected).abs().max() <= 1e-13
+
+
+def test_the_riemannian_gradient_gives_every_tangent_direction_its_derivative():
+    x, grad = point(30, 4), torch.randn(2, 30, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    direction, gradient = tangent(x, 1.0), manifold.riemannian_gradient(x, grad)
+    half = torch.eye(30, dtype=x.dtype) - x @ x.mT / 2  # canonical metric: <a, b> = tr(a^T (I - X X^T / 2) b)
+    inner = (gradient * (half @ direction)).sum((-2, -1))
+    assert torch.allclose(inner, (grad * direction).sum((-2, -1)), atol=1e-12)
+    assert (x.mT @ gradient + gradient.mT @ x).abs().max() <= 1e-12
+
+
+@pytest.mark.parametrize("step", [manifold.polar_step, manifold.exponential_step])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_broken_update_leaves_only_its_own_matrix_where_it_was(step, bad):
+    x = point(20, 3, torch.float32, count=3)
+    tentative = x + 0.01
+    tentative[1, 4, 2] = bad
+    y = step(x, tentative, 1.0)
+    assert torch.equal(y[1], x[1])
+    assert not torch.equal(y[0], x[0])
+    assert manifold.orthogonality_error(y) <= 1e-6
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("step", [manifold.polar_step, manifold.exponential_step])
+def test_a_huge_update_still_ends_on_the_manifold(step, dtype):
+    x = point(50, 8, dtype)
+    y = step(x, x + 30 * torch.randn(x.shape, dtype=dtype, generator=torch.Generator().manual_seed(2)), 1.0)
+    assert manifold.orthogonality_error(y) <= LIMIT[dtype]
+    assert not torch.equal(y, x)
+
+
+def test_ten_thousand_steps_do_not_drift_from_the_manifold():
+    x, generator = point(24, 4, torch.float32), torch.Generator().manual_seed(0)
+    for _ in range(10_000):
+        x = manifold.polar_step(x, x + 0.01 * torch.randn(x.shape, generator=generator))
+    assert manifold.orthogonality_error(x) <= 1e-6
+
+
+@pytest.mark.parametrize("step", [manifold.polar_step, manifold.exponential_step,
+                                  lambda x, p: manifold.qr_retraction(x, manifold.tangent_projection(x, p - x))])
+def test_rank_128_stays_on_the_manifold(step):
+    x, generator = point(640, 128, torch.float32, count=1), torch.Generator().manual_seed(0)
+    for _ in range(20):
+        x = step(x, x + 1e-3 * torch.randn(x.shape, generator=generator))
+    assert manifold.orthogonality_error(x) <= 1e-6
+
+
+def test_an_fp32_gram_keeps_within_its_own_limit(monkeypatch):
+    monkeypatch.setattr(manifold, "_fp64_gram", lambda tall: False)
+    x, generator = point(1280, 64, torch.float32, count=1), torch.Generator().manual_seed(0)
+    for _ in range(10):
+        x = manifold.polar_step(x, x + 1e-3 * torch.randn(x.shape, generator=generator))
+    assert manifold.orthogonality_error(x) <= 2e-6
+
+
+def test_a_start_off_the_manifold_is_mended_in_one_step():
+    x = point(320, 16, torch.float32).to(torch.bfloat16).float()
+    assert manifold.orthogonality_error(x) > 1e-4
+    assert manifold.orthogonality_error(manifold.polar_step(x, x + 1e-4)) <= 1e-6
+
+
+def test_autocast_and_reduced_precision_do_not_reach_the_manifold():
+    x = point(40, 5, torch.float32)
+    expected = manifold.polar_step(x, x + 0.01)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            result = manifold.polar_step(x, x + 0.01)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert torch.equal(result, expected)
+
+
+def test_orthonormalize_finds_the_nearest_and_completes_a_deficient_rank():
+    x = torch.randn(2, 30, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    left, _, right = torch.linalg.svd(x, full_matrices=False)
+    assert (manifold.orthonormalize(x) - left @ right).abs().max() <= 1e-12
+    x[0, :, 1] = x[0, :, 2]
+    assert manifold.orthogonality_error(manifold.orthonormalize(x)) <= 1e-12
+    assert manifold.orthogonality_error(manifold.orthonormalize(torch.zeros(1, 9, 3))) <= 1e-6
