@@ -77,15 +77,15 @@ def save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str])
     # The order of safetensors itself, wide types first: every tensor stays aligned, and the hash is
     # everybody's.
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
+    size = sum(t.numel() * t.element_size() for _, t in ordered)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if shutil.disk_usage(path.parent).free < size:
+        raise _full(path, size)
     digest = hashlib.sha256()
     for _, tensor in ordered:
         digest.update(_bytes(tensor))
     header = _header(ordered, {**metadata, "ss_output_name": path.stem, "sshs_model_hash": digest.hexdigest(),
                                "modelspec.hash_sha256": f"0x{digest.hexdigest()}"})
-    size = len(header) + sum(t.numel() * t.element_size() for _, t in ordered)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if shutil.disk_usage(path.parent).free < size:
-        raise _full(path, size)
     temporary = path.with_name(f".{path.name}.partial")
     try:
         with open(temporary, "wb") as file:
@@ -102,7 +102,7 @@ def save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str])
     finally:
         temporary.unlink(missing_ok=True)
     _sync_folder(path.parent)
-    return size, digest.hexdigest()
+    return len(header) + size, digest.hexdigest()
 
 
 def _collect(pairs: Iterable[Pair], family: str, dtype: torch.dtype,
