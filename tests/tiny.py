@@ -57,7 +57,7 @@ def train(net: nn.Module, adapter: Adapter, optimizer: torch.optim.Optimizer, st
         loss = net(batch(step, dtype)).square().mean()
         loss.backward()
         take_step(adapter, optimizer, loss)
-    return float(loss)
+    return loss.item()
 
 
 def take_step(adapter: Adapter, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:

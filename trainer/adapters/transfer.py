@@ -38,7 +38,8 @@ def export(adapter: Adapter, weights: str) -> Iterator[Pair]:
             up = up[:, :, None, None]
             down = down.reshape(-1, target.inputs, *target.module.kernel_size)
             magnitude = None if magnitude is None else magnitude[:, :, None, None]
-        yield target.name, up.contiguous(), down.contiguous(), magnitude
+        contiguous = torch.contiguous_format
+        yield (target.name, up.clone(memory_format=contiguous), down.clone(memory_format=contiguous), magnitude)
 
 
 def _kept_columns(adapter: Adapter) -> Tensor | None:
@@ -76,7 +77,7 @@ def load(adapter: Adapter, pairs: Mapping[str, tuple[Tensor, Tensor, Tensor | No
     adapter.frozen = None
     magnitudes: dict[int, Tensor] = {}
     for name, (number, target) in targets.items():
-        up, down, magnitude = pairs.get(name, (torch.zeros(target.rows, 1), torch.zeros(1, target.columns), None))
+        up, down, magnitude = pairs.get(name, (torch.zeros(target.rows, 0), torch.zeros(0, target.columns), None))
         up, down = _matrices(target, up, down)
         up, down = _at_rank(up, down, adapter.layout.rank)
         device = adapter.parameters()[0].device
@@ -97,10 +98,14 @@ def _matrices(target: Target, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]
 
 
 def _at_rank(up: Tensor, down: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The pair at another rank, in fp64: padded by zeros, or its best approximation from r x r work."""
+    """The pair at another rank, in fp64: its best approximation from r x r work, or padded without a change.
+
+    Only `up` is padded by zeros: with both factors at zero the new rank would get no gradient.
+    """
     if up.shape[1] <= rank:
-        extra = rank - up.shape[1]
-        return torch.nn.functional.pad(up, (0, extra)), torch.nn.functional.pad(down, (0, 0, 0, extra))
+        rows = torch.empty(rank - up.shape[1], down.shape[1], dtype=down.dtype)
+        rows.uniform_(-1, 1, generator=torch.Generator().manual_seed(rank)).div_(rows.shape[1] ** 0.5)
+        return torch.cat([up, up.new_zeros(len(up), len(rows))], 1), torch.cat([down, rows.to(down.device)])
     q_up, r_up = torch.linalg.qr(up)
     q_down, r_down = torch.linalg.qr(down.t())
     left, values, right = torch.linalg.svd(r_up @ r_down.t())
