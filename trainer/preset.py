@@ -132,8 +132,9 @@ def update_text(text: str, sections: Mapping[str, Mapping[str, Any]]) -> str:
     A value of None takes the key out.
     """
     document = tomlkit.parse(text)
+    before = document.unwrap()
     for name, values in sections.items():
-        table = document.get(name)
+        table, old = document.get(name), before.get(name, {})
         for key, value in values.items():
             if value is None:
                 if table is not None and key in table:
@@ -142,7 +143,7 @@ def update_text(text: str, sections: Mapping[str, Mapping[str, Any]]) -> str:
             if table is None:
                 table = document[name] = tomlkit.table()
                 table = document[name]
-            if key not in table or table[key].unwrap() != value or type(table[key].unwrap()) is not type(value):
+            if key not in old or old[key] != value or type(old[key]) is not type(value):
                 table[key] = value
     return tomlkit.dumps(document)
 
