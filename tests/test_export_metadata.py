@@ -32,7 +32,8 @@ optimizer = "adamw"
 [evaluate]
 folder = "/home/ann/held-out"
 """
-DATASET = Dataset(folders={"/home/ann/pictures/10_ink": (10, 20), "wash": (1, 4)}, buckets={(128, 128): 20, (96, 160): 4},
+DATASET = Dataset(folders={"/home/ann/pictures/10_ink": (10, 20), "wash": (1, 4)},
+                  buckets={(128, 128): 20, (96, 160): 4},
                   tags={"10_ink": {"ink": 20, "größe": 3}, "wash": {"wash": 4}})
 
 

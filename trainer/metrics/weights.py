@@ -24,7 +24,7 @@ def load(path: Path) -> dict[str, Tensor]:
                         "again.") from error
     if not isinstance(state, dict):
         raise UserError(f"{path} holds no table of weights. Fetch it again.")
-    return {key: value for key, value in state.items() if not key.endswith("num_batches_tracked")}
+    return {key: value.float() for key, value in state.items() if not key.endswith("num_batches_tracked")}
 
 
 def fill(layers: dict[str, tuple[str, nn.Conv2d]], state: dict[str, Tensor], path: Path,
