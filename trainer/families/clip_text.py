@@ -51,13 +51,13 @@ def load_tokenizer(folder: Path | None) -> CLIPTokenizer:
     if folder is None:
         vocabulary, merges = _bundled_vocabulary()
         return CLIPTokenizer(vocab=dict(vocabulary), merges=list(merges), model_max_length=77)
+    files = {file.name for file in folder.iterdir()}
+    if "tokenizer.json" not in files and not {"vocab.json", "merges.txt"} <= files:
+        raise UserError(f"{folder} has no CLIP tokenizer: it needs tokenizer.json, or vocab.json and merges.txt")
     try:
         return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(
-            f"{folder} has no CLIP tokenizer that can be read ({error}): it needs tokenizer.json, or "
-            f"vocab.json and merges.txt"
-        ) from None
+    except Exception as error:  # tokenizers' parser raises plain Exception
+        raise UserError(f"the tokenizer in {folder} cannot be read: {error}") from None
 
 
 def canonical(name: str) -> str:

@@ -209,7 +209,7 @@ def load_text_encoder(base: Base, device: torch.device | str, dtype: torch.dtype
             f"the tokenizer {base.tokenizer} has {len(tokenizer)} tokens and the text encoder "
             f"{model.config.vocab_size}: they do not belong together"
         )
-    return ClipTextEncoder(model, tokenizer, base.clip_skip)
+    return ClipTextEncoder(model, tokenizer, base.clip_skip).eval()
 
 
 def load_vae(base: Base, device: torch.device | str, dtype: torch.dtype) -> AutoencoderKL:

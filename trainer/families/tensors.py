@@ -81,13 +81,13 @@ def read_header(file: Path) -> Header:
         )
     size = file.stat().st_size
     with file.open("rb") as stream:
-        first = stream.read(8)
-        length = struct.unpack("<Q", first)[0] if len(first) == 8 else 0
-        if not 2 <= length <= _LARGEST_HEADER:
+        first = stream.read(9)
+        length = struct.unpack("<Q", first[:8])[0] if len(first) == 9 else 0
+        if not 2 <= length <= _LARGEST_HEADER or first[8:] != b"{":
             raise UserError(f"{file} is not a safetensors file{_what_else(first, size)}")
         if 8 + length > size:
             raise _cut_short(file, size, 8 + length)
-        text = stream.read(length)
+        text = first[8:] + stream.read(length - 1)
     try:
         entries = json.loads(text)
         metadata = entries.pop("__metadata__", {})
