@@ -289,3 +289,87 @@ def test_a_written_file_keeps_its_mode_and_makes_its_folder(tmp_path):
     path.chmod(0o600)
     preset.write_atomic(path, b"2")
     assert (path.read_bytes(), path.stat().st_mode & 0o777) == (b"2", 0o600)
+
+
+def test_a_preset_is_found_as_given_then_shipped_then_in_the_workspace(tmp_path, monkeypatch):
+    here, shipped, workspace = (tmp_path / name for name in ("here", "shipped", "workspace"))
+    monkeypatch.setattr(preset, "SHIPPED", shipped)
+    for folder in (here, shipped, workspace / "presets"):
+        folder.mkdir(parents=True)
+        (folder / "mine.toml").write_text(GOOD)
+    (shipped / "mine").mkdir()  # a folder of that name, as demo/ beside demo.toml, is passed over
+    monkeypatch.chdir(here)
+    for folder in (here, shipped, workspace / "presets"):
+        for name in ("mine", "mine.toml", str(folder / "mine.toml")):
+            assert preset.find(name, workspace) == folder / "mine.toml"
+        (folder / "mine.toml").unlink()
+
+
+def test_a_preset_that_is_not_there_is_told_with_what_there_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(preset, "SHIPPED", tmp_path / "shipped")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as caught:
+        preset.find("flux_kline.toml", tmp_path)
+    where = f"no preset 'flux_kline.toml': not a file here, nor in {tmp_path / 'shipped'} or {tmp_path / 'presets'}."
+    assert str(caught.value) == where
+    for name in ("flux_klein", "sd15_stella"):
+        preset.write_atomic(tmp_path / "presets" / f"{name}.toml", b"")
+    with pytest.raises(UserError) as caught:
+        preset.find("flux_kline.toml", tmp_path)
+    assert str(caught.value) == where + " Did you mean flux_klein? There are: flux_klein, sd15_stella."
+
+
+@pytest.mark.parametrize("method", schema.METHOD_LR)
+def test_what_is_left_out_is_the_methods_own(tmp_path, method):
+    path = tmp_path / "mine.toml"
+    path.write_text(GOOD)
+    train = preset.load(path, [f"adapter.method={method}"]).train
+    assert (train.optimizer, train.lr) == (schema.METHOD_OPTIMIZER[method], schema.METHOD_LR[method])
+
+
+def test_a_table_of_rates_gives_each_method_its_own(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text(put("train", "lr = { lora = 3e-5, stella = 2e-4 }"))
+    rates = {method: preset.load(path, [f"adapter.method={method}"]).train.lr for method in schema.METHOD_LR}
+    assert rates == {"lora": 3e-5, "stella": 2e-4, "stiefel": schema.METHOD_LR["stiefel"],
+                     "trilora": schema.METHOD_LR["trilora"]}
+    assert preset.load(path, ["train.lr=5e-5"]).train.lr == 5e-5
+
+
+def test_paths_become_absolute_against_the_presets_folder_then_the_working_directory(tmp_path, monkeypatch):
+    for folder in ("presets/demo", "presets/both", "both", "here", "owner/found"):
+        (tmp_path / folder).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "presets" / "mine.toml").write_text(GOOD)
+    got = preset.load(Path("presets/mine.toml"), ['data.folder=["demo", "both", "here", "nowhere", "~/here"]'])
+    assert got.data.folder == [str(tmp_path / name) for name in ("presets/demo", "presets/both", "here", "nowhere", "here")]
+    assert got.evaluate.folder == ""
+
+
+@pytest.mark.parametrize("base, completed", [
+    ("owner/model-1.5", "owner/model-1.5"),  # nothing of that name here: a hub id
+    ("owner/found", "{here}/owner/found"),
+    ("./owner", "{here}/owner"),
+    ("./not_there", "{here}/not_there"),
+    ("../not_there", "{here}/../not_there"),
+    ("file.safetensors", "{here}/file.safetensors"),
+    ("a/b/c", "{here}/a/b/c"),
+    ("/absolute", "/absolute"),
+])
+def test_a_base_is_a_hub_id_only_when_it_looks_like_one_and_is_no_path(tmp_path, monkeypatch, base, completed):
+    (tmp_path / "owner" / "found").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    got = preset.complete(preset.parse(GOOD, "p", [f"model.base={base}"]), tmp_path / "presets")
+    assert got.model.base == completed.format(here=tmp_path)
+
+
+def test_a_resume_may_change_only_what_lies_ahead():
+    before = preset.parse(GOOD, "p")
+    ahead = ["train.steps=99", "sample.every=3", "evaluate.images=2", "log.every=7"]
+    preset.check_resume(before, preset.parse(GOOD, "p", ahead))
+    with pytest.raises(UserError) as caught:
+        preset.check_resume(before, preset.parse(GOOD, "p", [*ahead, "adapter.rank=4", "train.seed=1", "output.keep=9"]))
+    assert str(caught.value) == (
+        "a resume may change only train.steps, sample, evaluate and log, not adapter.rank, adapter.alpha, train.seed, "
+        "output.keep; start a new run with the changed preset instead")
