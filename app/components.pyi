@@ -1,0 +1,129 @@
+"""The app's own components: `gr.HTML` with our scripts, which call a few functions of the server."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, TypeVar
+
+import gradio as gr
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from trainer.errors import UserError
+
+ASSETS = Path(__file__).parent / "assets"
+SCRIPTS = ("core.js", "series.js", "chart.js", "panels.js", "samples.js", "run_view.js", "run_list.js",
+           "preset_editor.js")
+Answer = dict[str, Any]
+
+
+class Request(BaseModel):
+    """What a page may send: exactly these fields, of exactly these types."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+
+Asked = TypeVar("Asked", bound=Request)
+
+
+def server_function(name: str, request: type[Asked], work: Callable[[Asked], Answer]) -> Callable[[Any], Answer]:
+    """A function that a page may call as `server.<name>(object)`; anybody may call it with any JSON.
+
+    What a user can cause comes back as `{"error": sentence}`.
+    """
+
+    def function(data: Any) -> Answer:
+        try:
+            return work(request.model_validate(data))
+        except ValidationError:
+            return {"error": "this page and the app do not understand each other; reload the page"}
+        except UserError as error:
+            return {"error": str(error)}
+        except OSError as error:
+            return {"error": f"{error.filename or 'the disk'}: {error.strerror or error}"}
+
+    function.__name__ = name
+    return function
+
+from gradio.events import Dependency
+
+class OwnComponent(gr.HTML):
+    """An empty element that one of our scripts fills."""
+
+    SCRIPT = ""  # the function in `assets` that fills it
+
+    def __init__(self, functions: list[Callable[[Any], Answer]], data: Any = None, elem_id: str = "") -> None:
+        call = f"Studio.{self.SCRIPT}(element, server, {json.dumps(data)})"
+        # The page's head may be run after the first component is made
+        waiting = f"(function begin() {{ globalThis.Studio?.isReady ? {call} : setTimeout(begin, 20); }})();"
+        super().__init__("", html_template=f'<div class="studio-{self.SCRIPT.lower()}"></div>', js_on_load=waiting,
+                         apply_default_css=False, elem_id=elem_id, server_functions=functions)
+    from typing import Callable, Literal, Sequence, Any, TYPE_CHECKING
+    from gradio.blocks import Block
+    if TYPE_CHECKING:
+        from gradio.components import Timer
+        from gradio.components.base import Component
+
+
+class RunList(OwnComponent):
+    SCRIPT = "runList"
+    from typing import Callable, Literal, Sequence, Any, TYPE_CHECKING
+    from gradio.blocks import Block
+    if TYPE_CHECKING:
+        from gradio.components import Timer
+        from gradio.components.base import Component
+
+
+class RunView(OwnComponent):
+    SCRIPT = "runView"
+    from typing import Callable, Literal, Sequence, Any, TYPE_CHECKING
+    from gradio.blocks import Block
+    if TYPE_CHECKING:
+        from gradio.components import Timer
+        from gradio.components.base import Component
+
+
+class PresetEditor(OwnComponent):
+    SCRIPT = "presetEditor"
+    from typing import Callable, Literal, Sequence, Any, TYPE_CHECKING
+    from gradio.blocks import Block
+    if TYPE_CHECKING:
+        from gradio.components import Timer
+        from gradio.components.base import Component
+
+
+def head() -> str:
+    """What stands in the page's head: uPlot from its package, then our scripts; nothing comes from the network."""
+    scripts = [(_uplot() / "uplot.iife.min.js").read_text(encoding="utf-8")]
+    scripts += [(ASSETS / name).read_text(encoding="utf-8") for name in SCRIPTS]
+    scripts.append("globalThis.Studio.isReady = true;")
+    return "\n".join(f"<script>{_in_page(text)}</script>" for text in scripts)
+
+
+def styles() -> str:
+    return "\n".join(path.read_text(encoding="utf-8") for path in (_uplot() / "uplot.min.css", ASSETS / "style.css"))
+
+
+@cache
+def _uplot() -> Path:
+    """The folder in which the pinned package carries uPlot; the package itself is not imported."""
+    package = find_spec("youplot")
+    if package is None or package.origin is None:
+        raise UserError("the package youplot is not installed; run: python launch.py")
+    return Path(package.origin).parent / "vendor"
+
+
+def _in_page(script: str) -> str:
+    return script.replace("</script", "<\\/script")
+class Header(OwnComponent):
+    SCRIPT = "header"
+    from typing import Callable, Literal, Sequence, Any, TYPE_CHECKING
+    from gradio.blocks import Block
+    if TYPE_CHECKING:
+        from gradio.components import Timer
+        from gradio.components.base import Component
+
+    

@@ -1,0 +1,174 @@
+"""A preset as a form: what the schema says of each setting, and a text's values and faults beside it."""
+
+from __future__ import annotations
+
+import math
+import re
+import tomllib
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic.fields import FieldInfo
+
+from trainer import preset, schema
+from trainer.errors import UserError
+
+Values = dict[str, dict[str, Any]]
+
+# The settings that most people touch, in the order in which they think of them.  All others are in the text.
+MAIN = ("model.base", "data.folder", "data.trigger", "data.resolution", "adapter.method", "adapter.rank",
+        "adapter.alpha", "train.steps", "train.batch_size", "train.lr", "sample.prompts", "sample.every",
+        "evaluate.folder", "output.save_every")
+LABELS = {"lr": "Learning rate", "alpha": "Alpha", "base": "Base model"}
+
+
+def describe(names: tuple[str, ...] = MAIN) -> list[dict[str, Any]]:
+    """Each setting for the browser: section, key, label, help, kind, limits, default."""
+    return [_describe(*name.split(".")) for name in names]
+
+
+def state_of(text: str, name: str) -> dict[str, Any]:
+    """A text's values as far as it can be read, and its faults, worded as on the command line."""
+    problems: list[dict[str, Any]] = []
+    try:
+        preset.parse(text, name)
+    except UserError as error:
+        problems = [_problem(line, name) for line in str(error).splitlines()]
+    return {"values": values_of(text), "problems": problems}
+
+
+def values_of(text: str) -> Values | None:
+    """The values that a text gives, section by section; None while it is not TOML."""
+    try:
+        data = tomllib.loads(text)
+    except tomllib.TOMLDecodeError:
+        return None
+    sections = {name: section for name, section in data.items() if isinstance(section, dict)}
+    return {name: {key: _plain(value) for key, value in section.items()} for name, section in sections.items()}
+
+
+def change(text: str, section: str, key: str, value: Any) -> str:
+    """The text with one setting changed to what was typed in the form; "" takes it out.
+
+    What does not fit the setting is put down as it was typed, so that the check says what is wrong with it.
+    """
+    if section not in schema.SECTIONS or key not in schema.SECTIONS[section].model_fields:
+        raise UserError(f"there is no setting {section}.{key}")
+    field = schema.SECTIONS[section].model_fields[key]
+    if _extra(field).get("follows"):
+        raise UserError(f"{section}.{key} follows {_extra(field)['follows']} and cannot be set")
+    if values_of(text) is None:
+        raise UserError("the text is not valid TOML; mend it first")
+    typed = _typed(_kind(field), value)
+    if isinstance(typed, list) and len(typed) == 1 and str in _members(field.annotation):
+        typed = typed[0]  # a setting that is one folder or several
+    return preset.update_text(text, {section: {key: typed}})
+
+
+def settled(text: str, folder: Path) -> str:
+    """The text as it has to read in another folder: paths that were meant relative to `folder` are written out."""
+    values = values_of(text) or {}
+    moved: Values = {}
+    for section, settings in values.items():
+        for key, value in settings.items():
+            known = section in schema.SECTIONS and key in schema.SECTIONS[section].model_fields
+            if known and schema.has_path(section, key) and (there := _moved(value, folder)) != value:
+                moved.setdefault(section, {})[key] = there
+    return preset.update_text(text, moved) if moved else text
+
+
+def _moved(value: Any, folder: Path) -> Any:
+    if isinstance(value, list):
+        return [_moved(item, folder) for item in value]
+    is_relative = isinstance(value, str) and value and not Path(value).is_absolute()
+    return str((folder / value).resolve()) if is_relative and (folder / value).exists() else value
+
+
+def _describe(section: str, key: str) -> dict[str, Any]:
+    field = schema.SECTIONS[section].model_fields[key]
+    kind = _kind(field)
+    described = {"section": section, "key": key, "label": LABELS.get(key, key.replace("_", " ").capitalize()),
+                 "help": field.description or "", "kind": kind, "required": field.is_required(),
+                 "default": None if field.is_required() else _plain(field.get_default()), **_limits(field)}
+    if kind == "choice":
+        described["choices"] = list(get_args(field.annotation))
+    if follows := _extra(field).get("follows"):
+        described["follows"] = follows
+    return described
+
+
+def _kind(field: FieldInfo) -> str:
+    """How a setting is drawn: choice, bool, int, float, text, lines (a list, one a line), or literal (TOML)."""
+    types = _members(field.annotation)
+    if get_origin(field.annotation) is Literal:
+        return "choice"
+    if list in types:
+        return "lines"
+    plain = types - {type(None)}
+    for kind, type_ in (("bool", bool), ("int", int), ("float", float), ("text", str)):
+        if type_ in plain:  # a union with more in it (a rate per method) is shown, and edited in the text
+            return kind
+    return "literal"
+
+
+def _members(annotation: Any) -> set[Any]:
+    """The plain types in an annotation: `str | list[str]` is {str, list}."""
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        return _members(get_args(annotation)[0])
+    if origin in (Union, UnionType):
+        return set().union(*(_members(item) for item in get_args(annotation)))
+    return {origin or annotation}
+
+
+def _limits(field: FieldInfo) -> dict[str, Any]:
+    names = {"ge": "min", "gt": "above", "le": "max", "lt": "below", "multiple_of": "step"}
+    return {shown: getattr(limit, name) for limit in field.metadata for name, shown in names.items()
+            if hasattr(limit, name)}
+
+
+def _typed(kind: str, value: Any) -> Any:
+    """What was typed, as the setting's type where it can be read so."""
+    if isinstance(value, bool) or not isinstance(value, str):
+        return value
+    text = value.strip()
+    if kind == "lines":
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        return lines or None
+    if not text:
+        return None
+    if kind == "int" and re.fullmatch(r"[+-]?\d{1,18}", text):
+        return int(text)
+    if kind == "float":
+        try:
+            return float(text)
+        except ValueError:
+            return text
+    return text
+
+
+def _problem(message: str, name: str) -> dict[str, Any]:
+    """A message of the check, with the line and the setting that it speaks of."""
+    match = re.match(rf"{re.escape(name)}:(\d+): (?:([a-z_]+(?:\.\w+)?): )?", message)
+    line = int(match.group(1)) if match else None
+    where = match.group(2) if match else None
+    if not match and (found := re.match(rf"{re.escape(name)}: ([a-z_]+\.\w+): ", message)):
+        where = found.group(1)
+    return {"text": message, "line": line, "where": where}
+
+
+def _extra(field: FieldInfo) -> dict[str, Any]:
+    return field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
+
+
+def _plain(value: Any) -> Any:
+    """A value that JSON and a browser have a word for: dates, NaN and huge numbers are written out."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    if value is None or isinstance(value, (str, bool)):
+        return value
+    has_word = isinstance(value, (int, float)) and math.isfinite(value) and abs(value) < 2**53
+    return value if has_word else str(value)

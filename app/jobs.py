@@ -1,0 +1,165 @@
+"""Starts trainers as a person at a shell would, posts requests to them, and lists runs with their state."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from app.paths import Places
+from trainer import run as runs
+from trainer.errors import UserError
+from trainer.run import Run, State
+
+HOME = Path(__file__).resolve().parent.parent  # where `-m trainer` is found
+TRAINER = (sys.executable, "-m", "trainer")
+SHARED_FOR = 0.5  # seconds for which all open tabs share one listing
+LAST_LINES = 12  # of a trainer that died early
+
+Order = Literal["stop", "pause", "continue", "save", "sample"]
+
+
+class Row(NamedTuple):
+    """A run in the list."""
+
+    name: str
+    state: State
+    started: float  # unix seconds
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A trainer that this app started."""
+
+    process: subprocess.Popen[bytes]
+    log: Path
+    at: float  # unix seconds
+
+    @property
+    def is_running(self) -> bool:
+        return self.process.poll() is None
+
+    def last_words(self) -> str:
+        """What it said on its way out, without a log's earlier lines."""
+        text = self.log.read_text(encoding="utf-8", errors="replace").strip() if self.log.exists() else ""
+        lines = text.splitlines()[-LAST_LINES:]
+        return "\n".join(lines) or f"the trainer ended at once with code {self.process.returncode} and said nothing"
+
+
+class Jobs:
+    """The trainers of one workspace.  Nothing depends on this object living: runs go on without it."""
+
+    def __init__(self, places: Places, trainer: tuple[str, ...] = TRAINER) -> None:
+        self.places = places
+        self._trainer = trainer
+        self._launches: dict[str, Launch] = {}
+        self._ended: dict[str, tuple[object, State]] = {}  # state of runs that are over, by what their files say
+        self._listing: tuple[float, list[Row]] = (0.0, [])
+        self._lock = threading.Lock()
+
+    def start(self, preset: Path, name: str) -> None:
+        """Begin a new run; a name that is taken or impossible is refused."""
+        runs.check_name(name)
+        with self._lock:
+            if (self.places.runs / name).exists() or self._is_starting(name):
+                raise UserError(f"there is already a run called {name!r}; choose another name")
+            self._launch(name, ["--preset", str(preset), "--name", name, "--workspace", str(self.places.workspace)])
+
+    def resume(self, run: Run) -> None:
+        """Go on with a run that stopped, failed or was killed."""
+        with self._lock:
+            if self._is_starting(run.name) or run.is_held():
+                raise UserError(f"{run.name} is already being trained")
+            run.withdraw("pause")  # whoever asks to resume does not want it to wait at once
+            self._launch(run.name, ["--resume", str(run.path)])
+
+    def order(self, run: Run, order: Order, prompts: list[str]) -> None:
+        """Post a request to a living trainer, by file."""
+        if not run.is_held():
+            raise UserError(f"{run.name} is not being trained at the moment")
+        if order == "continue":
+            run.withdraw("pause")
+        elif order == "sample" and prompts:
+            run.request("sample", {"prompts": prompts})
+        else:
+            run.request(order)
+
+    def state(self, run: Run) -> State:
+        """A run's state; that of a run which is over is worked out once."""
+        held = run.is_held()
+        if held:
+            return run.state()
+        launch = self._launches.get(run.name)
+        if launch and launch.is_running:
+            old = run.state()
+            return State("starting", "starting the trainer", old.step, old.steps, alive=True)
+        seen = (_stamp(run.events), _stamp(run.checkpoints))
+        if self._ended.get(run.name, (None,))[0] != seen:
+            self._ended[run.name] = seen, run.state()
+        return self._ended[run.name][1]
+
+    def early_end(self, name: str) -> str:
+        """What a trainer said that we started and that died before it wrote an event; else ""."""
+        launch = self._launches.get(name)
+        if launch is None or launch.is_running or launch.process.returncode == 0:
+            return ""
+        events = self.places.runs / name / "events.jsonl"
+        said_more = events.exists() and events.stat().st_mtime >= launch.at
+        return "" if said_more else launch.last_words()
+
+    def pending(self, name: str) -> State | None:
+        """The state of a run that has no folder (yet): its trainer is starting, or could not."""
+        launch = self._launches.get(name)
+        if launch is None:
+            return None
+        if launch.is_running:
+            return State("starting", "starting the trainer", alive=True)
+        return State("failed", "did not start")
+
+    def listing(self) -> list[Row]:
+        """All runs, the newest first; trainers that have no folder yet are there too."""
+        with self._lock:
+            at, rows = self._listing
+            if time.monotonic() - at > SHARED_FOR:
+                rows = self._list()
+                self._listing = time.monotonic(), rows
+            return rows
+
+    def _list(self) -> list[Row]:
+        rows = [Row(run.name, self.state(run), _seconds(run.preset)) for run in runs.list_runs(self.places.workspace)]
+        there = {row.name for row in rows}
+        waiting = [Row(name, state, launch.at) for name, launch in self._launches.items()
+                   if name not in there and (state := self.pending(name))]
+        return sorted(waiting, key=lambda row: -row.started) + rows
+
+    def _is_starting(self, name: str) -> bool:
+        return name in self._launches and self._launches[name].is_running
+
+    def _launch(self, name: str, arguments: list[str]) -> None:
+        """Detached, with its output in a file: a pipe or a shared terminal would take the trainer down with us."""
+        log = self.places.logs / f"{name}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        new_session = sys.platform != "win32"
+        flags = 0 if new_session else subprocess.CREATE_NEW_PROCESS_GROUP | subprocess.DETACHED_PROCESS
+        at = time.time()
+        with open(log, "wb") as output:
+            process = subprocess.Popen([*self._trainer, *arguments], cwd=HOME, stdin=subprocess.DEVNULL, stdout=output,
+                                       stderr=subprocess.STDOUT, start_new_session=new_session, creationflags=flags)
+        self._launches[name] = Launch(process, log, at)
+        self._listing = (0.0, [])
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    try:
+        found = path.stat()
+    except OSError:
+        return 0, 0
+    return found.st_mtime_ns, found.st_size
+
+
+def _seconds(path: Path) -> float:
+    return _stamp(path)[0] / 1e9

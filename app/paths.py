@@ -1,0 +1,68 @@
+"""The one gate from names that a browser sends to paths on the disk."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+from trainer import run
+from trainer.errors import UserError
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the app may look: its workspace, the folders of `--root`, and what the web server hands out."""
+
+    workspace: Path
+    roots: tuple[Path, ...] = ()
+    handed_out: list[str] = field(default_factory=list)  # the very list that the web server asks for each file
+
+    @property
+    def runs(self) -> Path:
+        return self.workspace / "runs"
+
+    @property
+    def presets(self) -> Path:
+        return self.workspace / "presets"
+
+    @property
+    def drafts(self) -> Path:
+        """Presets that were started without being saved: the trainer takes a file."""
+        return self.workspace / "cache" / "drafts"
+
+    @property
+    def logs(self) -> Path:
+        """What trainers say before they have a run folder."""
+        return self.workspace / "logs"
+
+    def run(self, name: str) -> run.Run:
+        """The run of that name; `UserError` when there is none."""
+        try:
+            run.check_name(name)
+            return run.open_run(inside(self.runs, name))
+        except UserError:
+            raise UserError(f"there is no run called {name[:100]!r} in {self.runs}") from None
+
+    def hand_out(self, of: run.Run) -> None:
+        """Let the web server send a run's pictures and results, and nothing else of the run."""
+        for path in (of.samples, of.exports, of.result):
+            if str(path) not in self.handed_out and inside(of.path, path.name) == path.resolve():
+                self.handed_out.append(str(path))
+
+
+def inside(root: Path, name: str) -> Path:
+    """`root/name` when that really lies in `root`: no `..`, no absolute path, no link that leads out.
+
+    The file need not exist.  Raises `UserError` otherwise.
+    """
+    relative = PurePosixPath(name)
+    if not name or "\0" in name or "\\" in name or ":" in name or relative.is_absolute() or ".." in relative.parts:
+        raise UserError(f"{name[:100]!r} is not a name inside {root}")
+    try:
+        base = root.resolve()
+        path = (base / relative).resolve()
+    except OSError:  # a loop of links, a name too long for the disk
+        raise UserError(f"{name[:100]!r} cannot be read inside {root}") from None
+    if base not in path.parents:
+        raise UserError(f"{name[:100]!r} leads out of {root}")
+    return path
