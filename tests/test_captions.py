@@ -62,7 +62,8 @@ def test_tags_are_trimmed_and_empty_ones_dropped():
 
 
 @pytest.mark.parametrize(("text", "expected"), [
-    ("a dog", "sks, a dog"), ("", "sks"), ("photo of SKS dog", "photo of SKS dog"), ("sksy dog", "sks, sksy dog")])
+    ("a dog", "sks, a dog"), ("", "sks"), ("photo of SKS dog", "photo of SKS dog"), ("sksy dog", "sks, sksy dog"),
+    ("he asks", "sks, he asks")])
 def test_the_trigger_word_is_put_where_it_is_missing_as_a_whole_word(text, expected):
     plain = PLAIN | {"trigger": "sks"}
     assert captions.training_caption(text, **plain, rng=random.Random(0)) == expected

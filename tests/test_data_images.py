@@ -128,6 +128,16 @@ def test_broken_bytes_are_found_by_a_look_and_by_decoding(data):
             read(data)
 
 
+def test_a_photograph_cut_short_is_found_by_a_look_in_spite_of_the_end_of_its_thumbnail():
+    exif = Image.Exif()
+    exif[0x927C] = b"thumbnail\xff\xd9"
+    pixels = np.random.default_rng(0).integers(0, 255, (400, 400, 3), dtype=np.uint8)
+    data = encoded(Image.fromarray(pixels), "JPEG", exif=exif, quality=95)
+    assert len(data) > 150_000 and images.inspect(data) == (400, 400)
+    with pytest.raises(ImageError, match="broken"):
+        images.inspect(data[:120_000])
+
+
 def test_damaged_pixels_of_a_png_are_found_by_a_look():
     data = bytearray(noise("PNG"))
     data[len(data) // 2] ^= 0xFF

@@ -94,6 +94,15 @@ def test_a_fill_that_was_stopped_or_damaged_goes_on_to_the_same_bits(items, tmp_
     assert all(torch.equal(a, b) for a, b in zip(everything(unbroken), everything(broken)))
 
 
+def test_an_entry_once_made_is_never_written_again(items, tmp_path):
+    fill(latent_store(items, tmp_path / "cache"))
+    lost, *kept = sorted((tmp_path / "cache").rglob("*.safetensors"))
+    before = [path.stat().st_ino for path in kept]
+    lost.unlink()
+    fill(latent_store(items, tmp_path / "cache"))
+    assert lost.exists() and [path.stat().st_ino for path in kept] == before
+
+
 def test_batches_are_of_one_size_and_equal_images_are_encoded_once(items, tmp_path):
     (tmp_path / "images" / "twin.png").write_bytes(items[0].path.read_bytes())
     twins = scan([tmp_path / "images"]).items

@@ -111,8 +111,7 @@ def _to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
     """Colours of another space (Display P3, Adobe RGB, a press's CMYK) as sRGB; unchanged when that fails."""
     try:
         source = ImageCms.ImageCmsProfile(BytesIO(profile))
-        space = source.profile.xcolor_space.strip()
-        if space != image.mode or "srgb" in ImageCms.getProfileDescription(source).lower():
+        if "srgb" in ImageCms.getProfileDescription(source).lower():
             return image
         return ImageCms.profileToProfile(image, source, _SRGB, outputMode="RGB")
     except (ImageCms.PyCMSError, OSError, ValueError):
