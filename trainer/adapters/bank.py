@@ -40,8 +40,7 @@ class Adapter:
         core = self.leaves.get("core")  # with a diagonal S: which singular values were cut, [layers, r]
         self.pruned = torch.zeros_like(core, dtype=torch.bool) if core is not None and core.ndim == 2 else None
         with torch.no_grad():
-            pair = self.pair_stacks()
-            self.start = {key: pair[key].to(torch.bfloat16) for key in pair}  # only for measuring drift
+            self.start = self._present_start()
             self.ema = {key: stack.clone() for key, stack in self._averaged().items()} if ema_decay else None
 
     # -- layers ----------------------------------------------------------------------------------------------------
@@ -65,11 +64,11 @@ class Adapter:
                 layer.switch(target.module, None, None, None)
             return
         stacks = self.pair_stacks(weights)
-        gains = [None] * len(self.layout.targets)
+        cast = {key: stack.to(dtype) for key, stack in stacks.items()}
+        downs, ups = self.layout.by_layer(cast, "down"), self.layout.by_layer(cast, "up")
+        gains = [None] * len(ups)
         if self.magnitude is not None:
-            gains = self.magnitude.gains(stacks, self.values(weights))
-        stacks = {key: stack.to(dtype) for key, stack in stacks.items()}
-        downs, ups = self.layout.by_layer(stacks, "down"), self.layout.by_layer(stacks, "up")
+            gains = self.magnitude.gains(stacks, ups, self.values(weights))
         for target, down, up, gain in zip(self.layout.targets, downs, ups, gains):
             layer.switch(target.module, down, up, gain)
 
@@ -159,6 +158,10 @@ class Adapter:
         for key, stack in self._averaged().items():
             self.ema[key].lerp_(stack, weight.to(stack.dtype))
 
+    def _present_start(self) -> Stacks:
+        """The trained pair, coarsely: only the drift of the subspaces is measured from it."""
+        return {key: stack.to(torch.bfloat16) for key, stack in self.method.pair(self.leaves).items()}
+
     def _averaged(self) -> Stacks:
         magnitudes = {key: leaf for key, leaf in self.leaves.items() if key.startswith("magnitude.")}
         return self.method.pair(self.leaves) | magnitudes
@@ -190,7 +193,7 @@ class Adapter:
                 for position, number in enumerate(self.layout.members(key)):
                     self.leaves[key][position].copy_(magnitudes.get(number, stack[position]))
         self.updates.zero_()
-        self.start = {key: stack.to(torch.bfloat16) for key, stack in pair.items()}
+        self.start = self._present_start()
         if self.ema is not None:
             self.ema = {key: stack.clone() for key, stack in self._averaged().items()}
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -19,31 +21,41 @@ class Magnitude:
 
     def __init__(self, layout: Layout, dtype: torch.dtype) -> None:
         self.layout = layout
-        squares: list[Tensor] = []
-        for target in layout.targets:
-            squares.append(base_matrix(target).square().sum(0).to(dtype))
-        self.base_squares = squares  # n, or c*k*k: |W_j|^2
+        squares = [base_matrix(target).square().sum(0).to(dtype) for target in layout.targets]  # |W_j|^2
+        self.base_squares = {key: torch.stack([squares[number] for number in layout.members(key)])
+                             for key in layout.pair_shapes() if key.startswith("down.")}  # L n
 
     @torch.no_grad()
-    def norms(self, stacks: Stacks) -> list[Tensor]:
-        """|W + up down| per input [n] or [c], layer by layer: |W_j|^2 + 2 <(up^T W)_j, d_j> + d_j^T (up^T up) d_j."""
-        ups, downs = self.layout.by_layer(stacks, "up"), self.layout.by_layer(stacks, "down")
-        norms = []
-        for target, up, down, base in zip(self.layout.targets, ups, downs, self.base_squares):
-            cross = transposed_product(target, up).to(down.dtype)  # n r
-            squares = base + ((2 * cross + down @ (up.t() @ up)) * down).sum(-1)
-            squares = squares.unflatten(0, (target.inputs, -1)).sum(-1)
-            norms.append(squares.clamp_min(torch.finfo(squares.dtype).tiny).sqrt())
-        return norms
+    def norms(self, stacks: Stacks, ups: Sequence[Tensor]) -> Stacks:
+        """|W + up down| per input, `magnitude.<size>` [L, size]: |W_j|^2 + 2 <(W^T up)_j, d_j> + d_j^T (up^T up) d_j.
+
+        ups: the layers' `up` again, in any dtype, for the product with W, the only work that grows with m n.
+        """
+        layout = self.layout
+        cross = [transposed_product(target, up) for target, up in zip(layout.targets, ups)]  # n r
+        grams = {key: stack.mT @ stack for key, stack in stacks.items() if key.startswith("up.")}
+        gram_of = layout.by_layer(grams, "up")
+        squares: list[Tensor] = [grams[next(iter(grams))]] * len(cross)
+        for key, base in self.base_squares.items():
+            members, down = layout.members(key), stacks[key]
+            gram = torch.stack([gram_of[number] for number in members])
+            mixed = 2 * torch.stack([cross[number] for number in members]).to(down.dtype) + down @ gram
+            for number, piece in zip(members, (base + (mixed * down).sum(-1)).unbind(0)):
+                squares[number] = piece
+        return {key: self._stacked(squares, key) for key in layout.magnitude_shapes()}
+
+    def _stacked(self, squares: Sequence[Tensor], key: str) -> Tensor:
+        size = int(key.split(".")[1])
+        rows = [squares[number] if len(squares[number]) == size else squares[number].view(size, -1).sum(1)
+                for number in self.layout.members(key)]
+        stacked = torch.stack(rows)
+        return stacked.clamp_min(torch.finfo(stacked.dtype).tiny).sqrt()
 
     def start(self, stacks: Stacks) -> Stacks:
-        """Magnitudes `magnitude.<n>` [L, n] that make the adapted layer equal to W + delta of the start."""
-        norms = self.norms(stacks)
-        return {key: torch.stack([norms[number] for number in self.layout.members(key)])
-                for key in self.layout.magnitude_shapes()}
+        """Magnitudes `magnitude.<size>` [L, size] that leave the layers at W + delta of the start."""
+        return self.norms(stacks, self.layout.by_layer(stacks, "up"))
 
-    def gains(self, stacks: Stacks, values: Stacks) -> list[Tensor]:
-        """magnitude / norm per layer; the norm is a constant for the gradient, as in DoRA section 4.3."""
-        magnitudes = {key: values[key] for key in self.layout.magnitude_shapes()}
-        return [magnitude / norm for magnitude, norm in zip(self.layout.by_layer(magnitudes, "magnitude"),
-                                                            self.norms(stacks))]
+    def gains(self, stacks: Stacks, ups: Sequence[Tensor], values: Stacks) -> list[Tensor]:
+        """magnitude / norm per layer, [n] or [c]; the norm is a constant for the gradient (DoRA, section 4.3)."""
+        gains = {key: values[key] / norm for key, norm in self.norms(stacks, ups).items()}
+        return self.layout.by_layer(gains, "magnitude")
