@@ -21,9 +21,10 @@ from trainer.data.order import stream
 from trainer.material import plain_draw
 from trainer.metrics import distances
 from trainer.metrics.features import Extractor, load_extractor
+from trainer.objective import per_sample_loss
 from trainer.session import Session, loaded
 
-PICTURES_AT_ONCE = 8  # pixels of this many 512 px images at a time go through the sampler
+PIXELS_AT_ONCE = 8 * 512 * 512  # that go through the sampler together
 FEATURES_AT_ONCE = 16
 
 
@@ -34,7 +35,7 @@ def validate(session: Session, step: int) -> float | None:
     if not chosen:
         return None
     session.use(session.shown_weights)
-    quantiles = session.objective.quantile_timesteps(session.preset.evaluate.quantiles).tolist()
+    quantiles = session.objective.quantile_timesteps(session.preset.evaluate.quantiles)
     losses = torch.stack([_losses_at(session, chosen, timestep, index) for index, timestep in enumerate(quantiles)])
     by_quantile = losses.double().mean(dim=1).tolist()  # losses: quantiles images
     loss = sum(by_quantile) / len(by_quantile)
@@ -56,12 +57,12 @@ def _losses_at(session: Session, chosen: Sequence[int], timestep: float, quantil
             part = same[start : start + batch]
             latents = store.latents([plain_draw(i) for i in part], session.device)
             seeds = [stream(session.preset.train.seed, i, f"validation {quantile}") for i in part]
-            noise, drawn = session.objective.draw(seeds, latents.shape, session.device, latents.dtype, offset_noise=0.0)
+            noise, drawn = session.objective.draw(seeds, latents.shape[1:], session.device, latents.dtype, offset_noise=0.0)
             timesteps = torch.full_like(drawn, timestep)
             texts = [session.material.held_caption(store.items[i]) for i in part]
             prediction = session.predict(latents, noise, timesteps, session.conditioning(texts))
             target = session.objective.target(latents, noise, timesteps)
-            loss = session.objective.per_sample_loss(prediction, target, kind="mse", delta=1.0)
+            loss = per_sample_loss(prediction, target, kind="mse", delta=1.0)
             losses[part] = loss.float().cpu()
     return losses
 
@@ -75,6 +76,7 @@ def draw_samples(session: Session, step: int, weights: str, prompts: Sequence[st
         return
     started = time.monotonic()
     session.recorder.phase("drawing samples", 0, len(texts))
+    session.encode_new(texts)
     seeds = [settings.seed + index for index in range(len(texts))]
     folder = session.run.samples
     folder.mkdir(exist_ok=True)
@@ -94,18 +96,16 @@ def generate(session: Session, texts: Sequence[str], seeds: Sequence[int], weigh
     """One picture a prompt, with the sampler settings of the preset."""
     settings, resolution = session.preset.sample, session.preset.data.resolution
     width, height = settings.width or resolution, settings.height or resolution
-    at_once = max(1, PICTURES_AT_ONCE * 512 * 512 // (width * height))
     pictures: list[Image.Image] = []
     with torch.no_grad(), loaded(session.family.load_vae, session.base, session.device) as vae:
         session.use(weights)
-        for start in range(0, len(texts), at_once):
-            session.guard()
-            part = list(texts[start : start + at_once])
-            pictures += sample.sample(
-                session.family, session.denoiser, vae, session.objective, conditioning=session.conditioning(part),
-                negative=session.conditioning([settings.negative] * len(part)),
-                seeds=list(seeds[start : start + at_once]), steps=settings.steps, guidance=settings.guidance,
-                width=width, height=height, device=session.device, dtype=session.dtype, should_stop=session.guard)
+        drawn = sample.sample(
+            session.family, session.denoiser, vae, session.objective, conditioning=session.conditioning(texts),
+            negative=session.conditioning([settings.negative]), seeds=seeds, steps=settings.steps,
+            guidance=settings.guidance, width=width, height=height, device=session.device, dtype=session.dtype,
+            batch_size=max(1, PIXELS_AT_ONCE // (width * height)), should_stop=session.guard)
+        for picture in drawn:
+            pictures.append(picture)
             session.recorder.phase(phase, len(pictures), len(texts))
     return pictures
 

@@ -21,6 +21,7 @@ from trainer.record import Recorder
 from trainer.run import Run
 from trainer.schema import SCHEMA_VERSION, Preset
 from trainer.session import Session, set_up
+from trainer.update import Update
 
 MAX_BAD_STEPS = 3  # non-finite steps in a row that end a run
 DISK_RESERVE = 2  # free space wanted before a checkpoint, as a multiple of the last one's size
@@ -54,7 +55,8 @@ def run_training(run: Run, preset: Preset, workspace: Path, terminal: TextIO | N
 
 def train(session: Session, requests: Requests) -> str:
     """From the first step to the last; returns "done" or "stopped"."""
-    preset, progress, adapter, optimizer = session.preset, session.progress, session.adapter, session.optimizer
+    preset, progress = session.preset, session.progress
+    update = Update(session.adapter, session.optimizer, preset.train.max_grad_norm)
     readback = Readback(session.recorder, session.steps, session.device, preset.log.every)
     saved_at = time.monotonic()
     _before(session)
@@ -62,7 +64,8 @@ def train(session: Session, requests: Requests) -> str:
     while progress.step < session.steps and not requests.stop_asked():
         started = time.perf_counter()
         torch.manual_seed(stream(preset.train.seed, progress.step, "dropout"))  # so no random state needs saving
-        lr = optim.set_lr(optimizer, session.schedule(progress.step))
+        lr = preset.train.lr * session.schedule(progress.step)
+        optim.set_lr(session.optimizer, lr)
 
         loss = torch.zeros((), device=session.device)
         draws = session.order.batch(progress.step)
@@ -72,18 +75,12 @@ def train(session: Session, requests: Requests) -> str:
             session.backward(micro)
             loss += micro.detach()
 
-        grad_norm = optim.clip_grad_norm(adapter.parameters(), preset.train.max_grad_norm)
-        adapter.guard(loss, grad_norm)
         session.whole = False  # a fault inside the update leaves nothing worth saving
-        adapter.before_step()
-        optimizer.step()
-        adapter.after_step()
-        adapter.ema_update()
-        adapter.zero_grad()
+        grad_norm = update(loss)
         session.whole, progress.step = True, progress.step + 1
         progress.seconds += time.perf_counter() - started
 
-        readback.push(progress.step, loss, grad_norm, adapter.skip, lr)
+        readback.push(progress.step, loss, grad_norm, session.adapter.skip, lr)
         if readback.bad_in_row >= MAX_BAD_STEPS:
             raise UserError(_non_finite(session))
         due = _due(session, time.monotonic() - saved_at, requests)
@@ -188,7 +185,7 @@ def save(session: Session) -> bool:
                       f"{free / 2**20:.0f} MB left; free some space")
         return False
     try:
-        size = checkpoint.save(run, progress, session.adapter.state_dict(), optim.optimizer_state(session.optimizer))
+        size = checkpoint.save(run, progress, session.adapter.state_dict(), session.optimizer.state_dict())
     except OSError as error:
         recorder.note(progress.step, f"no checkpoint at step {progress.step}: {error.strerror or error}; the "
                       "earlier ones are whole. Free some space; the next save tries again")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from trainer import captions
 from trainer.errors import UserError
 from trainer.events import EventReader
 from trainer.export import metadata, names, verify, writer
+from trainer.export.writer import Pair
 from trainer.session import Session
 
 
@@ -22,10 +24,10 @@ def publish(session: Session, path: Path) -> None:
     form, chosen = names.FORMATS[family], session.preset.output.dtype
     dtype = form.dtype if chosen == "auto" else chosen
     path.parent.mkdir(exist_ok=True)
-    written = writer.write(path, session.adapter.pairs(weights), family=family, dtype=dtype,
-                           metadata=_header(session))
-    comparison = verify.compare(path, session.adapter.pairs(weights), family=family)
-    unmatched = [*written.unmatched, *comparison.unmatched]
+    pairs = list(session.adapter.pairs(weights))
+    written = writer.write(path, pairs, family=family, dtype=dtype, metadata=_header(session, pairs))
+    comparison = verify.compare(path, pairs, family=family)
+    unmatched = comparison.unmatched
     session.recorder.event(
         "export", step=session.progress.step, path=path.relative_to(session.run.path).as_posix(), format=form.name,
         weights=weights, dtype=dtype, bytes=written.bytes, worst_rel_error=comparison.worst_rel_error,
@@ -35,17 +37,14 @@ def publish(session: Session, path: Path) -> None:
                         + ", ".join(unmatched[:5]))
 
 
-def _header(session: Session) -> dict[str, str]:
+def _header(session: Session, pairs: Sequence[Pair]) -> dict[str, str]:
     """The file's metadata: what was trained, on what, how."""
-    preset, progress, train = session.preset, session.progress, session.preset.train
+    progress = session.progress
     return metadata.build(
-        family=preset.model.family, run_name=session.run.name, preset_text=session.run.preset.read_text("utf-8"),
-        method=preset.adapter.method, rank=preset.adapter.rank, dora=preset.adapter.dora, dataset=_dataset(session),
-        base_name=session.base.name, prediction=session.objective.prediction_type, resolution=preset.data.resolution,
-        clip_skip=preset.model.clip_skip, trigger=preset.data.trigger, steps=progress.step,
-        epochs=progress.step // session.order.steps_per_epoch, batch_size=progress.global_batch, lr=train.lr,
-        optimizer=train.optimizer, seed=train.seed, started_at=_started(session), finished_at=time.time(),
-        title=preset.output.title, author=preset.output.author, license=preset.output.license)
+        preset=session.preset, run_name=session.run.name, dataset=_dataset(session),
+        prediction=session.base.prediction_type, rank=max(down.shape[0] for _, _, down, _ in pairs),
+        steps=progress.step, epochs=progress.step // session.order.steps_per_epoch,
+        global_batch=progress.global_batch, started_at=_started(session), finished_at=time.time())
 
 
 def _dataset(session: Session) -> metadata.Dataset:

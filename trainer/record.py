@@ -21,10 +21,10 @@ LINE_INTERVAL = 10.0  # seconds between two lines where no terminal redraws one
 class Recorder:
     """Writes events (always), TensorBoard files (by choice) and a progress line."""
 
-    def __init__(self, run: Run, *, tensorboard: bool, terminal: TextIO | None) -> None:
+    def __init__(self, run: Run, *, tensorboard: bool, terminal: TextIO | None = None) -> None:
         self.run, self.terminal = run, terminal
         self._events = EventWriter(run.events)
-        self._board = TensorBoardWriter(run.tensorboard) if tensorboard else None
+        self._board = TensorBoardWriter(run.tensorboard, run.last_step()) if tensorboard else None
         self._phase_at, self._phase = 0.0, ""
         self._line_at = 0.0
         self._seconds: deque[float] = deque(maxlen=50)

@@ -21,7 +21,7 @@ from trainer.data.order import Draw, Order
 from trainer.data.store import LatentStore, TextStore
 from trainer.errors import UserError
 from trainer.material import Material, noise_seeds, to_device
-from trainer.objective import Objective
+from trainer.objective import Objective, per_sample_loss
 from trainer.record import Recorder
 from trainer.run import Run
 from trainer.schema import Preset
@@ -55,7 +55,7 @@ class Session:
     objective: Objective
     denoiser: nn.Module
     adapter: Adapter
-    optimizer: torch.optim.Optimizer
+    optimizer: torch.optim.Optimizer  # its state is a flat dict of tensors, restored in place
     schedule: Callable[[int], float]
     order: Order
     steps: int
@@ -66,12 +66,12 @@ class Session:
         """Mean training loss of one micro-batch; a function of the draws alone, and of the adapter."""
         train = self.preset.train
         latents = self.latents.latents(draws, self.device)  # b c h w
-        noise, timesteps = self.objective.draw(noise_seeds(draws, train.seed), latents.shape, self.device,
+        noise, timesteps = self.objective.draw(noise_seeds(draws, train.seed), latents.shape[1:], self.device,
                                                latents.dtype, offset_noise=train.offset_noise)
         texts = ["" if draw.caption < 0 else self.captions[draw.item][draw.caption] for draw in draws]
         prediction = self.predict(latents, noise, timesteps, self.conditioning(texts))
         target = self.objective.target(latents, noise, timesteps)
-        loss = self.objective.per_sample_loss(prediction, target, kind=train.loss, delta=train.huber_delta)  # b
+        loss = per_sample_loss(prediction, target, kind=train.loss, delta=train.huber_delta)  # b
         return (loss * self.objective.loss_weight(timesteps, train.snr_gamma)).mean()
 
     def backward(self, loss: Tensor) -> None:
@@ -93,8 +93,6 @@ class Session:
         """Embeddings of prompts on the device, from the cache where there is one."""
         if self.texts is None:
             return to_device(self.family.encode_prompts(self.text_encoder, list(texts)), self.device, self.dtype)
-        if missing := [text for text in texts if text not in self.texts]:
-            self._encode_more(missing)
         return to_device(self.texts.embeds(list(texts)), self.device, self.dtype)
 
     def use(self, weights: str) -> None:
@@ -107,11 +105,11 @@ class Session:
         chosen = self.preset.output.weights
         return chosen if chosen != "auto" else ("ema" if self.preset.train.ema_decay > 0 else "raw")
 
-    def _encode_more(self, texts: list[str]) -> None:
-        """Prompts that came during the run: the text encoder is loaded for them alone."""
-        assert self.texts is not None
-        self.texts.add(texts)
-        fill_texts(self.texts, self.family, self.base, self.device, self.recorder, self.guard)
+    def encode_new(self, texts: Sequence[str]) -> None:
+        """Cache prompts that came during the run; the text encoder is loaded for them alone."""
+        if self.texts is not None:
+            new = TextStore(texts, self.cache, self.base.text_id, self.dtype)
+            fill_texts(new, self.family, self.base, self.device, self.recorder, self.guard)
 
 
 def set_up(run: Run, preset: Preset, workspace: Path, recorder: Recorder, guard: Guard) -> Session:
@@ -143,7 +141,7 @@ def set_up(run: Run, preset: Preset, workspace: Path, recorder: Recorder, guard:
     schedule = optim.build_schedule(preset.train.lr_scheduler, steps, preset.train.warmup_steps)
     session = Session(run, preset, recorder, guard, device, dtype, family, base, cache, material,
                       [material.train_captions(item) for item in latents.items], latents, held, texts, text_encoder,
-                      family.objective(base), denoiser, adapter, optimizer, schedule, order, steps, Progress())
+                      family.objective(base).to(device), denoiser, adapter, optimizer, schedule, order, steps, Progress())
     _resume(session)
     return session
 
@@ -220,7 +218,8 @@ def fill_texts(texts: TextStore, family: ModuleType, base: Any, device: torch.de
             with torch.no_grad():
                 return family.encode_prompts(encoder, prompts)
 
-        texts.fill(encode, ENCODE_BATCH, lambda done, of: recorder.phase("caching captions", done, of))
+        texts.fill(encode, ENCODE_BATCH, lambda done, of: recorder.phase("caching captions", done, of),
+                   should_stop=lambda: False)  # `encode` looks for a stop itself
 
 
 def _prepare_text(preset: Preset, family: ModuleType, base: Any, material: Material, cache: Cache, device: torch.device,
@@ -247,7 +246,7 @@ def _prepare_latents(family: ModuleType, base: Any, material: Material, cache: C
 
             for store, name in zip(stores, ("caching latents", "caching held-out latents")):
                 store.fill(encode, ENCODE_BATCH, lambda done, of, name=name: recorder.phase(name, done, of),
-                           should_stop=lambda: False, on_skip=material.skip)  # `encode` looks for a stop itself
+                           should_stop=lambda: False, on_skip=material.skip)
     return stores
 
 
@@ -262,7 +261,7 @@ def _resume(session: Session) -> None:
         return
     progress, state, optimizer = checkpoint.load(run.checkpoint(step))
     session.adapter.load_state_dict(state)
-    optim.load_optimizer_state(session.optimizer, optimizer)
+    session.optimizer.load_state_dict(optimizer)
     if progress.data != session.progress.data:
         session.recorder.note(step, "the data set changed since this run was last trained; it goes on with the new one")
         progress.data = session.progress.data
