@@ -6,7 +6,9 @@ import socket
 
 import pytest
 import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
+from transformers import CLIPTextConfig, CLIPTextModel
 
 from tests import models
 from trainer.errors import UserError
@@ -65,9 +67,6 @@ def test_an_opened_base_says_what_it_is(base, folder, loaded):
 
 
 def test_a_loaded_folder_is_what_diffusers_loads(folder, loaded):
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextModel
-
     pairs = [CLIPTextModel.from_pretrained(folder / "text_encoder"), AutoencoderKL.from_pretrained(folder / "vae"),
              UNet2DConditionModel.from_pretrained(folder / "unet")]  # fmt: skip
     assert_same_weights(pairs, [loaded[0].model, *loaded[1:]])
@@ -258,3 +257,16 @@ def test_adapter_targets_have_names_that_outlive_versions(loaded):
 
 def test_bucket_steps_shrink_with_the_picture():
     assert [sd15.bucket_step(side) for side in (64, 128, 256, 512, 1024)] == [8, 16, 32, 64, 64]
+
+
+def test_the_shipped_configs_are_of_the_true_sizes():
+    def on_meta(build, name):
+        with torch.device("meta"):
+            return build(json.loads((sd15._CONFIGS / f"{name}.json").read_text()))
+
+    unet = on_meta(UNet2DConditionModel.from_config, "unet")
+    vae = on_meta(AutoencoderKL.from_config, "vae")
+    text = on_meta(lambda config: CLIPTextModel(CLIPTextConfig.from_dict(config)), "text_encoder")
+    counts = [sum(weight.numel() for weight in model.parameters()) for model in (unet, vae, text)]
+    assert counts == [859_520_964, 83_653_863, 123_060_480]
+    assert len(sd15.adapter_targets({"unet": unet}, ["attention", "feed_forward", "projection"])) == 192

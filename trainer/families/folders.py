@@ -61,15 +61,15 @@ def is_complete(folder: Path, components: Collection[str]) -> bool:
 
 def explain_no_model(folder: Path) -> UserError:
     """What to say of a folder that has no model_index.json."""
+    if (folder / "config.json").is_file():
+        return UserError(
+            f"{folder} is one component of a model, not a model: give the folder above it, the one with "
+            f"model_index.json"
+        )
     files = sorted(folder.glob("*.safetensors"))
     if files:
         return UserError(
             f"{folder} is not a diffusers folder: it has no model_index.json. It holds {files[0].name}: "
             f"to train on that, give the file's own path"
-        )
-    if (folder / "config.json").is_file():
-        return UserError(
-            f"{folder} is one component of a model, not a model: give the folder above it, the one with "
-            f"model_index.json"
         )
     return UserError(f"{folder} is not a model: it has no model_index.json and no .safetensors file")

@@ -66,13 +66,14 @@ def download(repo: str, subfolders: Collection[str]) -> Path:
         ) from None
     except (HTTPError, OSError) as error:
         raise UserError(
-            f"{repo} is not on this machine, and the hub cannot be reached: {_first_line(error)}. Check "
+            f"{repo} is not on this machine, and the hub cannot be reached: {_first_sentence(error)}. Check "
             f"the connection, or give the path of a local folder or file"
         ) from None
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+def _first_sentence(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].split(". ")[0].rstrip(".")
 
 
 def choose(files: Sequence[RepoSibling], subfolders: Collection[str]) -> list[RepoSibling]:
