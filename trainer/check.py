@@ -62,7 +62,7 @@ def memory(preset: Preset, params: dict[str, int], trained: int, device: torch.d
 
     params: weights of each part of the base; trained: numbers in the adapter.
     """
-    width = BYTES[pick_dtype(preset)]
+    width = BYTES[pick_dtype(preset, device)]
     train, family = preset.train, families.get(preset.model.family)
     weights = params["unet"] * width
     if "text_encoder" in preset.adapter.targets:

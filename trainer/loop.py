@@ -10,7 +10,7 @@ from typing import TextIO
 
 import torch
 
-from trainer import checkpoint, evaluation, optim, speed
+from trainer import checkpoint, evaluation, gpu, optim, speed
 from trainer.adapters import effective_rank
 from trainer.control import Requests, Stopped
 from trainer.data.order import stream
@@ -20,7 +20,7 @@ from trainer.readback import Readback
 from trainer.record import Recorder
 from trainer.run import Run
 from trainer.schema import SCHEMA_VERSION, Preset
-from trainer.session import Session, set_up
+from trainer.session import Session, pick_device, set_up
 from trainer.update import Update
 
 MAX_BAD_STEPS = 3  # non-finite steps in a row that end a run
@@ -39,8 +39,10 @@ def run_training(run: Run, preset: Preset, workspace: Path, terminal: TextIO | N
         session: Session | None = None
         try:
             recorder.event("start", **start_facts(run, preset))
-            session = set_up(run, preset, workspace, recorder, requests.guard)
-            reason = train(session, requests)
+            device = pick_device(preset)
+            with gpu.turn(workspace, device, lambda: _wait(recorder, requests)):
+                session = set_up(run, preset, device, workspace, recorder, requests.guard)
+                reason = train(session, requests)
             recorder.event("end", step=session.progress.step, reason=reason)
             recorder.say(f"{reason} at step {session.progress.step}: {run.result}")
         except Stopped:
@@ -92,6 +94,11 @@ def train(session: Session, requests: Requests) -> str:
     readback.drain()
     speed.remember(session)
     return _finish(session, requests)
+
+
+def _wait(recorder: Recorder, requests: Requests) -> None:
+    recorder.phase("waiting for the GPU, which another run is using")
+    requests.guard()
 
 
 def start_facts(run: Run, preset: Preset) -> dict[str, object]:

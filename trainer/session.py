@@ -112,10 +112,11 @@ class Session:
             fill_texts(new, self.family, self.base, self.device, self.recorder, self.guard)
 
 
-def set_up(run: Run, preset: Preset, workspace: Path, recorder: Recorder, guard: Guard) -> Session:
+def set_up(run: Run, preset: Preset, device: torch.device, workspace: Path, recorder: Recorder,
+           guard: Guard) -> Session:
     """Load, cache and build everything, resuming from the run's last checkpoint if there is one."""
-    family = families.get(preset.model.family)
-    device, dtype = pick_device(preset), pick_dtype(preset)
+    family, dtype = families.get(preset.model.family), pick_dtype(preset, device)
+    torch.use_deterministic_algorithms(preset.train.deterministic)
     recorder.phase("opening the base model")
     base = open_base(preset)
     for note in base.notes:
@@ -180,14 +181,17 @@ def pick_device(preset: Preset) -> torch.device:
         return torch.device(name)
     from accelerate import PartialState  # late: it is slow to import
 
-    return PartialState().device
+    state = PartialState()
+    if state.num_processes > 1:
+        raise UserError("several processes were started, and a run trains in one: start it without accelerate or torchrun")
+    return state.device
 
 
-def pick_dtype(preset: Preset) -> torch.dtype:
+def pick_dtype(preset: Preset, device: torch.device) -> torch.dtype:
     """The arithmetic of the frozen model."""
     if preset.train.precision != "auto":
         return PRECISIONS[preset.train.precision]
-    if pick_device(preset).type != "cuda":
+    if device.type != "cuda":
         return torch.float32
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 

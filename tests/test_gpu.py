@@ -1,0 +1,37 @@
+"""Runs take turns on a GPU; a lock needs no GPU to be tested."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+
+import torch
+
+from trainer import gpu
+
+
+def test_the_second_run_waits_for_the_first_and_says_so(tmp_path: Path) -> None:
+    device, order, waited = torch.device("cuda", 0), [], []
+
+    def second() -> None:
+        with gpu.turn(tmp_path, device, lambda: waited.append(1)):
+            order.append("second")
+
+    with gpu.turn(tmp_path, device, lambda: None):
+        thread = threading.Thread(target=second)
+        thread.start()
+        while not waited:
+            time.sleep(0.01)
+        order.append("first")
+    thread.join(5)
+    assert order == ["first", "second"]
+
+
+def test_another_gpu_and_a_cpu_are_free(tmp_path: Path) -> None:
+    def never() -> None:
+        raise AssertionError("nobody should wait")
+
+    with gpu.turn(tmp_path, torch.device("cuda", 0), never), gpu.turn(tmp_path, torch.device("cuda", 1), never), \
+            gpu.turn(tmp_path, torch.device("cpu"), never), gpu.turn(tmp_path, torch.device("cpu"), never):
+        assert sorted(path.name for path in tmp_path.glob("*.lock")) == ["gpu0.lock", "gpu1.lock"]
