@@ -110,7 +110,8 @@ def test_validation_uses_fixed_noise_so_that_the_same_weights_give_the_same_loss
 
 def test_training_lowers_the_loss(tiny_project: Path, tmp_path: Path) -> None:
     run = start(tiny_project, tmp_path, "long", "train.steps=40", "train.lr=3e-3", "evaluate.every=0",
-                "evaluate.folder=" + (tiny_project.parent / "train").as_posix(), "output.save_every=0", "log.rank_every=0")
+                "output.save_every=0", "log.rank_every=0",
+                "evaluate.folder=" + (tiny_project.parent / "train").as_posix())
     losses = [event["loss"] for event in events(run, "validation")]
     assert losses[-1] < losses[0]
 

@@ -57,7 +57,7 @@ def _losses_at(session: Session, chosen: Sequence[int], timestep: float, quantil
             part = same[start : start + batch]
             latents = store.latents([plain_draw(i) for i in part], session.device)
             seeds = [stream(session.preset.train.seed, i, f"validation {quantile}") for i in part]
-            noise, drawn = session.objective.draw(seeds, latents.shape[1:], session.device, latents.dtype, offset_noise=0.0)
+            noise, drawn = session.objective.draw(seeds, latents.shape[1:], session.device, latents.dtype)
             timesteps = torch.full_like(drawn, timestep)
             texts = [session.material.held_caption(store.items[i]) for i in part]
             prediction = session.predict(latents, noise, timesteps, session.conditioning(texts))

@@ -142,7 +142,8 @@ def set_up(run: Run, preset: Preset, device: torch.device, workspace: Path, reco
     schedule = optim.build_schedule(preset.train.lr_scheduler, steps, preset.train.warmup_steps)
     session = Session(run, preset, recorder, guard, device, dtype, family, base, cache, material,
                       [material.train_captions(item) for item in latents.items], latents, held, texts, text_encoder,
-                      family.objective(base).to(device), denoiser, adapter, optimizer, schedule, order, steps, Progress())
+                      family.objective(base).to(device), denoiser, adapter, optimizer, schedule, order, steps,
+                      Progress())
     _resume(session)
     return session
 
@@ -183,7 +184,8 @@ def pick_device(preset: Preset) -> torch.device:
 
     state = PartialState()
     if state.num_processes > 1:
-        raise UserError("several processes were started, and a run trains in one: start it without accelerate or torchrun")
+        raise UserError("several processes were started, and a run trains in one: "
+                        "start it without accelerate or torchrun")
     return state.device
 
 
