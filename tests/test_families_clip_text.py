@@ -57,7 +57,6 @@ def test_a_long_prompt_loses_no_token(encoder):
     tokens = encoder.tokenizer(prompt, add_special_tokens=False).input_ids
     assert [len(chunk) for chunk in chunks] == [77] * 3
     assert [*chunks[0][1:76], *chunks[1][1:76], *chunks[2][1:41]] == tokens
-    assert len(encoder.chunks("a" * 75)) == 1 and len(encoder.chunks("a" * 76)) == 2
 
 
 def test_a_prompt_of_one_chunk_is_what_the_model_itself_gives(encoder):
@@ -79,11 +78,10 @@ def test_prompts_of_one_call_are_filled_up_with_the_empty_prompt(encoder):
     torch.testing.assert_close(together[1:], encoder(["d" * 100]))
 
 
-def test_conditionings_of_different_lengths_join_as_if_encoded_together(encoder):
-    prompts = ["abc", "d" * 100]
-    apart = [sd15.encode_prompts(encoder, [prompt]) for prompt in prompts]
-    joined = sd15.join_conditioning(apart, sd15.encode_prompts(encoder, [""]))
-    torch.testing.assert_close(joined, sd15.encode_prompts(encoder, prompts))
+def test_the_chunks_of_a_prompt_are_counted(encoder):
+    assert [sd15.prompt_chunks(encoder, prompt) for prompt in ("", "a" * 75, "a" * 76)] == [1, 1, 2]
+    embeds = sd15.encode_prompts(encoder, ["a" * 76])["prompt_embeds"]
+    assert embeds.shape[1] == 77 * 2
 
 
 def test_clip_skip_takes_an_earlier_layer_through_the_final_norm():

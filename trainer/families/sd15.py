@@ -244,22 +244,9 @@ def encode_prompts(text_encoder: ClipTextEncoder, prompts: Sequence[str]) -> dic
     return {"prompt_embeds": text_encoder(prompts)}
 
 
-def join_conditioning(items: Sequence[Mapping[str, Tensor]], empty: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """One batch from conditionings of different lengths: the shorter ones end in chunks of the empty prompt's.
-
-    Items are 1 n d or more of them (b n d); `empty` is encode_prompts' answer to one empty prompt.
-    """
-    embeds = [item["prompt_embeds"] for item in items]
-    chunk = empty["prompt_embeds"]  # 1 77 d
-    longest = max(embed.shape[1] for embed in embeds)
-    padded = [
-        torch.cat(
-            [embed, *[chunk.to(embed).expand(len(embed), -1, -1)] * ((longest - embed.shape[1]) // chunk.shape[1])],
-            dim=1,
-        )
-        for embed in embeds
-    ]
-    return {"prompt_embeds": torch.cat(padded)}
+def prompt_chunks(text_encoder: ClipTextEncoder, prompt: str) -> int:
+    """How many chunks of 77 tokens a prompt takes: prompts of equal chunks encode alike alone and together."""
+    return len(text_encoder.chunks(prompt))
 
 
 def encode_images(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
