@@ -88,12 +88,21 @@ def test_the_exponential_map_is_the_canonical_geodesic(size, length):
 
 
 @pytest.mark.parametrize("step, retract", [(manifold.polar_step, manifold.polar_retraction),
-                                           (manifold.exponential_step, manifold.exponential_map)])
+                                           (manifold.exponential_step, manifold.exponential_map),
+                                           (manifold.qr_step, manifold.qr_retraction)])
 def test_a_whole_step_is_scaling_projection_and_retraction_in_turn(step, retract):
     x = point(40, 6)
     tentative = x + 0.05 * torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(3))
     expected = retract(x, manifold.tangent_projection(x, 0.7 * (tentative - x)))
-    assert (step(x, tentative, 0.7) - expected).abs().max() <= 1e-13
+    assert (step([x], [tentative], [0.7])[0] - expected).abs().max() <= 1e-13
+
+
+@pytest.mark.parametrize("step", [manifold.polar_step, manifold.exponential_step, manifold.qr_step])
+def test_stacks_of_several_sizes_step_together_as_each_would_alone(step):
+    xs = [point(40, 3), point(9, 3, count=1), point(25, 3, count=4)]
+    tentatives, scales = [x + 0.02 * torch.sin(x * 50) for x in xs], [1.0, 0.5, 2.0]
+    for x, p, scale, y in zip(xs, tentatives, scales, step(xs, tentatives, scales)):
+        assert (step([x], [p], [scale])[0] - y).abs().max() <= 1e-14
 
 
 def test_the_riemannian_gradient_gives_every_tangent_direction_its_derivative():
@@ -111,7 +120,7 @@ def test_a_broken_update_leaves_only_its_own_matrix_where_it_was(step, bad):
     x = point(20, 3, torch.float32, count=3)
     tentative = x + 0.01
     tentative[1, 4, 2] = bad
-    y = step(x, tentative, 1.0)
+    y = step([x], [tentative], [1.0])[0]
     assert torch.equal(y[1], x[1])
     assert not torch.equal(y[0], x[0])
     assert manifold.orthogonality_error(y) <= 1e-6
@@ -121,7 +130,8 @@ def test_a_broken_update_leaves_only_its_own_matrix_where_it_was(step, bad):
 @pytest.mark.parametrize("step", [manifold.polar_step, manifold.exponential_step])
 def test_a_huge_update_still_ends_on_the_manifold(step, dtype):
     x = point(50, 8, dtype)
-    y = step(x, x + 30 * torch.randn(x.shape, dtype=dtype, generator=torch.Generator().manual_seed(2)), 1.0)
+    noise = torch.randn(x.shape, dtype=dtype, generator=torch.Generator().manual_seed(2))
+    y = step([x], [x + 30 * noise], [1.0])[0]
     assert manifold.orthogonality_error(y) <= LIMIT[dtype]
     assert not torch.equal(y, x)
 
@@ -129,16 +139,15 @@ def test_a_huge_update_still_ends_on_the_manifold(step, dtype):
 def test_ten_thousand_steps_do_not_drift_from_the_manifold():
     x, generator = point(24, 4, torch.float32), torch.Generator().manual_seed(0)
     for _ in range(10_000):
-        x = manifold.polar_step(x, x + 0.01 * torch.randn(x.shape, generator=generator))
+        x, = manifold.polar_step([x], [x + 0.01 * torch.randn(x.shape, generator=generator)], [1.0])
     assert manifold.orthogonality_error(x) <= 1e-6
 
 
-@pytest.mark.parametrize("step", [manifold.polar_step, manifold.exponential_step,
-                                  lambda x, p: manifold.qr_retraction(x, manifold.tangent_projection(x, p - x))])
+@pytest.mark.parametrize("step", [manifold.polar_step, manifold.exponential_step, manifold.qr_step])
 def test_rank_128_stays_on_the_manifold(step):
     x, generator = point(640, 128, torch.float32, count=1), torch.Generator().manual_seed(0)
     for _ in range(20):
-        x = step(x, x + 1e-3 * torch.randn(x.shape, generator=generator))
+        x, = step([x], [x + 1e-3 * torch.randn(x.shape, generator=generator)], [1.0])
     assert manifold.orthogonality_error(x) <= 1e-6
 
 
@@ -146,23 +155,23 @@ def test_an_fp32_gram_keeps_within_its_own_limit(monkeypatch):
     monkeypatch.setattr(manifold, "_fp64_gram", lambda tall: False)
     x, generator = point(1280, 64, torch.float32, count=1), torch.Generator().manual_seed(0)
     for _ in range(10):
-        x = manifold.polar_step(x, x + 1e-3 * torch.randn(x.shape, generator=generator))
+        x, = manifold.polar_step([x], [x + 1e-3 * torch.randn(x.shape, generator=generator)], [1.0])
     assert manifold.orthogonality_error(x) <= 2e-6
 
 
 def test_a_start_off_the_manifold_is_mended_in_one_step():
     x = point(320, 16, torch.float32).to(torch.bfloat16).float()
     assert manifold.orthogonality_error(x) > 1e-4
-    assert manifold.orthogonality_error(manifold.polar_step(x, x + 1e-4)) <= 1e-6
+    assert manifold.orthogonality_error(manifold.polar_step([x], [x + 1e-4], [1.0])[0]) <= 1e-6
 
 
 def test_autocast_and_reduced_precision_do_not_reach_the_manifold():
     x = point(40, 5, torch.float32)
-    expected = manifold.polar_step(x, x + 0.01)
+    expected = manifold.polar_step([x], [x + 0.01], [1.0])[0]
     torch.set_float32_matmul_precision("medium")
     try:
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            result = manifold.polar_step(x, x + 0.01)
+            result = manifold.polar_step([x], [x + 0.01], [1.0])[0]
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision("highest")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -12,6 +12,9 @@ TRUST_RADIUS = 0.7  # Frobenius norm of a step beyond which it is shortened; tra
 RESIDUAL_LIMIT = 1e-3  # a retraction that misses the manifold by more than this is not taken
 FP64_GRAM_DIM = 640  # up to here a Gram matrix in fp64 costs next to nothing on any device
 FULL_RATE_FP64 = {(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)}  # compute capabilities whose fp64 is half of fp32 or better
+
+
+Stacks = Sequence[Tensor]
 
 
 @contextmanager
@@ -52,18 +55,19 @@ def polar_retraction(x: Tensor, delta: Tensor) -> Tensor:
     Coupled Newton-Schulz on the r x r Gram matrix, which for a tangent step has eigenvalues in [1, 1 + |delta|^2].
     """
     with exact_arithmetic(x.device):
-        tall, gram = _tall_and_gram(x, delta)
-        return _apply(tall, _identity_over_identity(gram), gram, x)
+        talls, gram = _talls_and_gram([x], [delta])
+        return _apply(talls, _identity_over_identity(gram), gram, [x])[0]
 
 
-def polar_step(x: Tensor, tentative: Tensor, scale: float = 1.0) -> Tensor:
-    """StelLA's whole post-step in two tall products: project scale * (tentative - x), shorten, retract by polar.
+def polar_step(xs: Stacks, tentatives: Stacks, scales: Sequence[float]) -> list[Tensor]:
+    """StelLA's whole post-step in two tall products a stack: project scale * (tentative - x), retract by polar.
 
-    Equal to `polar_retraction(x, tangent_projection(x, scale * (tentative - x)))`; [L, dim, r] each.
+    Lists of stacks [L, dim, r] of any L and dim and one r, whose r x r work runs as one batch. Equal to
+    `polar_retraction(x, tangent_projection(x, scale * (tentative - x)))` of each.
     """
-    with exact_arithmetic(x.device):
-        tall, gram = _tall_and_gram(x, (tentative - x) * scale)
-        return _apply(tall, _projected(gram), gram, x)
+    with exact_arithmetic(xs[0].device):
+        talls, gram = _talls_and_gram(xs, _updates(xs, tentatives, scales))
+        return _apply(talls, _projected(gram), gram, xs)
 
 
 def exponential_map(x: Tensor, delta: Tensor) -> Tensor:
@@ -72,26 +76,35 @@ def exponential_map(x: Tensor, delta: Tensor) -> Tensor:
     With A = X^T delta and N = delta - X A the end is [X N] exp([[A, -N^T N], [I, 0]]) [I; 0]: no QR is needed.
     """
     with exact_arithmetic(x.device):
-        tall, gram = _tall_and_gram(x, delta)
-        return _apply(tall, _geodesic(gram, _identity_over_identity(gram)), gram, x)
+        talls, gram = _talls_and_gram([x], [delta])
+        return _apply(talls, _geodesic(gram, _identity_over_identity(gram)), gram, [x])[0]
 
 
-def exponential_step(x: Tensor, tentative: Tensor, scale: float = 1.0) -> Tensor:
+def exponential_step(xs: Stacks, tentatives: Stacks, scales: Sequence[float]) -> list[Tensor]:
     """Like `polar_step`, along the geodesic instead of by the polar factor."""
-    with exact_arithmetic(x.device):
-        tall, gram = _tall_and_gram(x, (tentative - x) * scale)
-        return _apply(tall, _geodesic(gram, _projected(gram)), gram, x)
+    with exact_arithmetic(xs[0].device):
+        talls, gram = _talls_and_gram(xs, _updates(xs, tentatives, scales))
+        return _apply(talls, _geodesic(gram, _projected(gram)), gram, xs)
 
 
 def qr_retraction(x: Tensor, delta: Tensor) -> Tensor:
     """Q of X + delta = QR with diag(R) > 0, all [L, dim, r], by Cholesky-QR; keeps x where that would fail."""
-    with exact_arithmetic(x.device):
-        tall = x + delta
-        gram = _gram(tall)
+    return qr_retractions([x], [delta])[0]
+
+
+def qr_retractions(xs: Stacks, deltas: Stacks) -> list[Tensor]:
+    """`qr_retraction` of each of a list of stacks of one r, the r x r work as one batch."""
+    with exact_arithmetic(xs[0].device):
+        talls = [x + delta for x, delta in zip(xs, deltas)]
+        gram = torch.cat([_gram(tall) for tall in talls])
         lower, _ = torch.linalg.cholesky_ex(gram)
-        eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-        inverse = torch.linalg.solve_triangular(lower.mT, eye.expand_as(gram), upper=True)  # R^-1
-        return _guarded(tall, inverse, gram, x)
+        eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device).expand_as(gram)
+        return _guarded(talls, torch.linalg.solve_triangular(lower.mT, eye, upper=True), gram, xs)  # tall R^-1
+
+
+def qr_step(xs: Stacks, tentatives: Stacks, scales: Sequence[float]) -> list[Tensor]:
+    """Like `polar_step`, with the QR retraction."""
+    return qr_retractions(xs, [tangent_projection(x, d) for x, d in zip(xs, _updates(xs, tentatives, scales))])
 
 
 def orthonormalize(x: Tensor) -> Tensor:
@@ -132,11 +145,18 @@ def _gram(tall: Tensor) -> Tensor:
     return (tall.mT @ tall).double()
 
 
-def _tall_and_gram(x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
-    """[X D] and its Gram matrix, with D shortened to the trust radius, which training steps do not reach."""
-    length = torch.linalg.matrix_norm(delta, keepdim=True)
-    tall = torch.cat([x, delta * (TRUST_RADIUS / length).clamp(max=1.0)], dim=-1)  # L d 2r
-    return tall, _gram(tall)
+def _updates(xs: Stacks, tentatives: Stacks, scales: Sequence[float]) -> list[Tensor]:
+    """scale * (tentative - x): formed here, since a difference of Gram matrices would cancel."""
+    return [(tentative - x) * scale for x, tentative, scale in zip(xs, tentatives, scales)]
+
+
+def _talls_and_gram(xs: Stacks, deltas: Stacks) -> tuple[list[Tensor], Tensor]:
+    """[X D] of each and the Gram matrices of all, with D shortened to the trust radius, beyond training's reach."""
+    talls = []
+    for x, delta in zip(xs, deltas):
+        length = torch.linalg.matrix_norm(delta, keepdim=True)
+        talls.append(torch.cat([x, delta * (TRUST_RADIUS / length).clamp(max=1.0)], dim=-1))  # L d 2r
+    return talls, torch.cat([_gram(tall) for tall in talls])
 
 
 def _identity_over_identity(gram: Tensor) -> Tensor:
@@ -186,17 +206,18 @@ def _inverse_sqrt(gram: Tensor, iterations: int) -> Tensor:
     return z / bound.sqrt()
 
 
-def _apply(tall: Tensor, combine: Tensor, gram: Tensor, x: Tensor) -> Tensor:
+def _apply(talls: Stacks, combine: Tensor, gram: Tensor, xs: Stacks) -> list[Tensor]:
     """[X D] C (C^T K C)^(-1/2): the polar factor of [X D] C, which also removes what rounding left in X."""
     inner = sym(combine.mT @ gram @ combine)
-    iterations = 7 if x.dtype == torch.float64 else 4  # 4 reach 1e-7 for every step within the trust radius
-    return _guarded(tall, combine @ _inverse_sqrt(inner, iterations), gram, x)
+    iterations = 7 if xs[0].dtype == torch.float64 else 4  # 4 reach 1e-7 for every step within the trust radius
+    return _guarded(talls, combine @ _inverse_sqrt(inner, iterations), gram, xs)
 
 
-def _guarded(tall: Tensor, combine: Tensor, gram: Tensor, x: Tensor) -> Tensor:
+def _guarded(talls: Stacks, combine: Tensor, gram: Tensor, xs: Stacks) -> list[Tensor]:
     """tall @ combine where that lies on the manifold, else x: per matrix, on the device."""
     product = sym(combine.mT @ gram @ combine)
     eye = torch.eye(product.shape[-1], dtype=product.dtype, device=product.device)
-    residual = (product - eye).abs().amax(dim=(-2, -1), keepdim=True)
-    good = residual < RESIDUAL_LIMIT  # false for NaN as well
-    return torch.where(good, tall @ combine.to(tall.dtype), x)
+    good = (product - eye).abs().amax(dim=(-2, -1), keepdim=True) < RESIDUAL_LIMIT  # false for NaN as well
+    counts, combine = [len(x) for x in xs], combine.to(xs[0].dtype)
+    return [torch.where(fine, tall @ piece, x)
+            for tall, piece, fine, x in zip(talls, combine.split(counts), good.split(counts), xs)]

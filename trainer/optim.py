@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from trainer.adapters.bank import Adapter
 from trainer.adapters.step_rule import ManifoldRule, PairPreconditioner
 from trainer.errors import UserError
-from trainer.manifold import qr_retraction, tangent_projection
+from trainer.manifold import qr_retractions, tangent_projection
 
 KEEP_OWN_WEIGHTS = ("prodigy", "schedulefree", "schedule-free", "adamwschedulefree", "prodigyschedulefree")
 
@@ -35,7 +35,7 @@ def build_optimizer(name: str, adapter: Adapter, *, lr: float, weight_decay: flo
         return StiefelOptimizer(adapter, groups, weight_decay, 0.95 if momentum is None else momentum, cautious,
                                 gradient_weight)
     if set(adapter.method.manifold) == {"up"}:
-        adapter.step_rule = ManifoldRule(adapter.on_manifold(), "qr", 0.0)
+        adapter.step_rule = ManifoldRule(adapter.on_manifold().values(), "qr", 0.0)
     if name == "scaled_adamw":
         adapter.step_rule = PairPreconditioner(adapter.leaves, adapter.layout)
     if name == "adamw8bit":
@@ -171,28 +171,36 @@ class StiefelOptimizer(InPlaceState):
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
+            leaves = group["params"]
+            momenta = [self.state[leaf]["momentum"] for leaf in leaves]
+            nexts = [momentum * self.momentum + leaf.grad for momentum, leaf in zip(momenta, leaves)]
+            directions = nexts
+            if self.gradient_weight is not None:
+                directions = [after + self.gradient_weight * leaf.grad for after, leaf in zip(nexts, leaves)]
             update = self._on_manifold if group["role"] == "up" else self._free
-            for leaf in group["params"]:
-                buffer = self.state[leaf]["momentum"]
-                momentum = buffer * self.momentum + leaf.grad
-                direction = momentum if self.gradient_weight is None else momentum + self.gradient_weight * leaf.grad
-                after = update(leaf, direction, group)
-                leaf.copy_(torch.where(self.skip, leaf, after))
-                buffer.copy_(torch.where(self.skip, buffer, momentum))
+            for leaf, after, momentum, momentum_after in zip(leaves, update(leaves, directions, group), momenta, nexts):
+                torch.where(self.skip, leaf, after, out=leaf)
+                torch.where(self.skip, momentum, momentum_after, out=momentum)
 
-    def _free(self, leaf: Tensor, direction: Tensor, group: dict) -> Tensor:
-        update = direction.sign() * (self.RMS * group["lr"]).to(leaf.dtype)
+    def _free(self, leaves: Sequence[Tensor], directions: Sequence[Tensor], group: dict) -> list[Tensor]:
+        rate = (self.RMS * group["lr"]).to(leaves[0].dtype)
+        updates = [direction.sign() * rate for direction in directions]
         if not self.decay or group["role"] == "magnitude":
-            return leaf - update
-        decay = (self.decay / self.rank * (group["lr"] / group["initial_lr"])).to(leaf.dtype)
-        decayed = leaf * decay * (update * leaf >= 0) if self.cautious else leaf * decay
-        return leaf - decayed - update
+            return [leaf - update for leaf, update in zip(leaves, updates)]
+        decay = (self.decay / self.rank * (group["lr"] / group["initial_lr"])).to(leaves[0].dtype)
+        decayed = [leaf * decay for leaf in leaves]
+        if self.cautious:
+            decayed = [part * (update * leaf >= 0) for part, update, leaf in zip(decayed, updates, leaves)]
+        return [leaf - part - update for leaf, part, update in zip(leaves, decayed, updates)]
 
-    def _on_manifold(self, leaf: Tensor, direction: Tensor, group: dict) -> Tensor:
-        tangent = tangent_projection(leaf, direction)  # L m r
-        norm = torch.linalg.matrix_norm(tangent, keepdim=True).clamp_min(1e-12)
-        length = (self.RMS * group["lr"] * math.sqrt(leaf.shape[1] * leaf.shape[2])).to(leaf.dtype)
-        return qr_retraction(leaf, -tangent * (length / norm))
+    def _on_manifold(self, leaves: Sequence[Tensor], directions: Sequence[Tensor], group: dict) -> list[Tensor]:
+        updates = []
+        for leaf, direction in zip(leaves, directions):
+            tangent = tangent_projection(leaf, direction)  # L m r
+            norm = torch.linalg.matrix_norm(tangent, keepdim=True).clamp_min(1e-12)
+            length = (self.RMS * group["lr"] * math.sqrt(leaf.shape[1] * leaf.shape[2])).to(leaf.dtype)
+            updates.append(-tangent * (length / norm))
+        return qr_retractions(leaves, updates)
 
 
 # -- learning rate and clipping --------------------------------------------------------------------------------------

@@ -50,7 +50,7 @@ def build(targets: Sequence[Target], *, method: str, rank: int, init: str = "def
             leaves |= magnitude.start(pair)
     adapter = Adapter(layout, chosen, leaves, frozen, magnitude, dropout, ema_decay)
     if method == "stella":
-        factors = adapter.on_manifold()
+        factors = adapter.on_manifold().values()
         median = statistics.median(size for target in targets for size in (target.rows, target.columns))
         name = "polar" if retraction == "default" else retraction
         adapter.step_rule = ManifoldRule(factors, name, median if scale_dim is None else scale_dim)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from trainer import manifold
 from trainer.adapters.layout import Layout
 
-Retraction = Callable[[Tensor, Tensor, float], Tensor]  # (x, tentative, scale) -> next x
+Retraction = Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[float]], list[Tensor]]
 
 
 class StepRule(Protocol):
@@ -24,14 +24,10 @@ class StepRule(Protocol):
         """Behind it; where `skip`, a bool on the device, is set, parameters keep their bits."""
 
 
-def _qr_step(x: Tensor, tentative: Tensor, scale: float) -> Tensor:
-    return manifold.qr_retraction(x, manifold.tangent_projection(x, (tentative - x) * scale))
-
-
 RETRACTIONS: dict[str, Retraction] = {
     "polar": manifold.polar_step,
     "exponential": manifold.exponential_step,
-    "qr": _qr_step,
+    "qr": manifold.qr_step,
 }
 
 
@@ -43,9 +39,9 @@ class ManifoldRule:
     about lr * sqrt(d) a step; 0 leaves updates alone.
     """
 
-    def __init__(self, leaves: dict[str, Tensor], retraction: str, scale_dim: float) -> None:
-        self.leaves, self.retract, self.scale_dim = leaves, RETRACTIONS[retraction], scale_dim
-        self.snapshots = {key: torch.empty_like(leaf) for key, leaf in leaves.items()}
+    def __init__(self, leaves: Iterable[Tensor], retraction: str, scale_dim: float) -> None:
+        self.leaves, self.retract, self.scale_dim = list(leaves), RETRACTIONS[retraction], scale_dim
+        self.snapshots = [torch.empty_like(leaf) for leaf in self.leaves]
 
     def scale(self, dim: int) -> float:
         """Factor on the updates of factors of this size."""
@@ -53,15 +49,15 @@ class ManifoldRule:
 
     @torch.no_grad()
     def before(self) -> None:
-        for key, leaf in self.leaves.items():
-            self.snapshots[key].copy_(leaf)
+        torch._foreach_copy_(self.snapshots, self.leaves)
+        for leaf in self.leaves:
             leaf.grad.copy_(manifold.riemannian_gradient(leaf, leaf.grad))
 
     @torch.no_grad()
     def after(self, skip: Tensor) -> None:
-        for key, leaf in self.leaves.items():
-            x = self.snapshots[key]
-            leaf.copy_(torch.where(skip, x, self.retract(x, leaf, self.scale(leaf.shape[1]))))
+        nexts = self.retract(self.snapshots, self.leaves, [self.scale(leaf.shape[1]) for leaf in self.leaves])
+        for leaf, x, y in zip(self.leaves, self.snapshots, nexts):
+            torch.where(skip, x, y, out=leaf)
 
 
 class PairPreconditioner:
