@@ -152,6 +152,13 @@ def test_a_truncated_file_is_told_with_its_sizes(folder, tmp_path):
     assert error_of(file) == f"{file} is cut short: it has {whole // 2:,} of {whole:,} bytes. Download it again"
 
 
+def test_a_file_with_half_a_unet_is_named(tmp_path):
+    save_file(
+        {name: torch.zeros(shape, dtype=torch.uint8) for name, shape in SD15.items()}, tmp_path / "half.safetensors"
+    )
+    assert "half.safetensors has no complete UNet: the file is damaged" in error_of(tmp_path / "half.safetensors")
+
+
 def test_weights_that_are_missing_in_a_part_name_the_part(copy):
     config = copy / "unet" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"layers_per_block": 3}))

@@ -9,7 +9,7 @@ from typing import Any
 from trainer.errors import UserError
 from trainer.families import hub
 from trainer.families.folders import component, explain_no_model, is_complete, read_json
-from trainer.families.ldm import VAE_PREFIX, vae_config
+from trainer.families.ldm import VAE_PREFIX, unet_config, vae_config
 from trainer.families.recognise import KINDS, file_kind, folder_kind
 from trainer.families.tensors import Header, Part, TensorInfo, read_header, without_prefix
 
@@ -54,6 +54,15 @@ def _check_kind(path: Path, found: str, wanted: str) -> None:
         raise UserError(
             f"{path} is {KINDS[found]}, and the preset's model.family needs {KINDS[wanted]}: choose another model.base"
         )
+
+
+def unet_part(file: Path, tensors: Mapping[str, TensorInfo], template: Mapping[str, Any]) -> Part:
+    """The UNet that these tensors are (names without prefix), its config completed from their shapes."""
+    layout = "diffusers" if "conv_in.weight" in tensors else "ldm"
+    try:
+        return Part(file, unet_config(tensors, layout, template), dict(tensors), layout)
+    except (KeyError, AttributeError, ValueError, StopIteration):
+        raise UserError(f"{file} has no complete UNet: the file is damaged. Download it again") from None
 
 
 def vae_from_file(file: Path, template: Mapping[str, Any]) -> Part:

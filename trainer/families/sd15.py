@@ -19,7 +19,7 @@ from trainer.families import clip_text, hub, ldm
 from trainer.families.base import Base, decide_prediction, short_hash
 from trainer.families.clip_text import ClipTextEncoder, canonical
 from trainer.families.folders import component, read_json
-from trainer.families.opening import locate, open_file, open_folder, vae_from_file, vae_part
+from trainer.families.opening import locate, open_file, open_folder, unet_part, vae_from_file, vae_part
 from trainer.families.tensors import Header, Part, TensorInfo, fill, fingerprint, read_header, without_prefix
 from trainer.objective import Objective
 
@@ -134,8 +134,7 @@ def _template(part: str) -> dict[str, Any]:
 def _parts_of_file(header: Header) -> dict[str, Part]:
     tensors = header.tensors
     unet = without_prefix(tensors, ldm.UNET_PREFIX) or tensors  # ComfyUI keeps UNets alone without the prefix
-    layout = "diffusers" if "conv_in.weight" in unet else "ldm"
-    parts = {"unet": Part(header.file, ldm.unet_config(unet, layout, _template("unet")), unet, layout)}
+    parts = {"unet": unet_part(header.file, unet, _template("unet"))}
     if vae := without_prefix(tensors, ldm.VAE_PREFIX):
         parts["vae"] = vae_part(header.file, vae, _template("vae"))
     if text := _text_part(header.file, tensors, clip_text.PREFIXES):
