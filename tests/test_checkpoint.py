@@ -47,8 +47,9 @@ def everything(run: Run) -> dict[str, bytes]:
 def test_tensors_of_every_type_come_back_to_the_bit(run):
     odd = torch.tensor([0.0, -0.0, float("nan"), float("inf"), 1e-45, 1 / 3])
     odd.view(torch.int32)[2] = 0x7FC01234  # a NaN that carries something
-    adapter = {"odd": odd, "half": odd.half(), "bf16": odd.bfloat16(), "double": odd.double(), "scalar": torch.tensor(3.5),
-               "turned": torch.arange(6.0).reshape(2, 3).T, "empty": torch.zeros(0, 4), "slice": torch.arange(9.0)[2:5]}
+    adapter = {"odd": odd, "half": odd.half(), "bf16": odd.bfloat16(), "double": odd.double(),
+               "scalar": torch.tensor(3.5), "turned": torch.arange(6.0).reshape(2, 3).T, "empty": torch.zeros(0, 4),
+               "slice": torch.arange(9.0)[2:5]}
     optimizer = {"0.0.step": torch.tensor(7), "0.0.state1": torch.arange(255).to(torch.uint8),
                  "0.0.flag": torch.tensor([True, False]), "0.0.exp_avg": adapter["odd"]}
     size = checkpoint.save(run, PROGRESS, adapter, optimizer)
@@ -137,7 +138,8 @@ FILES = ("adapter.safetensors", "optimizer.safetensors", "progress.json")
 
 
 @pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("content", [None, b"", b"[]", b'"x"', b"{}", "half", b'{"format": 1, "what": 2}', b'{"format": null}'])
+@pytest.mark.parametrize("content", [None, b"", b"[]", b'"x"', b"{}", "half", b'{"format": 1, "what": 2}',
+                                     b'{"format": null}'])
 def test_a_damaged_checkpoint_is_told_with_the_way_out(run, name, content):
     put(run, 5)
     file = run.checkpoint(5) / name

@@ -78,7 +78,8 @@ def test_a_file_name_that_is_no_utf8_does_not_end_a_run(path):
     assert json.loads(path.read_bytes().decode())["file"] == "caf?.png"
 
 
-@pytest.mark.parametrize("torn", [b'{"kind": "st', "ä".encode()[:1], b"x" * 200_000], ids=["half", "half a letter", "long"])
+@pytest.mark.parametrize("torn", [b'{"kind": "st', "ä".encode()[:1], b"x" * 200_000],
+                         ids=["half", "half a letter", "long"])
 def test_a_line_torn_by_a_kill_is_cut_off_and_the_next_one_is_whole(path, torn):
     whole = lines(*(step(number) for number in range(50)))
     path.write_bytes(whole + torn)
@@ -223,4 +224,5 @@ def test_every_line_is_whole_after_fifteen_kills_at_random_moments(path):
     events = [json.loads(line) for line in path.read_bytes().splitlines()]
     starts = [event["step"] for event in events if event["kind"] == "start"]
     assert len(starts) == 15 and starts == sorted(starts) and starts[-1] > starts[0]
-    assert [event["step"] for event in rewind(events) if event["kind"] == "step"] == list(range(1, events[-1]["step"] + 1))
+    steps = [event["step"] for event in rewind(events) if event["kind"] == "step"]
+    assert steps == list(range(1, events[-1]["step"] + 1))

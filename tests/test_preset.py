@@ -65,7 +65,8 @@ def put(section: str, line: str) -> str:
 FAULTS = {
     "typo in a section": (put("trian", "lr = 1.0"), "mine.toml:10: trian: no such section. Did you mean train?"),
     "unknown section": (put("zzz", "lr = 1.0"), "mine.toml:10: zzz: no such section."),
-    "typo in a key": (put("train", "grad_acum = 2"), "mine.toml:9: train.grad_acum: no such key. Did you mean grad_accum?"),
+    "typo in a key": (
+        put("train", "grad_acum = 2"), "mine.toml:9: train.grad_acum: no such key. Did you mean grad_accum?"),
     "unknown key": (put("data", "xyzzy = 2"), "mine.toml:6: data.xyzzy: no such key."),
     "key outside of a section": (
         "steps = 5\n" + GOOD, "mine.toml:1: steps: stands outside of a section; write it as section.key"),
@@ -118,11 +119,13 @@ FAULTS = {
     "two lengths": (
         put("train", "epochs = 2"), "mine.toml:9: train.epochs: steps and epochs both given; keep one of them"),
     "alpha is not rank": (
-        put("adapter", "rank = 8\nalpha = 16"), "mine.toml:12: adapter.alpha: alpha must equal rank (8), not 16" + ALPHA),
+        put("adapter", "rank = 8\nalpha = 16"),
+        "mine.toml:12: adapter.alpha: alpha must equal rank (8), not 16" + ALPHA),
     "alpha is not the default rank": (
         put("adapter", "alpha = 1"), "mine.toml:11: adapter.alpha: alpha must equal rank (16), not 1" + ALPHA),
     "alpha is a word": (
-        put("adapter", 'alpha = "rank"'), "mine.toml:11: adapter.alpha: alpha must equal rank (16), not 'rank'" + ALPHA),
+        put("adapter", 'alpha = "rank"'),
+        "mine.toml:11: adapter.alpha: alpha must equal rank (16), not 'rank'" + ALPHA),
     "later version": (
         "version = 99\n" + GOOD, "mine.toml:1: version: this preset has version 99, and this program knows 1 to 1; "
         "update the program, or take the line out"),
@@ -207,7 +210,8 @@ def test_a_byte_order_mark_is_no_fault_and_windows_line_ends_stay(tmp_path):
 
 
 def test_a_preset_survives_being_written_and_read():
-    text = put("train", "lr = { lora = 1e-4, stella = 0.1 }") + '[sample]\nprompts = ["a \\"quoted\\" cat", "日本\\n"]\n'
+    text = put("train", "lr = { lora = 1e-4, stella = 0.1 }")
+    text += '[sample]\nprompts = ["a \\"quoted\\" cat", "日本\\n"]\n'
     for given_preset in (preset.parse(text, "p"), preset.complete(preset.parse(text, "p"), Path("/"))):
         assert preset.parse(preset.dumps(given_preset), "p") == given_preset
 
@@ -249,8 +253,8 @@ TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 @given(lr=st.floats(1e-8, 9.0), steps=st.integers(1, 10**7), trigger=TEXTS, prompts=st.lists(TEXTS, max_size=3),
        flip=st.booleans())
 def test_any_values_can_be_put_in_and_read_back(lr, steps, trigger, prompts, flip):
-    got = preset.update_text(COMMENTED, {"train": {"lr": lr, "steps": steps}, "data": {"trigger": trigger, "flip": flip},
-                                         "sample": {"prompts": prompts}})
+    got = preset.update_text(COMMENTED, {"train": {"lr": lr, "steps": steps},
+                                         "data": {"trigger": trigger, "flip": flip}, "sample": {"prompts": prompts}})
     parsed = preset.parse(got, "p")
     assert (parsed.train.lr, parsed.train.steps, parsed.data.flip) == (lr, steps, flip)
     assert (parsed.data.trigger, parsed.sample.prompts) == (trigger, prompts)
@@ -343,7 +347,8 @@ def test_paths_become_absolute_against_the_presets_folder_then_the_working_direc
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "presets" / "mine.toml").write_text(GOOD)
     got = preset.load(Path("presets/mine.toml"), ['data.folder=["demo", "both", "here", "nowhere", "~/here"]'])
-    assert got.data.folder == [str(tmp_path / name) for name in ("presets/demo", "presets/both", "here", "nowhere", "here")]
+    completed = ("presets/demo", "presets/both", "here", "nowhere", "here")
+    assert got.data.folder == [str(tmp_path / name) for name in completed]
     assert got.evaluate.folder == ""
 
 
@@ -369,7 +374,8 @@ def test_a_resume_may_change_only_what_lies_ahead():
     ahead = ["train.steps=99", "sample.every=3", "evaluate.images=2", "log.every=7"]
     preset.check_resume(before, preset.parse(GOOD, "p", ahead))
     with pytest.raises(UserError) as caught:
-        preset.check_resume(before, preset.parse(GOOD, "p", [*ahead, "adapter.rank=4", "train.seed=1", "output.keep=9"]))
+        preset.check_resume(before, preset.parse(
+            GOOD, "p", [*ahead, "adapter.rank=4", "train.seed=1", "output.keep=9"]))
     assert str(caught.value) == (
         "a resume may change only train.steps, sample, evaluate and log, not adapter.rank, adapter.alpha, train.seed, "
         "output.keep; start a new run with the changed preset instead")

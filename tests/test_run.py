@@ -29,6 +29,16 @@ except UserError as error:
     sys.exit(1)
 """
 
+LOOKER = """
+import sys
+from pathlib import Path
+from trainer.run import Run
+run = Run(Path(sys.argv[1]))
+print(flush=True)
+while True:
+    run.is_held()
+"""
+
 
 @pytest.fixture
 def run(tmp_path):
@@ -158,9 +168,7 @@ def test_a_second_trainer_is_refused_and_a_kill_frees_the_run(run):
 
 
 def test_a_look_at_the_lock_does_not_keep_a_trainer_out(run):
-    looker = subprocess.Popen([sys.executable, "-c", "import sys\nfrom pathlib import Path\nfrom trainer.run import Run\n"
-                               "run = Run(Path(sys.argv[1]))\nprint(flush=True)\nwhile True: run.is_held()", str(run.path)],
-                              stdout=subprocess.PIPE)
+    looker = subprocess.Popen([sys.executable, "-c", LOOKER, str(run.path)], stdout=subprocess.PIPE)
     looker.stdout.readline()
     try:
         for _ in range(10):
@@ -243,8 +251,8 @@ def test_a_full_disk_leaves_the_name_free(tmp_path, monkeypatch):
     assert runs.create(tmp_path, "cat", "").preset.exists()
 
 
-HOSTILE = ["", ".", "..", "../x", "a/b", "a\\b", "/etc", "a\0b", "a\nb", "cat\n", "-rf", ".hidden", " x", "x ", "x.", "ä",
-           "a:b", "a*", "%2e%2e", "~", "x" * 101, "con", "CON", "Nul.toml", "com1", "lpt9.x", "aux .txt"]
+HOSTILE = ["", ".", "..", "../x", "a/b", "a\\b", "/etc", "a\0b", "a\nb", "cat\n", "-rf", ".hidden", " x", "x ", "x.",
+           "ä", "a:b", "a*", "%2e%2e", "~", "x" * 101, "con", "CON", "Nul.toml", "com1", "lpt9.x", "aux .txt"]
 
 
 @pytest.mark.parametrize("name", HOSTILE)
@@ -293,7 +301,8 @@ def test_runs_are_listed_the_newest_first_and_other_folders_are_not(tmp_path):
 
 def test_only_whole_checkpoints_count(run):
     assert (run.checkpoint_steps(), run.last_step()) == ([], 0)
-    for name in ("step_000020", "step_000005", "step_1000000", ".step_000030.tmp", "step_40", "step_000050.tmp", "other"):
+    for name in ("step_000020", "step_000005", "step_1000000", ".step_000030.tmp", "step_40", "step_000050.tmp",
+                 "other"):
         (run.checkpoints / name).mkdir(parents=True)
     assert (run.checkpoint_steps(), run.last_step()) == ([5, 20, 1_000_000], 1_000_000)
     assert all(run.checkpoint(step).is_dir() for step in run.checkpoint_steps())

@@ -79,6 +79,8 @@ class Recorder:
     def say(self, text: str) -> None:
         """A line of its own, on the terminal or in the log."""
         stream = self.terminal or sys.stdout
+        encoding = stream.encoding or "utf-8"
+        text = text.encode(encoding, "replace").decode(encoding)  # a file's name must not end a run
         if stream.isatty():
             stream.write("\r\x1b[K")
         stream.write(text + "\n")
