@@ -1,4 +1,4 @@
-"""Replays recorded training traces of the published methods: `python -m tests.golden FILE…` prints the worst error a case.
+"""Replays recorded training traces of the published methods: `python -m tests.golden FILE…` prints the worst errors.
 
 The layout is that of the files in tests/golden: sizes, rank, alpha, rates and steps all come from the file itself.
 Every case runs free: only the start, the inputs and the targets of its little network are taken from the trace.
@@ -122,7 +122,9 @@ def _train_step(adapter: Adapter, optimizer: Optimizer, net: Net, x: Tensor, y: 
 def _stella(case: Case, targets: list[Target], rank: int) -> tuple[Adapter, Optimizer]:
     config, diagonal = case.settings["config"], case.tensors[f"init/{targets[0].name}.S"].ndim == 1
     scaling = config.get("stella_grad_scaling", False)
-    scale_dim = float(case.settings["hidden_size"]) if scaling is True else scaling if isinstance(scaling, float) else 0.0
+    if scaling is True:
+        scaling = float(case.settings["hidden_size"])
+    scale_dim = scaling if isinstance(scaling, float) else 0.0  # the published code takes an int for "off"
     retraction = {"polar": "polar", "exp_map": "exponential"}[config.get("stella_retraction", "polar")]
     adapter = build(targets, method="stella", rank=rank, diagonal_s=diagonal, retraction=retraction,
                     scale_dim=scale_dim, dtype=case.dtype)
@@ -185,4 +187,5 @@ def main(files: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:] or [str(file) for file in sorted((Path(__file__).parent / "golden").glob("*.safetensors"))]))
+    own = sorted((Path(__file__).parent / "golden").glob("*.safetensors"))
+    sys.exit(main(sys.argv[1:] or [str(file) for file in own]))

@@ -153,7 +153,8 @@ def test_eight_bit_states_are_kept_through_a_resume():
             for seed in range(count):
                 filled_grads(adapter, seed + (0 if saved is None else 3))
                 step(adapter, optimizer)
-            saved = [{key: tensor.clone() for key, tensor in part.state_dict().items()} for part in (adapter, optimizer)]
+            saved = [{key: tensor.clone() for key, tensor in part.state_dict().items()}
+                     for part in (adapter, optimizer)]
         assert any(tensor.dtype == torch.uint8 for tensor in saved[1].values())
         ends.append(saved)
     for a, b in zip(*ends):

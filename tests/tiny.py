@@ -24,7 +24,8 @@ class TinyNet(nn.Module):
         self.third = nn.Linear(10, 10, dtype=dtype)
         with torch.no_grad():
             for parameter in self.parameters():
-                parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=dtype) / parameter[0].numel() ** 0.5)
+                noise = torch.randn(parameter.shape, generator=generator, dtype=dtype)
+                parameter.copy_(noise / parameter[0].numel() ** 0.5)
 
     def forward(self, x: Tensor) -> Tensor:
         x = torch.tanh(self.conv(x)).flatten(1)

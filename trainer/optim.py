@@ -59,7 +59,7 @@ def _check(name: str, adapter: Adapter, up_lr_ratio: float) -> None:
 
 
 def parameter_groups(adapter: Adapter, lr: float, weight_decay: float, up_lr_ratio: float) -> list[dict]:
-    """One group a role; `lr` is a tensor on the device whose address stays, `initial_lr` is what weight decay refers to."""
+    """One group a role; `lr` is a tensor on the device at a fixed address, `initial_lr` what weight decay refers to."""
     groups = []
     for role, leaves in adapter.parameters_by_role().items():
         decayed = role not in (*adapter.method.manifold, "magnitude")
@@ -208,7 +208,8 @@ class StiefelOptimizer(InPlaceState):
 
 def build_schedule(name: str, steps: int, warmup: int = 0) -> Callable[[int], float]:
     """Factor of the learning rate at a step 0..steps-1: constant, cosine or linear (to 0), after a linear warm-up."""
-    shapes = {"constant": lambda t: 1.0, "cosine": lambda t: 0.5 * (1 + math.cos(math.pi * t)), "linear": lambda t: 1 - t}
+    shapes = {"constant": lambda t: 1.0, "linear": lambda t: 1.0 - t,
+              "cosine": lambda t: 0.5 * (1.0 + math.cos(math.pi * t))}
     if name not in shapes:
         raise UserError(f"there is no schedule {name!r}: choose constant, cosine or linear")
 

@@ -117,8 +117,8 @@ def main() -> None:
     print(f"torch {torch.__version__}, {name}; {options.checked} steps, then the median of {options.steps} timed ones")
     for title in options.sets:
         sizes = SETS[title]()
-        print(f"\n### {title}: {len(sizes)} layers\n\n| rank | method | ms a step | over LoRA | times ours | max abs XᵀX−I |"
-              "\n|---|---|---|---|---|---|")
+        print(f"\n### {title}: {len(sizes)} layers\n\n| rank | method | ms a step | over LoRA | times ours "
+              "| max abs XᵀX−I |\n|---|---|---|---|---|---|")
         for rank in options.ranks:
             for line in rows(sizes, rank, device, options):
                 print(line, flush=True)

@@ -1,4 +1,4 @@
-"""The steps of StelLA and Stiefel-LoRA as their authors run them: one parameter a factor, copied and decomposed apart."""
+"""The steps of StelLA and Stiefel-LoRA as published: one parameter a factor, each copied and decomposed apart."""
 
 from __future__ import annotations
 

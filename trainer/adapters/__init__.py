@@ -11,8 +11,8 @@ from trainer.adapters.bank import Adapter
 from trainer.adapters.dora import Magnitude
 from trainer.adapters.layout import Layout
 from trainer.adapters.lora import LoRA
-from trainer.adapters.step_rule import ManifoldRule
 from trainer.adapters.stella import StelLA, TriLoRA
+from trainer.adapters.step_rule import ManifoldRule
 from trainer.adapters.stiefel import StiefelLoRA
 from trainer.adapters.target import Target, check_targets
 from trainer.errors import UserError

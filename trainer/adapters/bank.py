@@ -10,8 +10,8 @@ from torch import Tensor
 from trainer.adapters import dora, layer, state, transfer
 from trainer.adapters.layout import Layout
 from trainer.adapters.lora import LoRA, Stacks
-from trainer.adapters.step_rule import StepRule
 from trainer.adapters.stella import StelLA
+from trainer.adapters.step_rule import StepRule
 
 
 class Adapter:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+
+AS_IT_IS = nullcontext()
 
 
 class FusedLayer(torch.autograd.Function):
@@ -23,14 +27,14 @@ class FusedLayer(torch.autograd.Function):
                 layer: nn.Module) -> Tensor:
         kind = x.device.type
         y = layer.base_forward(scale_columns(x, gain, layer))
-        with torch.autocast(kind, enabled=False):
+        with autocast(kind, False):
             source = (x if dropped is None else dropped).to(down.dtype)
             hidden = low_rank_hidden(scale_columns(source, gain, layer), down, layer)
             add_low_rank(y, hidden, up, layer)
         needs_x = dropped is not None and (gain is not None or not plain(layer))
         ctx.save_for_backward(source, x if needs_x else None, gain, down, up, hidden)
         ctx.layer, ctx.dropout, ctx.x_dtype = layer, dropped is not None, x.dtype
-        ctx.autocast = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
+        ctx.autocast = torch.is_autocast_enabled(kind)
         return y
 
     @staticmethod
@@ -39,9 +43,9 @@ class FusedLayer(torch.autograd.Function):
         source, x, gain, down, up, hidden = ctx.saved_tensors
         layer, x, grad_base, grad_gain, grad_dropped = ctx.layer, source if x is None else x, None, None, None
         if ctx.needs_input_grad[0] or gain is not None:
-            with torch.autocast(*ctx.autocast):
+            with autocast(grad.device.type, ctx.autocast):
                 grad_base = input_gradient(layer, grad, scale_columns(x, gain, layer))
-        with torch.autocast(grad.device.type, enabled=False):
+        with autocast(grad.device.type, False):
             grad_hidden, grad_up = up_gradients(grad.to(up.dtype), hidden, up, layer)
             grad_down = down_gradient(scale_columns(source, gain, layer), grad_hidden, down, layer)
             if ctx.dropout:
@@ -54,6 +58,13 @@ class FusedLayer(torch.autograd.Function):
                 grad_gain = grad_gain + sum_columns(grad_z.to(gain.dtype) * source, layer) if ctx.dropout else grad_gain
             grad_x = scale_columns(grad_base, gain, layer).to(ctx.x_dtype) if ctx.needs_input_grad[0] else None
         return grad_x, grad_dropped, grad_gain, grad_down, grad_up, None
+
+
+def autocast(device_type: str, enabled: bool) -> AbstractContextManager:
+    """Autocast as asked, at no cost where it already is so: entering the context takes as long as a small kernel."""
+    if torch.is_autocast_enabled(device_type) == enabled:
+        return AS_IT_IS
+    return torch.autocast(device_type, enabled=enabled)
 
 
 def composed(x: Tensor, dropped: Tensor | None, gain: Tensor | None, down: Tensor, up: Tensor,

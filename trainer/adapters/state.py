@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 def gather(adapter: Adapter) -> dict[str, Tensor]:
     """Leaves, averages, frozen start pair, start (for drift), counters, and the layers' names as JSON bytes."""
     groups = {"leaf": adapter.leaves, "ema": adapter.ema, "frozen": adapter.frozen, "start": adapter.start}
-    tensors = {f"{group}.{key}": stack.detach() for group, stacks in groups.items() for key, stack in (stacks or {}).items()}
+    tensors = {f"{group}.{key}": stack.detach()
+               for group, stacks in groups.items() for key, stack in (stacks or {}).items()}
     if adapter.pruned is not None:
         tensors["pruned"] = adapter.pruned
     tensors["updates"] = adapter.updates
@@ -44,8 +45,9 @@ def restore(adapter: Adapter, tensors: Mapping[str, Tensor]) -> None:
         raise UserError("the saved adapter belongs to other layers: use the same model and adapter.targets")
     for key, tensor in own.items():
         if tensor.shape != tensors[key].shape or tensor.dtype != tensors[key].dtype:
-            raise UserError(f"the saved adapter does not fit: {key} is {tuple(tensors[key].shape)} {tensors[key].dtype}, "
-                            f"this run has {tuple(tensor.shape)} {tensor.dtype}; adapter.rank may differ")
+            raise UserError(f"the saved adapter does not fit: {key} is {tuple(tensors[key].shape)} "
+                            f"{tensors[key].dtype}, this run has {tuple(tensor.shape)} {tensor.dtype}; "
+                            "adapter.rank may differ")
     addresses = [leaf.data_ptr() for leaf in adapter.parameters()]
     for key, tensor in own.items():
         if key != "layers":

@@ -72,8 +72,8 @@ def load(adapter: Adapter, pairs: Mapping[str, tuple[Tensor, Tensor, Tensor | No
     targets = {target.name: (number, target) for number, target in enumerate(adapter.layout.targets)}
     unknown = sorted(set(pairs) - set(targets))
     if unknown:
-        raise UserError(f"the LoRA has layers that this run does not train, such as {unknown[0]} ({len(unknown)} in all): "
-                        f"add them to adapter.targets")
+        raise UserError(f"the LoRA has layers that this run does not train, such as {unknown[0]} "
+                        f"({len(unknown)} in all): add them to adapter.targets")
     adapter.frozen = None
     magnitudes: dict[int, Tensor] = {}
     for name, (number, target) in targets.items():
