@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-USER = "studio"
 SHORTEST_PASSWORD = 12  # the login has no lock-out, so a short one could be tried out
 
 
@@ -44,23 +43,19 @@ def serve(chosen: argparse.Namespace) -> None:
     password = password_for(chosen)
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ["GRADIO_TEMP_DIR"] = str(workspace / "cache" / "gradio")
-    from app import components, theme, ui  # Gradio reads its settings when it is imported
+    from app import ui  # Gradio reads its settings when it is imported
     from app.jobs import Jobs
     from app.paths import Places
 
     places = Places(workspace, tuple(root.expanduser().resolve() for root in [*chosen.root, workspace]))
     workspace.mkdir(parents=True, exist_ok=True)
     host = "0.0.0.0" if chosen.listen and chosen.host in LOOPBACK else chosen.host
-    page = ui.build(Jobs(places))
     try:
-        _, local, public = page.launch(
-            server_name=host, server_port=chosen.port, share=chosen.share, inbrowser=chosen.open,
-            auth=(USER, password) if password else None, allowed_paths=places.handed_out,
-            theme=theme.theme(), css=components.styles(), head=components.head(), footer_links=[],
-            quiet=True, prevent_thread_lock=True, ssr_mode=False)
+        page, local, public = ui.launch(Jobs(places), host=host, port=chosen.port, password=password,
+                                        share=chosen.share, open_browser=chosen.open)
     except OSError as error:
         sys.exit(f"The app could not start: {error}")
-    announce(local, public if chosen.share else None, password, chosen.share)
+    announce(local, public, password, ui.USER, wanted_public=chosen.share)
     try:
         while True:
             time.sleep(3600)
@@ -69,7 +64,7 @@ def serve(chosen: argparse.Namespace) -> None:
         page.close(verbose=False)
 
 
-def announce(local: str, public: str | None, password: str | None, wanted_public: bool) -> None:
+def announce(local: str, public: str | None, password: str | None, user: str, wanted_public: bool) -> None:
     print(f"Stiefel Studio: {local}")
     if public:
         print(f"Public link: {public}")
@@ -78,7 +73,7 @@ def announce(local: str, public: str | None, password: str | None, wanted_public
         print("No public link could be made (it needs the internet). From another machine, use ssh instead:\n"
               f"  ssh -L {port}:127.0.0.1:{port} this-machine")
     if password:
-        print(f"User: {USER}   Password: {password}\n"
+        print(f"User: {user}   Password: {password}\n"
               "Whoever has it can read and write files as you, through this program.")
     print("Ctrl-C closes the app; trainings go on without it.", flush=True)
 

@@ -79,15 +79,16 @@ class PresetEditor(OwnComponent):
 
 
 def head() -> str:
-    """What stands in the page's head: uPlot from its package, then our scripts; nothing comes from the network."""
+    """What stands in the page's head: uPlot from its package, our scripts and styles; nothing comes from the network.
+
+    The styles stand here too, since Gradio rewrites those that it is given, and breaks `:is(a, b)` at the comma.
+    """
+    styles = [path.read_text(encoding="utf-8") for path in (_uplot() / "uplot.min.css", ASSETS / "style.css")]
     scripts = [(_uplot() / "uplot.iife.min.js").read_text(encoding="utf-8")]
     scripts += [(ASSETS / name).read_text(encoding="utf-8") for name in SCRIPTS]
     scripts.append("globalThis.Studio.isReady = true;")
-    return "\n".join(f"<script>{_in_page(text)}</script>" for text in scripts)
-
-
-def styles() -> str:
-    return "\n".join(path.read_text(encoding="utf-8") for path in (_uplot() / "uplot.min.css", ASSETS / "style.css"))
+    return "\n".join([f"<style>{text}</style>" for text in styles]
+                     + [f"<script>{_in_page(text)}</script>" for text in scripts])
 
 
 @cache

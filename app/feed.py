@@ -33,7 +33,7 @@ def read(run: Run, cursor: str) -> dict[str, Any]:
     inode = _inode(run.events)
     offset = _offset(cursor, inode, run.events)
     reader = EventReader(run.events, offset)
-    came = reader.read()
+    came = [event for event in reader.read() if isinstance(event.get("step", 0), int)]
     answer: dict[str, Any] = {"cursor": f"{inode:x}-{reader.offset}"}
     starts = [_step(event) for event in came if event.get("kind") == "start"]
     if offset == 0:
@@ -109,11 +109,13 @@ def rank_columns(events: Sequence[Event]) -> dict[str, Any]:
 
 
 def _sample(run: Run, event: Event) -> dict[str, Any]:
-    """Prompts with their pictures; a picture that lies elsewhere than in the run's `samples` is left out."""
+    """Prompts with their pictures and seeds; a picture that lies elsewhere than in the run's `samples` is left out."""
     images = [str(name) for name in _list(event.get("images"))]
     prompts = [str(prompt) for prompt in _list(event.get("prompts"))]
-    cells = [[prompt, name] for prompt, name in zip(prompts, images) if _lies_in(run.path, name, "samples")]
-    return {"step": _step(event), "cells": cells, "seed": _short(event.get("seed")), "at": event.get("t")}
+    seed = event.get("seed") if isinstance(event.get("seed"), int) else None
+    cells = [[prompt, name, None if seed is None else seed + index]
+             for index, (prompt, name) in enumerate(zip(prompts, images)) if _lies_in(run.path, name, "samples")]
+    return {"step": _step(event), "cells": cells, "at": event.get("t")}
 
 
 def _export(run: Run, event: Event) -> dict[str, Any]:

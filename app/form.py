@@ -20,7 +20,11 @@ Values = dict[str, dict[str, Any]]
 MAIN = ("model.base", "data.folder", "data.trigger", "data.resolution", "adapter.method", "adapter.rank",
         "adapter.alpha", "train.steps", "train.batch_size", "train.lr", "sample.prompts", "sample.every",
         "evaluate.folder", "output.save_every")
-LABELS = {"lr": "Learning rate", "alpha": "Alpha", "base": "Base model"}
+LABELS = {
+    "model.base": "Base model", "data.folder": "Images", "data.trigger": "Trigger word", "train.lr": "Learning rate",
+    "sample.prompts": "Sample prompts", "sample.every": "Draw samples every … steps",
+    "evaluate.folder": "Held-out images", "output.save_every": "Save every … steps",
+}
 
 
 def describe(names: tuple[str, ...] = MAIN) -> list[dict[str, Any]]:
@@ -88,7 +92,7 @@ def _moved(value: Any, folder: Path) -> Any:
 def _describe(section: str, key: str) -> dict[str, Any]:
     field = schema.SECTIONS[section].model_fields[key]
     kind = _kind(field)
-    described = {"section": section, "key": key, "label": LABELS.get(key, key.replace("_", " ").capitalize()),
+    described = {"section": section, "key": key, "label": _label(section, key),
                  "help": field.description or "", "kind": kind, "required": field.is_required(),
                  "default": None if field.is_required() else _plain(field.get_default()), **_limits(field)}
     if kind == "choice":
@@ -98,13 +102,19 @@ def _describe(section: str, key: str) -> dict[str, Any]:
     return described
 
 
+def _label(section: str, key: str) -> str:
+    return LABELS.get(f"{section}.{key}", key.replace("_", " ").capitalize())
+
+
 def _kind(field: FieldInfo) -> str:
-    """How a setting is drawn: choice, bool, int, float, text, lines (a list, one a line), or literal (TOML)."""
+    """How a setting is drawn: choice, bool, int, float, text, lines (a list, one a line), or path, or literal (TOML)."""
     types = _members(field.annotation)
     if get_origin(field.annotation) is Literal:
         return "choice"
     if list in types:
         return "lines"
+    if _extra(field).get("path"):
+        return "path"
     plain = types - {type(None)}
     for kind, type_ in (("bool", bool), ("int", int), ("float", float), ("text", str)):
         if type_ in plain:  # a union with more in it (a rate per method) is shown, and edited in the text

@@ -80,7 +80,8 @@ class Jobs:
     def order(self, run: Run, order: Order, prompts: list[str]) -> None:
         """Post a request to a living trainer, by file."""
         if not run.is_held():
-            raise UserError(f"{run.name} is not being trained at the moment")
+            raise UserError(f"{run.name} is still starting; ask again in a moment" if self._is_starting(run.name)
+                            else f"{run.name} is not being trained at the moment")
         if order == "continue":
             run.withdraw("pause")
         elif order == "sample" and prompts:

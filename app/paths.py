@@ -8,6 +8,8 @@ from pathlib import Path, PurePosixPath
 from trainer import run
 from trainer.errors import UserError
 
+LONGEST = 1000  # letters of a name
+
 
 @dataclass(frozen=True)
 class Places:
@@ -56,12 +58,12 @@ def inside(root: Path, name: str) -> Path:
     The file need not exist.  Raises `UserError` otherwise.
     """
     relative = PurePosixPath(name)
-    if not name or "\0" in name or "\\" in name or ":" in name or relative.is_absolute() or ".." in relative.parts:
+    if not 0 < len(name) <= LONGEST or "\0" in name or "\\" in name or ":" in name or relative.is_absolute() or ".." in relative.parts:
         raise UserError(f"{name[:100]!r} is not a name inside {root}")
     try:
         base = root.resolve()
         path = (base / relative).resolve()
-    except OSError:  # a loop of links, a name too long for the disk
+    except (OSError, RuntimeError):  # a loop of links
         raise UserError(f"{name[:100]!r} cannot be read inside {root}") from None
     if base not in path.parents:
         raise UserError(f"{name[:100]!r} leads out of {root}")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import gradio as gr
 
+from app import components, theme
 from app.components import Header
 from app.jobs import Jobs
 from app.tabs import preset, train
 
 TITLE = "Stiefel Studio"
+USER = "studio"  # with a password there is one user
 CACHE_CLEANING = (3600, 86400)  # seconds: look each hour, drop what is a day old
 
 
@@ -23,3 +25,15 @@ def build(jobs: Jobs) -> gr.Blocks:
                 preset.build(jobs)
     page.queue(default_concurrency_limit=8)
     return page
+
+
+def launch(jobs: Jobs, *, host: str, port: int | None, password: str | None = None, share: bool = False,
+           open_browser: bool = False) -> tuple[gr.Blocks, str, str | None]:
+    """Serve the page and return at once: the page, its local address, and the public one if there is one."""
+    page = build(jobs)
+    _, local, public = page.launch(
+        server_name=host, server_port=port, share=share, inbrowser=open_browser,
+        auth=(USER, password) if password else None, theme=theme.theme(), head=components.head(),
+        footer_links=[], quiet=True, prevent_thread_lock=True, ssr_mode=False)
+    page.allowed_paths = jobs.places.handed_out  # this very list, which grows as runs are looked at
+    return page, local, public

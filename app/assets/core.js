@@ -49,10 +49,10 @@
 
   Studio.speed = (seconds) => {
     if (!Number.isFinite(seconds) || seconds <= 0) return "–";
-    return seconds >= 1 ? `${Number(seconds.toPrecision(3))} s a step` : `${Number((1 / seconds).toPrecision(3))} steps a second`;
+    return seconds >= 1 ? `${Number(seconds.toPrecision(3))} s/step` : `${Number((1 / seconds).toPrecision(3))} steps/s`;
   };
 
-  Studio.clock = (seconds) => new Date(seconds * 1000).toLocaleTimeString([], { hour: "2-digit", minute: "2-digit" });
+  Studio.clock = (seconds) => new Date(seconds * 1000).toLocaleTimeString([], { hour: "2-digit", minute: "2-digit", hour12: false });
   Studio.day = (seconds) => {
     const then = new Date(seconds * 1000);
     const isToday = then.toDateString() === new Date().toDateString();

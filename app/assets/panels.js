@@ -92,6 +92,7 @@
   Studio.DistancePanel = class {
     constructor(group) {
       this.facts = h("div", { class: "st-distance" });
+      this.group = group;
       this.chart = new Studio.Chart(group, { title: "Distance to held-out images", format: (value) => number(value, 3),
         help: Studio.help("the distance (KID, FD)", HELP.distance), decorate: (plot, colour) => this.whiskers(plot, colour),
         empty: "Measured at the end, or every so many steps (evaluate.distance_every), when there are held-out images." });
@@ -107,12 +108,12 @@
       const column = (key) => this.rows.map((row) => row[key] ?? null);
       const series = [{ label: "KID ×10³", colour: "--st-c4", points: true },
         { label: "low", colour: "--st-c4", hidden: true }, { label: "high", colour: "--st-c4", hidden: true }];
-      const data = [column("step"), column("kid"), column("kid_low"), column("kid_high")];
+      const tables = [[column("step"), column("kid"), column("kid_low"), column("kid_high")]];
       if (newest && Number.isFinite(newest.base_kid)) {
-        series.push({ label: "KID ×10³ of the base model", colour: "--st-mute", dash: [6, 5], width: 1.5, points: this.rows.length === 1 });
-        data.push(column("base_kid"));
+        series.push({ label: "KID ×10³ of the base model", colour: "--st-mute", dash: [6, 5], width: 1.5 });
+        tables.push([[0, Math.max(this.group.last, newest.step ?? 0)], [newest.base_kid, newest.base_kid]]);
       }
-      this.chart.update(series, data);
+      this.chart.update(series, Studio.align(...tables));
       this.facts.replaceChildren(...(newest ? factsOf(newest) : []));
     }
 

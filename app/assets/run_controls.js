@@ -35,7 +35,7 @@
       const isOver = hasFolder && ["new", "stopped", "failed", "crashed"].includes(word);
       this.pause.hidden = word !== "training";
       this.go.hidden = word !== "paused";
-      this.stop.hidden = !isAlive;
+      this.stop.hidden = !isAlive || !hasFolder;
       this.save.hidden = this.sample.hidden = !["training", "paused"].includes(word);
       this.resume.hidden = !isOver;
       this.resume.textContent = saved ? `Resume from step ${saved}` : "Start again";

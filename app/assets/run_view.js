@@ -30,7 +30,8 @@
       this.controls = new Studio.RunControls((order, prompts) => this.order(order, prompts), () => this.resume());
       this.title = h("h2", {});
       this.badge = h("span");
-      this.text = h("output", { role: "status", class: "st-status" });
+      this.text = h("p", { class: "st-status" });
+      this.spoken = h("output", { role: "status", class: "st-unseen" });
       this.asked = h("p", { class: "st-asked", role: "status" });
       this.bar = h("progress", { "aria-label": "Progress" });
       this.facts = h("dl", { class: "st-numbers", "aria-live": "off" });
@@ -42,9 +43,9 @@
       this.happened = h("section", { class: "st-card", "aria-label": "What happened" }, h("header", {}, h("h3", {}, "What happened")), this.notes);
       this.element = h("div", { class: "st-run", hidden: true },
         h("section", { class: "st-card st-top", "aria-label": "Run" }, h("div", { class: "st-row st-title" }, this.title, this.badge, h("span", { class: "st-space" }), this.controls.element),
-          this.text, this.bar, this.asked, this.facts), this.trouble, this.result,
+          this.spoken, this.text, this.bar, this.asked, this.facts), this.trouble, this.result,
         h("div", { class: "st-row st-above" }, h("p", { class: "st-small" }, "Drag over a curve to look closer; a double click shows all again."), h("span", { class: "st-space" }), wide),
-        h("div", { class: "st-charts" }, this.loss.element, this.ranks.element, this.rate.element, this.distance.element),
+        h("div", { class: "st-charts" }, this.loss.element, this.ranks.element, this.distance.element, this.rate.element),
         this.samples.element, this.happened);
       this.samples.element.id = "samples";
     }
@@ -114,14 +115,16 @@
       this.isCut = true;
     }
 
+    /** A screen reader is told of changes of state, and not of each step. */
     showState([word, text, step, steps, isAlive]) {
       if (word !== this.word) {
         this.asked.textContent = "";
         this.badge.replaceWith(this.badge = Studio.badge(word));
+        this.spoken.textContent = text && this.run ? `${this.run}: ${text}` : "";
         this.controls.show(word, isAlive, this.saved, Boolean(this.folder));
       }
-      // While it trains the numbers below say how far it is; a screen reader is told only of changes of state
-      const said = word === "training" ? (text.startsWith("training") ? "" : text) : text;
+      const isSaidByBadge = ["training", "done", "stopped"].includes(word) && text.startsWith(word);
+      const said = isSaidByBadge ? "" : text;
       if (this.text.textContent !== said) this.text.textContent = said;
       this.word = word;
       Object.assign(this, { step, planned: steps, isAlive });
@@ -172,6 +175,7 @@
       ].filter(Boolean);
       facts.forEach(([name, value], index) => {
         const pair = this.facts.children[index] ?? this.facts.appendChild(h("div", {}, h("dt"), h("dd")));
+        pair.classList.toggle("st-wide", value.length > 20);
         for (const [element, text] of [[pair.firstChild, name], [pair.lastChild, value]]) if (element.textContent !== text) element.textContent = text;
       });
       while (this.facts.children.length > facts.length) this.facts.lastChild.remove();

@@ -9,7 +9,7 @@
 
   Studio.Samples = class {
     constructor() {
-      this.shots = []; // {step, cells: [[prompt, file]], seed, at}
+      this.shots = []; // {step, cells: [[prompt, file, seed]], at}
       this.folder = "";
       this.box = h("div", { class: "st-matrix", tabindex: "0", role: "region", "aria-label": "Samples by prompt and step" });
       this.empty = h("p", { class: "st-empty" }, "Pictures appear here as they are drawn (sample.every in the preset), or with “Sample now”.");
@@ -37,8 +37,8 @@
       this.prompts = [...new Set(this.shots.flatMap((shot) => shot.cells.map(([prompt]) => prompt)))];
       this.cells = new Map();
       for (const shot of this.shots) {
-        for (const [prompt, file] of shot.cells) {
-          this.cells.set(`${shot.step}\n${prompt}`, { url: `${Studio.fileUrl(`${this.folder}/${file}`)}?at=${shot.at ?? 0}`, seed: shot.seed });
+        for (const [prompt, file, seed] of shot.cells) {
+          this.cells.set(`${shot.step}\n${prompt}`, { url: `${Studio.fileUrl(`${this.folder}/${file}`)}?at=${shot.at ?? 0}`, seed });
         }
       }
       const wasAtEnd = this.box.scrollLeft + this.box.clientWidth >= this.box.scrollWidth - 8;
@@ -95,9 +95,8 @@
       const steps = samples.steps.includes(0) && step !== 0 && samples.cell(prompt, 0) ? [0, step] : [step];
       this.pictures.replaceChildren(...steps.map((at) => h("figure", {},
         h("img", { src: samples.cell(prompt, at).url, alt: `${samples.nameOf(at)}: ${prompt}` }), h("figcaption", {}, samples.nameOf(at)))));
-      const row = samples.prompts.indexOf(prompt);
       const seed = samples.cell(prompt, step).seed;
-      this.caption.textContent = `${prompt} · ${samples.nameOf(step)}${Number.isFinite(seed) ? ` · seed ${seed + row}` : ""}`;
+      this.caption.textContent = `${prompt} · ${samples.nameOf(step)}${Number.isFinite(seed) ? ` · seed ${seed}` : ""}`;
     }
 
     /** To the next step or prompt that has a picture. */

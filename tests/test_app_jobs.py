@@ -1,0 +1,164 @@
+"""Trainers are started as at a shell, live on without the app, and answer to files."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from app.jobs import TRAINER, Jobs
+from app.paths import Places
+from trainer import run
+from trainer.errors import UserError
+from trainer.events import EventWriter
+
+STAND_IN = (sys.executable, str(Path(__file__).parent / "app_trainer.py"))
+PRESET = '[model]\nfamily = "sd15"\nbase = "base"\n[data]\nfolder = "pictures"\n[train]\nsteps = {steps}\n'
+
+
+@pytest.fixture
+def places(tmp_path):
+    return Places(tmp_path)
+
+
+def preset_file(places, steps=5, folder="pictures"):
+    file = places.workspace / "p.toml"
+    file.write_text(PRESET.format(steps=steps).replace("pictures", folder))
+    return file
+
+
+def wait(what, seconds=30.0):
+    end = time.monotonic() + seconds
+    while not (found := what()):
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
+    return found
+
+
+def state(jobs, name):
+    return {row.name: row.state for row in jobs._list()}[name]
+
+
+def test_the_command_is_the_one_that_a_person_types():
+    assert TRAINER == (sys.executable, "-m", "trainer")
+
+
+def test_a_run_goes_from_starting_to_done(places):
+    jobs = Jobs(places, STAND_IN)
+    jobs.start(preset_file(places), "a")
+    assert state(jobs, "a").word == "starting"
+    wait(lambda: state(jobs, "a").word == "done")
+    assert places.run("a").result.exists() and not jobs.early_end("a")
+
+
+def test_a_name_that_is_taken_or_being_taken_is_refused(places):
+    jobs = Jobs(places, (*STAND_IN, "--pace", "0.05"))
+    file = preset_file(places, steps=400)
+    jobs.start(file, "a")
+    with pytest.raises(UserError, match="already a run called 'a'"):
+        jobs.start(file, "a")
+    wait(lambda: state(jobs, "a").word == "training")
+    with pytest.raises(UserError, match="already a run called 'a'"):
+        Jobs(places, STAND_IN).start(file, "a")
+    with pytest.raises(UserError, match="already being trained"):
+        jobs.resume(places.run("a"))
+    jobs.order(places.run("a"), "stop", [])
+    wait(lambda: state(jobs, "a").word == "stopped")
+
+
+@pytest.mark.parametrize("name", ["", "../a", "a/b", ".a", "con", "a" * 200, "-x", "a\n"])
+def test_an_impossible_name_is_refused_before_anything_starts(places, name):
+    with pytest.raises(UserError, match="cannot be a run's name"):
+        Jobs(places, STAND_IN).start(preset_file(places), name)
+
+
+def test_a_trainer_that_dies_at_once_leaves_its_message(places):
+    jobs = Jobs(places, STAND_IN)
+    jobs.start(preset_file(places, folder="missing"), "a")
+    wait(lambda: state(jobs, "a").word == "failed")
+    assert jobs.early_end("a").startswith("data.folder: missing") or "missing does not exist" in jobs.early_end("a")
+    assert not (places.runs / "a").exists()
+    jobs.start(preset_file(places), "a")  # the name is free again
+    wait(lambda: state(jobs, "a").word == "done")
+
+
+def test_pause_go_on_save_and_sample_go_by_file(places):
+    jobs = Jobs(places, (*STAND_IN, "--pace", "0.02"))
+    jobs.start(preset_file(places, steps=2000), "a")
+    wait(lambda: state(jobs, "a").word == "training")
+    ours = places.run("a")
+    jobs.order(ours, "pause", [])
+    wait(lambda: state(jobs, "a").word == "paused")
+    jobs.order(ours, "continue", [])
+    wait(lambda: state(jobs, "a").word == "training")
+    jobs.order(ours, "save", [])
+    wait(lambda: list(ours.exports.glob("*.safetensors")))
+    jobs.order(ours, "sample", ["my own prompt"])
+    wait(lambda: "my own prompt" in ours.events.read_text())
+    jobs.order(ours, "stop", [])
+    wait(lambda: state(jobs, "a").word == "stopped")
+    with pytest.raises(UserError, match="not being trained"):
+        jobs.order(ours, "pause", [])
+
+
+def test_a_killed_run_is_crashed_and_can_be_resumed(places):
+    jobs = Jobs(places, (*STAND_IN, "--pace", "0.02"))
+    jobs.start(preset_file(places, steps=60), "a")
+    ours = places.run("a") if wait(lambda: (places.runs / "a" / "preset.toml").exists()) else None
+    wait(lambda: state(jobs, "a").step > 2)
+    jobs.order(ours, "save", [])
+    wait(lambda: ours.last_step())
+    jobs._launches["a"].process.kill()
+    jobs._launches["a"].process.wait()
+    assert state(jobs, "a").word == "crashed"
+    jobs.resume(ours)
+    wait(lambda: state(jobs, "a").word == "done", 60)
+
+
+def test_a_paused_run_that_was_killed_does_not_wait_after_its_resume(places):
+    ours = run.create(places.workspace, "a", PRESET.format(steps=3))
+    ours.request("pause")
+    jobs = Jobs(places, STAND_IN)
+    jobs.resume(ours)
+    wait(lambda: state(jobs, "a").word == "done")
+
+
+def test_a_trainer_outlives_the_app_and_its_terminal(places):
+    """kill -9 of the app, Ctrl-C and hang-up of its whole process group: the trainer goes on."""
+    file = preset_file(places, steps=100_000)
+    program = ("import sys, time; from pathlib import Path; from app.jobs import Jobs; from app.paths import Places\n"
+               f"Jobs(Places(Path({str(places.workspace)!r})), {(*STAND_IN, '--pace', '0.02')!r}).start("
+               f"Path({str(file)!r}), 'a')\nprint('started', flush=True)\ntime.sleep(60)")
+    app = subprocess.Popen([sys.executable, "-c", program], cwd=Path(__file__).parent.parent, stdout=subprocess.PIPE,
+                           start_new_session=True)
+    assert app.stdout.readline() == b"started\n"
+    wait(lambda: (places.runs / "a" / "events.jsonl").exists())
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGKILL):
+        if app.poll() is None:
+            os.killpg(app.pid, number)
+    app.wait()
+    jobs = Jobs(places, STAND_IN)
+    before = wait(lambda: state(jobs, "a").step)
+    wait(lambda: state(jobs, "a").step > before)
+    jobs.order(places.run("a"), "stop", [])
+    wait(lambda: state(jobs, "a").word == "stopped")
+
+
+def test_fifty_runs_are_listed_in_a_fifth_of_a_second_newest_first(places):
+    for number in range(50):
+        ours = run.create(places.workspace, f"r{number:02d}", PRESET.format(steps=100))
+        os.utime(ours.preset, (1000 + number, 1000 + number))
+        events = EventWriter(ours.events)
+        for step in range(1, 101):
+            events.write("step", step=step, steps=100, loss=0.1, lr=1e-4, sec=1.0)
+        events.write("end", step=100, reason="done")
+    jobs = Jobs(places, STAND_IN)
+    rows = jobs.listing()
+    assert [row.name for row in rows] == [f"r{number:02d}" for number in reversed(range(50))]
+    assert {row.state.word for row in rows} == {"done"}
+    begun = time.perf_counter()
+    jobs._list()
+    assert time.perf_counter() - begun < 0.2
