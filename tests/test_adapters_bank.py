@@ -1,3 +1,5 @@
+"""The bank: layers, leaves, guard, averages, and the errors a user can make."""
+
 from __future__ import annotations
 
 import pytest

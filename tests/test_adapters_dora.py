@@ -1,3 +1,5 @@
+"""DoRA's magnitudes against the definition with whole matrices."""
+
 from __future__ import annotations
 
 import pytest

@@ -1,3 +1,5 @@
+"""Effective rank, spectrum and drift against whole matrices and known spectra."""
+
 from __future__ import annotations
 
 import json

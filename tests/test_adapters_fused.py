@@ -1,3 +1,5 @@
+"""The fused layer: gradients, memory, autocast, checkpointing and compilation."""
+
 from __future__ import annotations
 
 import pytest

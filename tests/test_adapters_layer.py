@@ -1,3 +1,5 @@
+"""Layers whose weight is not an ordinary fp32 matrix."""
+
 from __future__ import annotations
 
 import pytest

@@ -1,3 +1,5 @@
+"""Saving and restoring an adapter with its optimizer, to the bit."""
+
 from __future__ import annotations
 
 import pytest

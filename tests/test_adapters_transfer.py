@@ -1,3 +1,5 @@
+"""Exact export and import of every method and start."""
+
 from __future__ import annotations
 
 import pytest

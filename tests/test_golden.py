@@ -1,3 +1,5 @@
+"""The published traces, replayed to the last digit."""
+
 from __future__ import annotations
 
 from pathlib import Path

@@ -1,3 +1,5 @@
+"""Projections and retractions against their definitions in fp64."""
+
 from __future__ import annotations
 
 import pytest

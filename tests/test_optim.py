@@ -1,3 +1,5 @@
+"""Optimizers, schedules and clipping."""
+
 from __future__ import annotations
 
 import math

@@ -1,3 +1,5 @@
+"""The whole optimizer step in one call, eager and captured."""
+
 from __future__ import annotations
 
 import pytest

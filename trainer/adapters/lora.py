@@ -11,6 +11,7 @@ from trainer.adapters.layer import base_matrix
 from trainer.adapters.layout import Layout
 
 Stacks = dict[str, Tensor]
+FULL_SVD_SIZE = 2048  # smaller side up to which a full SVD is quick
 
 
 class LoRA:
@@ -68,9 +69,11 @@ def olora(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def leading_svd(weight: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """First singular triples of [m, n]; beyond 2048 by sixteen power iterations, which take seconds, not minutes."""
-    if min(weight.shape) <= 2048:
+    """First singular triples of [m, n]; of large matrices by sixteen power iterations, which take seconds, not minutes."""
+    if min(weight.shape) <= FULL_SVD_SIZE:
         left, values, right = torch.linalg.svd(weight, full_matrices=False)
         return left[:, :rank], values[:rank], right[:rank]
-    left, values, right = torch.svd_lowrank(weight, q=min(2 * rank + 8, *weight.shape), niter=16)
+    with torch.random.fork_rng(devices=[weight.device] if weight.is_cuda else []):
+        torch.manual_seed(0)  # its probe is random; a start is a function of the preset alone
+        left, values, right = torch.svd_lowrank(weight, q=min(2 * rank + 8, *weight.shape), niter=16)
     return left[:, :rank], values[:rank], right[:, :rank].t()
