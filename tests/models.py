@@ -13,6 +13,8 @@ from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from trainer import families
+
 TEXT_WIDTH = 64
 ZERO_SNR = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
 
@@ -56,9 +58,21 @@ def sd15_parts(vocab_size: int = 514) -> tuple[UNet2DConditionModel, Autoencoder
     return unet, vae, text
 
 
-def sd15_folder(folder: Path, prediction: str = "epsilon", zero_snr: bool = False, vocab_size: int = 514) -> Path:
+def sd15_true_size() -> tuple[UNet2DConditionModel, AutoencoderKL, CLIPTextModel]:
+    """UNet, VAE and text encoder at SD 1.5's own sizes, with random weights: the first two in fp16, 2 GB in all."""
+    configs = Path(families.__file__).parent / "configs" / "sd15"
+    unet, vae, text = (json.loads((configs / f"{part}.json").read_text()) for part in ("unet", "vae", "text_encoder"))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return (UNet2DConditionModel.from_config(unet).half(), AutoencoderKL.from_config(vae).half(),
+                CLIPTextModel(CLIPTextConfig(**text)))
+
+
+def sd15_folder(folder: Path, prediction: str = "epsilon", zero_snr: bool = False, vocab_size: int = 514,
+                true_size: bool = False) -> Path:
     """A diffusers folder of the tiny SD 1.5, with a byte tokenizer or (vocab_size 49408) without one."""
-    unet, vae, text = sd15_parts(vocab_size)
+    vocab_size = 49408 if true_size else vocab_size
+    unet, vae, text = sd15_true_size() if true_size else sd15_parts(vocab_size)
     unet.save_pretrained(folder / "unet")
     vae.save_pretrained(folder / "vae")
     text.save_pretrained(folder / "text_encoder")
