@@ -14,6 +14,8 @@ DTYPES = [torch.float32, torch.float64]
 LIMIT = {torch.float32: 1e-6, torch.float64: 1e-12}
 RETRACTIONS = [manifold.polar_retraction, manifold.qr_retraction, manifold.exponential_map]
 
+STEPS = [manifold.polar_step, manifold.exponential_step, manifold.qr_step]
+
 
 def point(dim: int, rank: int, dtype: torch.dtype = torch.float64, count: int = 2, seed: int = 0) -> Tensor:
     noise = torch.randn(count, dim, rank, generator=torch.Generator().manual_seed(seed), dtype=dtype)
@@ -99,7 +101,7 @@ def test_a_whole_step_is_scaling_projection_and_retraction_in_turn(step, retract
     assert (step([x], [tentative], [0.7])[0] - expected).abs().max() <= 1e-13
 
 
-@pytest.mark.parametrize("step", [manifold.polar_step, manifold.exponential_step, manifold.qr_step])
+@pytest.mark.parametrize("step", STEPS)
 def test_stacks_of_several_sizes_step_together_as_each_would_alone(step):
     xs = [point(40, 3), point(9, 3, count=1), point(25, 3, count=4)]
     tentatives, scales = [x + 0.02 * torch.sin(x * 50) for x in xs], [1.0, 0.5, 2.0]
@@ -116,7 +118,7 @@ def test_the_riemannian_gradient_gives_every_tangent_direction_its_derivative():
     assert (x.mT @ gradient + gradient.mT @ x).abs().max() <= 1e-12
 
 
-@pytest.mark.parametrize("step", [manifold.polar_step, manifold.exponential_step])
+@pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_a_broken_update_leaves_only_its_own_matrix_where_it_was(step, bad):
     x = point(20, 3, torch.float32, count=3)
@@ -129,7 +131,7 @@ def test_a_broken_update_leaves_only_its_own_matrix_where_it_was(step, bad):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("step", [manifold.polar_step, manifold.exponential_step])
+@pytest.mark.parametrize("step", STEPS)
 def test_a_huge_update_still_ends_on_the_manifold(step, dtype):
     x = point(50, 8, dtype)
     noise = torch.randn(x.shape, dtype=dtype, generator=torch.Generator().manual_seed(2))
@@ -145,7 +147,7 @@ def test_ten_thousand_steps_do_not_drift_from_the_manifold():
     assert manifold.orthogonality_error(x) <= 1e-6
 
 
-@pytest.mark.parametrize("step", [manifold.polar_step, manifold.exponential_step, manifold.qr_step])
+@pytest.mark.parametrize("step", STEPS)
 def test_rank_128_stays_on_the_manifold(step):
     x, generator = point(640, 128, torch.float32, count=1), torch.Generator().manual_seed(0)
     for _ in range(20):

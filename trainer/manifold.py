@@ -88,18 +88,16 @@ def exponential_step(xs: Stacks, tentatives: Stacks, scales: Sequence[float]) ->
 
 
 def qr_retraction(x: Tensor, delta: Tensor) -> Tensor:
-    """Q of X + delta = QR with diag(R) > 0, all [L, dim, r], by Cholesky-QR; keeps x where that would fail."""
+    """Q of X + delta = QR with diag(R) > 0 for a tangent delta, all [L, dim, r]; keeps x where that would fail."""
     return qr_retractions([x], [delta])[0]
 
 
 def qr_retractions(xs: Stacks, deltas: Stacks) -> list[Tensor]:
-    """`qr_retraction` of each of a list of stacks of one r, the r x r work as one batch."""
+    """`qr_retraction` of each of a list of stacks of one r, the r x r work as one batch: Q = (X + delta) R^-1."""
     with exact_arithmetic(xs[0].device):
-        talls = [x + delta for x, delta in zip(xs, deltas)]
+        talls = [x + _shortened(delta) for x, delta in zip(xs, deltas)]
         gram = torch.cat([_gram(tall) for tall in talls])
-        lower, _ = torch.linalg.cholesky_ex(gram)
-        eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device).expand_as(gram)
-        return _guarded(talls, torch.linalg.solve_triangular(lower.mT, eye, upper=True), gram, xs)  # tall R^-1
+        return _guarded(talls, _inverse_cholesky(gram, 5 if xs[0].dtype == torch.float64 else 4), gram, xs)
 
 
 def qr_step(xs: Stacks, tentatives: Stacks, scales: Sequence[float]) -> list[Tensor]:
@@ -150,12 +148,14 @@ def _updates(xs: Stacks, tentatives: Stacks, scales: Sequence[float]) -> list[Te
     return [(tentative - x) * scale for x, tentative, scale in zip(xs, tentatives, scales)]
 
 
+def _shortened(delta: Tensor) -> Tensor:
+    """delta, cut to the trust radius: within it the fixed iterations below converge, and training stays within."""
+    return delta * (TRUST_RADIUS / torch.linalg.matrix_norm(delta, keepdim=True)).clamp(max=1.0)
+
+
 def _talls_and_gram(xs: Stacks, deltas: Stacks) -> tuple[list[Tensor], Tensor]:
-    """[X D] of each and the Gram matrices of all, with D shortened to the trust radius, beyond training's reach."""
-    talls = []
-    for x, delta in zip(xs, deltas):
-        length = torch.linalg.matrix_norm(delta, keepdim=True)
-        talls.append(torch.cat([x, delta * (TRUST_RADIUS / length).clamp(max=1.0)], dim=-1))  # L d 2r
+    """[X D] of each and the Gram matrices of all."""
+    talls = [torch.cat([x, _shortened(delta)], dim=-1) for x, delta in zip(xs, deltas)]  # L d 2r
     return talls, torch.cat([_gram(tall) for tall in talls])
 
 
@@ -204,6 +204,21 @@ def _inverse_sqrt(gram: Tensor, iterations: int) -> Tensor:
         t = torch.baddbmm(eye, eye, p, beta=1.5, alpha=-0.5)
         z, p = z @ t, t @ p @ t
     return z / bound.sqrt()
+
+
+def _inverse_cholesky(gram: Tensor, iterations: int) -> Tensor:
+    """R^-1 of gram = R^T R, R upper triangular with positive diagonal, by Newton's method from the identity.
+
+    With Z the estimate and E = Z^T gram Z - I, the factor of I + E is I + P to first order, P + P^T = E and P upper
+    triangular; Z (I + P)^-1 squares the error. Products only: batched Cholesky on a GPU may wait for the device.
+    """
+    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device).expand_as(gram)
+    upper = torch.ones_like(eye[0]).triu() - eye[0] / 2
+    z = eye
+    for _ in range(iterations):
+        p = (z.mT @ gram @ z - eye) * upper
+        z = z - z @ (p - p @ p)
+    return z
 
 
 def _apply(talls: Stacks, combine: Tensor, gram: Tensor, xs: Stacks) -> list[Tensor]:
