@@ -1,4 +1,4 @@
-"""A whole small project for tests: a tiny base model, a few pictures with captions, and a preset that trains in seconds."""
+"""A whole small project for tests: a tiny base model, a few captioned pictures, a preset that trains in seconds."""
 
 from __future__ import annotations
 
