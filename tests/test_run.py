@@ -241,6 +241,35 @@ def test_a_taken_name_is_refused_with_the_way_to_go_on(run):
     assert run.preset.read_text() == "[train]\nsteps = 9\n"
 
 
+def ended(workspace, name, reason, step):
+    run = runs.create(workspace, name, "x = 1")
+    writer = EventWriter(run.events)
+    writer.write("end", step=step, reason=reason, error="data.folder: … is not there")
+    writer.close()
+    return run
+
+
+def test_a_run_that_never_began_gives_way_to_the_next_try(tmp_path):
+    run = ended(tmp_path, "cat", "error", 0)
+    assert not runs.is_taken(tmp_path, "cat") and runs.free_name(tmp_path, "cat") == "cat"
+    runs.create(tmp_path, "cat", "x = 2")
+    assert run.preset.read_text() == "x = 2" and not run.events.exists()
+
+
+@pytest.mark.parametrize("reason, step, file", [
+    ("stopped", 0, None), ("error", 3, None), ("error", 0, "cat.safetensors"),
+    ("error", 0, "exports/cat-000003.safetensors"), ("error", 0, "checkpoints/step_000003/adapter.safetensors"),
+])
+def test_a_run_with_anything_in_it_never_gives_way(tmp_path, reason, step, file):
+    run = ended(tmp_path, "cat", reason, step)
+    if file:
+        (run.path / file).parent.mkdir(parents=True, exist_ok=True)
+        (run.path / file).touch()
+    assert runs.free_name(tmp_path, "cat") == "cat-2"
+    with pytest.raises(UserError, match="already a run called"):
+        runs.create(tmp_path, "cat", "x = 2")
+
+
 def test_a_full_disk_leaves_the_name_free(tmp_path, monkeypatch):
     def full(_handle: int) -> None:
         raise OSError(28, "No space left on device")
@@ -288,7 +317,7 @@ def test_any_presets_name_makes_a_possible_name(tmp_path, stem):
 def test_a_folder_that_is_no_run_is_told(tmp_path):
     with pytest.raises(UserError) as caught:
         runs.open_run(tmp_path / "nothing")
-    assert str(caught.value) == f"{tmp_path / 'nothing'}: not a run folder (it has no preset.toml)"
+    assert str(caught.value).startswith(f"{tmp_path / 'nothing'}: not a run folder (it has no preset.toml); give one")
 
 
 def test_runs_are_listed_the_newest_first_and_other_folders_are_not(tmp_path):

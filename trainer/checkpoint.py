@@ -90,9 +90,12 @@ def prune(run: Run, keep: int, best: Collection[int] = ()) -> list[int]:
 
 
 def remove_remains(run: Run) -> None:
-    """Clear away what a killed writer left half done."""
+    """Clear away what a killed writer left half done: checkpoints, exports, pictures."""
     for path in run.checkpoints.glob(".step_*.tmp"):
         shutil.rmtree(path, ignore_errors=True)
+    for path in (*run.path.glob(".*.partial"), *run.exports.glob(".*.partial"), *run.samples.glob("*.tmp"),
+                 *run.path.glob(".preset.toml.*")):
+        path.unlink(missing_ok=True)
 
 
 def drop_after(run: Run, step: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 import time
 import traceback
@@ -15,6 +16,8 @@ from trainer.adapters import effective_rank
 from trainer.control import Requests, Stopped
 from trainer.data.order import stream
 from trainer.errors import UserError
+from trainer.events import EventReader, rewind
+from trainer.export.writer import NO_ROOM
 from trainer.publish import publish
 from trainer.readback import Readback
 from trainer.record import Recorder
@@ -25,7 +28,12 @@ from trainer.update import Update
 
 MAX_BAD_STEPS = 3  # non-finite steps in a row that end a run
 DISK_RESERVE = 2  # free space wanted before a checkpoint, as a multiple of the last one's size
+REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
 PAUSE_POLL = 0.2  # seconds between two looks while paused
+
+
+class Diverged(UserError):
+    """The loss stopped being a number: what is in memory is no better than the last checkpoint."""
 
 
 def run_training(run: Run, preset: Preset, workspace: Path, terminal: TextIO | None = None) -> None:
@@ -34,6 +42,15 @@ def run_training(run: Run, preset: Preset, workspace: Path, terminal: TextIO | N
     Raises `UserError` for what a user can cause.  Every way out that Python sees leaves a checkpoint of the last whole
     step and an `end` event that says why.
     """
+    try:
+        _run(run, preset, workspace, terminal)
+    except Exception as error:
+        if (plain := as_user_error(error)) is None or plain is error:
+            raise
+        raise plain from error
+
+
+def _run(run: Run, preset: Preset, workspace: Path, terminal: TextIO | None) -> None:
     with run.hold(), Requests(run) as requests:
         recorder = Recorder(run, tensorboard=preset.log.tensorboard, terminal=terminal)
         session: Session | None = None
@@ -84,7 +101,7 @@ def train(session: Session, requests: Requests) -> str:
 
         readback.push(progress.step, loss, grad_norm, session.adapter.skip, lr)
         if readback.bad_in_row >= MAX_BAD_STEPS:
-            raise UserError(_non_finite(session))
+            raise Diverged(_non_finite(session))
         due = _due(session, time.monotonic() - saved_at, requests)
         if due:
             readback.drain()
@@ -114,15 +131,24 @@ def start_facts(run: Run, preset: Preset) -> dict[str, object]:
 
 
 def _before(session: Session) -> None:
-    """What is measured on the untrained model, once."""
-    step, sample = session.progress.step, session.preset.sample
+    """What is measured on the untrained model, once; or what a kill kept from following the last checkpoint."""
+    step, preset = session.progress.step, session.preset
     if step == 0:
         _measure_rank(session)
         evaluation.validate(session, 0)
-        if sample.before:
+        if preset.sample.before:
             _try(session, "drawing samples", lambda: evaluation.draw_samples(session, 0, "off"))
-    elif sample.every and step % sample.every == 0 and not (session.run.samples / f"{step:06d}_00.png").exists():
+        return
+    if not session.run.export_of(step).exists():
+        _try(session, "exporting", lambda: publish(session, session.run.export_of(step)))
+    if step == session.steps:
+        return  # `_finish` does the rest
+    rhythm = {"sample": preset.sample.every, "distance": preset.evaluate.distance_every}
+    missed = {kind for kind, every in rhythm.items() if every and step % every == 0} - _told(session)
+    if "sample" in missed:
         _try(session, "drawing samples", lambda: evaluation.draw_samples(session, step, session.shown_weights))
+    if "distance" in missed:
+        _try(session, "measuring KID and FID", lambda: evaluation.measure_distance(session, step))
 
 
 def _due(session: Session, since_save: float, requests: Requests) -> set[str]:
@@ -215,11 +241,19 @@ def _finish(session: Session, requests: Requests) -> str:
     if progress.step:
         publish(session, run.result)
     if done:
-        if not (run.samples / f"{progress.step:06d}_00.png").exists():
+        told = _told(session)
+        if "sample" not in told:
             _try(session, "drawing samples",
                  lambda: evaluation.draw_samples(session, progress.step, session.shown_weights))
-        _try(session, "measuring KID and FID", lambda: evaluation.measure_distance(session, progress.step))
+        if "distance" not in told:
+            _try(session, "measuring KID and FID", lambda: evaluation.measure_distance(session, progress.step))
     return "done" if done else "stopped"
+
+
+def _told(session: Session) -> set[str]:
+    """The kinds of events that the run has at this step (pictures that somebody asked for do not count)."""
+    return {event["kind"] for event in rewind(EventReader(session.run.events).read())
+            if event.get("step") == session.progress.step and not event.get("asked")}
 
 
 def _measure_rank(session: Session) -> None:
@@ -232,24 +266,40 @@ def _measure_rank(session: Session) -> None:
 
 def _rescue(run: Run, session: Session | None, recorder: Recorder, error: BaseException) -> None:
     """Keep what can be kept when a run breaks, and say why in its last event."""
-    finite = not isinstance(error, UserError)
-    if session is not None and session.whole and finite and session.progress.step > run.last_step():
-        try:
+    try:
+        if (session is not None and session.whole and not isinstance(error, Diverged)
+                and session.progress.step > run.last_step()):
             save(session)
-        except Exception:  # the first fault is the one to tell
-            traceback.print_exc()
-    step = session.progress.step if session else run.last_step()
-    recorder.event("end", step=step, reason="error", error=describe(error))
+        step = session.progress.step if session else run.last_step()
+        recorder.event("end", step=step, reason="error", error=describe(error))
+    except Exception:  # the first fault is the one to tell
+        traceback.print_exc()
 
 
 def describe(error: BaseException) -> str:
     """An error in a sentence."""
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
+    return str(as_user_error(error) or f"{type(error).__name__}: {error}")
+
+
+def as_user_error(error: BaseException) -> UserError | None:
+    """What a user can mend, in a user's words: memory or disk that ran out; None for a fault of the program."""
+    if isinstance(error, UserError):
+        return error
     if isinstance(error, torch.cuda.OutOfMemoryError):
-        return ("the GPU ran out of memory: make train.batch_size or data.resolution smaller, "
-                "or set memory.gradient_checkpointing = true")
-    return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        return UserError("the GPU ran out of memory: make train.batch_size or data.resolution smaller, "
+                         "or set memory.gradient_checkpointing = true")
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+        return UserError("the memory of this machine ran out: make train.batch_size or data.resolution smaller, "
+                         "or close other programs")
+    if isinstance(error, OSError) and error.errno in NO_ROOM:
+        return UserError(f"{error.filename or 'a file'} cannot be written: {error.strerror}. Make room on that disk, "
+                         "then resume the run")
+    if isinstance(error, OSError) and error.errno in REFUSED:
+        return UserError(f"{error.filename or 'a file'} cannot be used: {error.strerror}. Give this user the right "
+                         "to it, or choose another --workspace")
+    return None
 
 
 def _try(session: Session, what: str, act: object) -> None:

@@ -64,8 +64,7 @@ class Run:
         try:
             lock.acquire(timeout=patience, poll_interval=0.05)
         except Timeout:
-            raise UserError(f"{self.path} is being trained by another process; stop that one first, "
-                            f"or wait for it to end") from None
+            raise self.busy() from None
         try:
             for request in ONCE:
                 self._request_file(request).unlink(missing_ok=True)
@@ -86,6 +85,16 @@ class Run:
             return False
         lock.release()
         return False
+
+    def busy(self) -> UserError:
+        """What a second trainer is told."""
+        return UserError(f"{self.path} is being trained by another process; stop that one first, or wait for it to end")
+
+    def never_began(self) -> bool:
+        """Whether a fault ended the run before its first step: there is nothing in it to go on with."""
+        last = last_event(self.events) or {}
+        return (last.get("kind") == "end" and last.get("reason") == "error" and not last.get("step")
+                and not any(self.path.rglob("*.safetensors")) and not self.is_held())
 
     def request(self, request: Request, content: dict[str, Any] | None = None) -> None:
         """Ask the trainer for something; `content` is for "sample" (prompts)."""
@@ -162,9 +171,14 @@ class Run:
 
 
 def create(workspace: Path, name: str, preset_text: str) -> Run:
-    """Make a new run's folder; a taken or impossible name is refused, with the way to resume."""
+    """Make a new run's folder; a taken or impossible name is refused, with the way to resume.
+
+    A run that never began gives way: the fault is mended, and the same command is given again.
+    """
     check_name(name)
     run = Run(workspace / "runs" / name)
+    if run.never_began():
+        shutil.rmtree(run.path)
     run.path.parent.mkdir(parents=True, exist_ok=True)
     try:
         run.path.mkdir()
@@ -184,7 +198,8 @@ def open_run(path: Path) -> Run:
     """The run in an existing folder."""
     run = Run(path.resolve())
     if not run.preset.is_file():
-        raise UserError(f"{path}: not a run folder (it has no preset.toml)")
+        raise UserError(f"{path}: not a run folder (it has no preset.toml); give one such as workspace/runs/NAME, "
+                        "or begin a new run with --preset")
     return run
 
 
@@ -195,14 +210,20 @@ def list_runs(workspace: Path) -> list[Run]:
 
 
 def free_name(workspace: Path, stem: str) -> str:
-    """`stem` made a possible name, or the first of stem-2, stem-3 … that no run has."""
+    """`stem` made a possible name, or the first of stem-2, stem-3 … that is not taken."""
     stem = re.sub(r"[^A-Za-z0-9 ._-]+", "-", stem).strip(" .-_")[:90].rstrip(" .") or "run"
     stem = f"run-{stem}" if _is_reserved(stem) else stem
     name, number = stem, 1
-    while (workspace / "runs" / name).exists():
+    while is_taken(workspace, name):
         number += 1
         name = f"{stem}-{number}"
     return name
+
+
+def is_taken(workspace: Path, name: str) -> bool:
+    """Whether `create` would refuse a name because there is a run (or anything else) of that name."""
+    run = Run(workspace / "runs" / name)
+    return run.path.exists() and not run.never_began()
 
 
 def check_name(name: str) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 import zlib
+from contextlib import suppress
 from pathlib import Path
 
 import safetensors.torch
@@ -57,6 +59,16 @@ class Cache:
         except OSError as error:
             raise UserError(f"the cache in {self.root} cannot be written: {error.strerror}; free some space, "
                             "or choose another workspace with --workspace") from error
+
+    def remove_remains(self, age: float = 600.0) -> None:
+        """Clear away what killed writers left half done: files that nobody has written to for `age` seconds.
+
+        Other runs write here too, so a younger one may be about to get its name.
+        """
+        for path in (*self.root.glob(".*"), *self.root.glob("??/.*")):
+            with suppress(OSError):  # it got its name, or another run was quicker
+                if time.time() - path.stat().st_mtime > age:
+                    path.unlink()
 
     def _path(self, key: str) -> Path:
         return self.root / key[:2] / f"{key}.safetensors"
