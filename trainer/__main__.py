@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import json
+import logging
 import os
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TextIO
+from typing import NoReturn, TextIO
 
 from trainer import preset as presets
 from trainer import run as runs
@@ -22,21 +24,29 @@ DONE, USER_ERROR, BUG = 0, 1, 2
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; the exit code is 0 done or stopped, 1 a user's error, 2 a bug."""
-    options = _parser().parse_args(arguments)
-    workspace = options.workspace.resolve()
     try:
+        options = _parser().parse_args(arguments)
         if options.check:
-            return _check(options, workspace)
-        run, preset = _resume(options) if options.resume else _begin(options, workspace)
-        workspace = run.path.parent.parent if options.resume else workspace
+            return _check(options)
+        if options.json:
+            raise UserError("--json goes with --check")
+        return _train(*(_resume(options) if options.resume else _begin(options)))
     except UserError as error:
         print(error, file=sys.stderr)
-        return USER_ERROR
-    return _train(run, preset, workspace)
+    except OSError as error:  # of the run's folder or its log: all else has its own message
+        print(f"{error.filename} cannot be used: {error.strerror}; make room, or choose another --workspace",
+              file=sys.stderr)
+    return USER_ERROR
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """A user's error like any other; argparse itself would exit with the code of a bug."""
+        raise UserError(f"{message}; `{self.prog} --help` explains all options")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m trainer", description="Train a LoRA without the app.")
+    parser = _Parser(prog="python -m trainer", description="Train a LoRA without the app.")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--preset", metavar="FILE", help="a preset: a file, or the name of one in presets/")
     what.add_argument("--resume", metavar="RUN", type=Path, help="a run's folder: go on where it is")
@@ -49,34 +59,47 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _begin(options: argparse.Namespace, workspace: Path) -> tuple[Run, Preset]:
-    """A new run, from a preset."""
+def _begin(options: argparse.Namespace) -> tuple[Run, Preset, Path]:
+    """A new run, from a preset, and its workspace."""
+    workspace = options.workspace.resolve()
     path = presets.find(options.preset, workspace)
     preset = presets.load(path, options.overrides)
-    name = options.name or runs.free_name(workspace, path.stem)
-    return runs.create(workspace, name, presets.dumps(preset)), preset
+    name = runs.free_name(workspace, path.stem) if options.name is None else options.name
+    return runs.create(workspace, name, presets.dumps(preset)), preset, workspace
 
 
-def _resume(options: argparse.Namespace) -> tuple[Run, Preset]:
+def _resume(options: argparse.Namespace) -> tuple[Run, Preset, Path]:
     """An old run; its own preset counts, but for what a resume may change."""
-    if options.name:
+    if options.name is not None:
         raise UserError("--name goes with --preset; a resumed run keeps its name")
     run = runs.open_run(options.resume)
+    if run.is_held():  # its preset is not ours to change
+        raise run.busy()
     before = presets.load(run.preset)
     after = presets.load(run.preset, options.overrides)
     presets.check_resume(before, after)
     if after.train.steps is not None and after.train.steps < run.last_step():
-        raise UserError(f"--set train.steps={after.train.steps}: this run is already at step {run.last_step()}")
+        raise UserError(f"--set train.steps={after.train.steps}: this run is already at step {run.last_step()}; "
+                        "give as many steps or more")
     if after != before:
         presets.save(run.preset, presets.dumps(after))
-    return run, after
+    return run, after, run.path.parent.parent
 
 
-def _check(options: argparse.Namespace, workspace: Path) -> int:
-    from trainer import check  # late: it loads torch
+def _check(options: argparse.Namespace) -> int:
+    workspace = runs.open_run(options.resume).path.parent.parent if options.resume else options.workspace.resolve()
+    try:
+        path = options.resume / "preset.toml" if options.resume else presets.find(options.preset, workspace)
+        preset = presets.load(path, options.overrides)
+    except UserError as error:
+        if not options.json:
+            raise
+        print(json.dumps({"errors": str(error).splitlines(), "warnings": [], "facts": {}}, ensure_ascii=False))
+        return USER_ERROR
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of kernels that nothing here uses
+    from trainer import check  # late: it loads torch, and a faulty preset needs none
 
-    run_preset = runs.open_run(options.resume).preset if options.resume else presets.find(options.preset, workspace)
-    report = check.inspect(presets.load(run_preset, options.overrides), workspace)
+    report = check.inspect(preset, workspace)
     print(report.as_json() if options.json else report.as_text())
     return USER_ERROR if report.errors else DONE
 
@@ -90,8 +113,9 @@ def _train(run: Run, preset: Preset, workspace: Path) -> int:
 
             run_training(run, preset, workspace, stderr if stderr.isatty() else None)
         except UserError as error:
-            traceback.print_exc()
             print(error, file=stderr, flush=True)
+            with suppress(OSError):  # the disk may be full
+                print(error, file=sys.stderr, flush=True)  # the log
             return USER_ERROR
         except KeyboardInterrupt:
             return DONE
