@@ -30,7 +30,7 @@ class Material:
         self.skipped = list(found.skipped)
         self.train, self.held = list(found.items), []
         if preset.evaluate.folder:
-            held = dataset.scan([Path(preset.evaluate.folder)], progress=progress)
+            held = dataset.scan([Path(preset.evaluate.folder)], setting="evaluate.folder", progress=progress)
             self.held, self.skipped = list(held.items), self.skipped + list(held.skipped)
         elif preset.evaluate.holdout > 0:
             train, kept = dataset.split(self.train, preset.evaluate.holdout, preset.train.seed)

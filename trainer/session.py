@@ -122,6 +122,7 @@ def set_up(run: Run, preset: Preset, device: torch.device, workspace: Path, reco
     for note in base.notes:
         recorder.note(0, note)
     cache = Cache(workspace / "cache")
+    cache.remove_remains()
     material = Material(preset, family.bucket_step(preset.data.resolution), lambda done, of: (
         guard(), recorder.phase("reading images", done, of)))
     texts, text_encoder = _prepare_text(preset, family, base, material, cache, device, dtype, recorder, guard)
@@ -178,6 +179,8 @@ def pick_device(preset: Preset) -> torch.device:
             raise UserError(f"memory.device = {name!r}: torch sees {torch.cuda.device_count()} CUDA GPUs here; "
                             "choose another, or 'auto'")
         return torch.device("cuda", index)
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise UserError("memory.device = 'mps': torch sees no Apple GPU here; choose another, or 'auto'")
     if name != "auto":
         return torch.device(name)
     from accelerate import PartialState  # late: it is slow to import
@@ -225,7 +228,8 @@ def fill_texts(texts: TextStore, family: ModuleType, base: Any, device: torch.de
                 return family.encode_prompts(encoder, prompts)
 
         texts.fill(encode, ENCODE_BATCH, lambda done, of: recorder.phase("caching captions", done, of),
-                   should_stop=lambda: False)  # `encode` looks for a stop itself
+                   should_stop=lambda: False,  # `encode` looks for a stop itself
+                   length=lambda text: family.prompt_chunks(encoder, text))
 
 
 def _prepare_text(preset: Preset, family: ModuleType, base: Any, material: Material, cache: Cache, device: torch.device,

@@ -52,16 +52,16 @@ class Dataset:
     skipped: tuple[Skipped, ...]
 
 
-def scan(folders: Sequence[Path], *, repeats: int = 1,
+def scan(folders: Sequence[Path], *, repeats: int = 1, setting: str = "data.folder",
          progress: Callable[[int, int], None] | None = None) -> Dataset:
     """Every image in the folders and their sub-folders, in the order of its path.
 
     A folder "N_name" gives its images N repeats (the nearest such folder counts), times `repeats`.  Hidden
     files and masks ("-masklabel.png") are passed over; a broken image is skipped with its reason; equal ones
-    are kept.  Raises `UserError` for a missing or empty folder, nothing readable, and captions that are not
+    are kept.  `setting` is who named the folders, for messages.  Raises `UserError` for a missing or empty folder, nothing readable, and captions that are not
     UTF-8 (all of them at once).
     """
-    found = [entry for folder in folders for entry in _files(Path(folder))]
+    found = [entry for folder in folders for entry in _files(Path(folder), setting)]
     items: list[Item] = []
     skipped: list[Skipped] = []
     faults: list[str] = []
@@ -86,7 +86,7 @@ def scan(folders: Sequence[Path], *, repeats: int = 1,
         raise UserError("\n".join(faults))
     if not items:
         listed = "\n".join(f"  {entry.file}: {entry.reason}" for entry in skipped[:10])
-        raise UserError(f"none of the {len(skipped)} images in {_names(folders)} can be used:\n{listed}")
+        raise UserError(f"{setting}: none of the {len(skipped)} images in {_names(folders)} can be used:\n{listed}")
     return Dataset(tuple(items), tuple(skipped))
 
 
@@ -142,21 +142,21 @@ def crop_pixels(image: Image.Image, size: Size, offset: tuple[int, int], flip: b
     return (tensor.flip(-1) if flip else tensor).contiguous()
 
 
-def _files(folder: Path) -> list[tuple[Path, int]]:
+def _files(folder: Path, setting: str) -> list[tuple[Path, int]]:
     """Images of a folder with the repeats that its sub-folders' names say."""
     if not folder.is_dir():
         state = "a file, not a folder" if folder.exists() else "not there"
-        raise UserError(f"data.folder: {folder} is {state}; give the folder with the images")
-    found = sorted(_walk(folder), key=lambda entry: entry[0].relative_to(folder).as_posix())
+        raise UserError(f"{setting}: {folder} is {state}; give the folder with the images")
+    found = sorted(_walk(folder, setting), key=lambda entry: entry[0].relative_to(folder).as_posix())
     if not found:
-        raise UserError(f"data.folder: no images in {folder} or its sub-folders "
+        raise UserError(f"{setting}: no images in {folder} or its sub-folders "
                         f"(known types: {', '.join(sorted(s[1:] for s in images.SUFFIXES))})")
     return found
 
 
-def _walk(folder: Path) -> Iterator[tuple[Path, int]]:
+def _walk(folder: Path, setting: str) -> Iterator[tuple[Path, int]]:
     def fail(error: OSError) -> None:
-        raise UserError(f"data.folder: {error.filename} cannot be read: {error.strerror}")
+        raise UserError(f"{setting}: {error.filename} cannot be read: {error.strerror}")
 
     inherited = {os.fspath(folder): _repeats(folder.resolve().name, 1)}
     seen = {os.path.realpath(folder)}  # a link to a folder above would lead round for ever
