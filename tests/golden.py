@@ -36,7 +36,23 @@ class Case:
 
     @property
     def rates(self) -> list[float]:
-        return self.settings.get("lrs") or [self.settings["lr"]] * self.settings["steps"]
+        steps = sum(key.startswith("step") and key.endswith("/x") for key in self.tensors)
+        return self.settings.get("lrs") or [self.settings["lr"]] * steps
+
+    @property
+    def rank(self) -> int:
+        return self.settings.get("r") or self.settings["rank"]
+
+    @property
+    def scale(self) -> float:
+        root = 0.5 if self.settings.get("config", {}).get("use_rslora") else 1.0
+        return self.settings["alpha"] / self.rank**root
+
+    @property
+    def layers(self) -> list[str]:
+        """fc1, fc2, … of a StelLA trace; a Stiefel trace has one layer without a name."""
+        names = {key.removeprefix("init/").split(".")[0] for key in self.tensors if key.startswith("init/")}
+        return sorted(names, key=lambda name: int(name.strip("fc") or 0)) if self.stella else ["fc"]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -58,20 +74,23 @@ def read_cases(file: Path) -> list[Case]:
 
 
 class Net(nn.Module):
-    """Linears with tanh between. The adapter's scale is 1; the trace's s enters as (W/s)(s x) + bias."""
+    """Linears with tanh between. The adapter's scale is 1; the trace's s enters as (W/s)(s x) + bias.
 
-    def __init__(self, case: Case, layers: list[str], scale: float, rescale_input: bool) -> None:
+    DoRA divides by the norm of (W/s + delta) and so brings s by itself.
+    """
+
+    def __init__(self, case: Case, rescale_input: bool) -> None:
         super().__init__()
-        self.factor = scale if rescale_input else 1.0
-        for layer in layers:
+        self.factor = case.scale if rescale_input else 1.0
+        for layer in case.layers:
             base = f"base/{layer}." if case.stella else "base/"
             weight = case.tensors[base + "weight"]
             linear = nn.Linear(weight.shape[1], weight.shape[0], bias=base + "bias" in case.tensors, dtype=weight.dtype)
-            linear.weight.data = weight / scale
+            linear.weight.data = weight / case.scale
             if linear.bias is not None:
                 linear.bias.data = case.tensors[base + "bias"].clone()
             setattr(self, layer, linear)
-        self.layers = layers
+        self.layers = case.layers
 
     def forward(self, x: Tensor) -> Tensor:
         for number, layer in enumerate(self.layers):
@@ -81,10 +100,8 @@ class Net(nn.Module):
 
 def replay(case: Case) -> dict[str, float]:
     """Largest difference from the trace (see `_difference`), for parameters, losses and final weights."""
-    layers = sorted({key.removeprefix("init/").split(".")[0] for key in case.tensors if key.startswith("init/")}
-                    ) if case.stella else ["fc"]
-    rank, dora = case.settings.get("r") or case.settings["rank"], bool(case.settings.get("dora"))
-    net = Net(case, layers, case.settings["alpha"] / rank, rescale_input=not dora)
+    layers, rank = case.layers, case.rank
+    net = Net(case, rescale_input=not case.settings.get("dora"))
     targets = [Target(layer, getattr(net, layer), "all") for layer in layers]
     adapter, optimizer = (_stella if case.stella else _stiefel)(case, targets, rank)
     adapter.install()
@@ -95,7 +112,7 @@ def replay(case: Case) -> dict[str, float]:
         errors["loss"] = max(errors["loss"], _difference(loss, case.tensors[f"step{step}/loss"]))
         errors["parameters"] = max(errors["parameters"], _compare(case, adapter, layers, f"step{step}/param/"))
     for layer in layers if case.stella else ():
-        ours = adapter.delta(layer) * (case.settings["alpha"] / rank)
+        ours = adapter.delta(layer) * case.scale
         theirs = case.tensors[f"final/{layer}.delta_weight"]
         errors["final"] = max(errors["final"], _difference(ours, theirs))
     return errors
@@ -132,9 +149,9 @@ def _stella(case: Case, targets: list[Target], rank: int) -> tuple[Adapter, Opti
         for part, tensor in parts.items():
             tensor.data.copy_(case.tensors[f"init/{layer}.{part}"])
     name = {"adamw": "adamw", "sgdm": "sgd", "sgd": "sgd"}[case.settings["optimizer"]]
-    momentum = case.settings.get("momentum")
     return adapter, build_optimizer(name, adapter, lr=case.rates[0], weight_decay=case.settings["wd_on_S"],
-                                    momentum=momentum)
+                                    betas=tuple(case.settings.get("betas", (0.9, 0.999))),
+                                    momentum=case.settings.get("momentum"))
 
 
 def _stiefel(case: Case, targets: list[Target], rank: int) -> tuple[Adapter, Optimizer]:

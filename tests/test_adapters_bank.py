@@ -189,4 +189,4 @@ def test_a_forward_patched_on_the_instance_is_refused():
 
 def test_stacks_are_few():
     parameters = 3 * (54 + 72 + 8 + 5 * 10) + 4 * 9
-    assert adapted("stella")[1].describe() == {"layers": 4, "stacks": 5, "parameters": parameters}
+    assert adapted("stella")[1].describe() == {"layers": 4, "stacks": 5, "parameters": parameters, "scale_dim": 10}

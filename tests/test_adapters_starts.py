@@ -69,7 +69,7 @@ def test_olora_trains_the_first_part_of_qr():
 @pytest.mark.parametrize("method, init", [("lora", "pissa"), ("lora", "olora"), ("stella", "pseudo-zero")])
 def test_starts_that_split_the_weight_change_nothing_together_with_their_frozen_part(method, init):
     adapter = adapted(method, init=init)[1]
-    for name, up, down, _ in adapter.pairs():
+    for _, up, down, _ in adapter.pairs():
         assert up.shape[1] == 6
         assert product(up, down).abs().max() <= 1e-7
 
@@ -89,7 +89,6 @@ def test_large_matrices_get_the_same_leading_part_by_power_iterations(monkeypatc
     weight = torch.randn(60, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     exact = lora.leading_svd(weight, 4)
     monkeypatch.setattr(lora, "FULL_SVD_SIZE", 10)
-    torch.manual_seed(0)
     fast = lora.leading_svd(weight, 4)
     assert torch.allclose(exact[0] * exact[1] @ exact[2], fast[0] * fast[1] @ fast[2], atol=1e-4)
 

@@ -145,7 +145,7 @@ def test_dora_starts_from_an_import_without_magnitudes_unchanged():
 
 
 def test_a_pruned_adapter_is_exported_at_the_highest_rank_a_layer_kept():
-    net, adapter = trained("stella", 8, diagonal_s=True, rank=5)
+    net, adapter = trained("stella", 8, diagonal_s=True, rank=5, ema_decay=0.9)
     adapter.prune(2)
     kept = (~adapter.pruned).sum(1)
     assert int(kept.sum()) == 8 and kept.min() >= 1
@@ -153,5 +153,7 @@ def test_a_pruned_adapter_is_exported_at_the_highest_rank_a_layer_kept():
     assert {pair[0].shape[1] for pair in pairs.values()} == {int(kept.max())}
     for name, pair in pairs.items():
         assert (product(pair) - adapter.delta(name)).norm() <= 1e-6 * adapter.delta(name).norm()
+    for name, pair in exported(adapter, "ema").items():
+        assert (product(pair) - adapter.delta(name, "ema")).norm() <= 1e-6 * adapter.delta(name, "ema").norm()
     train(net, adapter, build_optimizer("adamw", adapter, lr=1e-2), range(5))
     assert torch.equal((adapter.leaves["core"] == 0), adapter.pruned)

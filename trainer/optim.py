@@ -72,7 +72,7 @@ def parameter_groups(adapter: Adapter, lr: float, weight_decay: float, up_lr_rat
 
 
 def _lr_dtype(leaf: Tensor) -> torch.dtype:
-    return torch.float64 if leaf.dtype == torch.float64 or leaf.device.type == "cpu" else torch.float32
+    return torch.float32 if leaf.is_cuda else torch.float64  # what torch's fused kernels read on each device
 
 
 def _adamw(groups: list[dict], betas: tuple[float, float], on_gpu: bool) -> Optimizer:

@@ -36,7 +36,7 @@ class Update:
             return self.norm
         if self.graph is None:
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
                 self._step()
         self.graph.replay()
         return self.norm

@@ -145,6 +145,8 @@ class Adapter:
         if kept < size.numel():
             self.pruned |= size < size.flatten().topk(kept).values[-1]
             self.leaves["core"].masked_fill_(self.pruned, 0.0)
+            for key, cut in self.method.cores({"core": self.pruned}).items() if self.ema else ():
+                self.ema[key].masked_fill_(cut.unsqueeze(1), 0.0)  # what is exported without these columns is whole
 
     @torch.no_grad()
     def ema_update(self) -> None:
@@ -193,6 +195,8 @@ class Adapter:
                 for position, number in enumerate(self.layout.members(key)):
                     self.leaves[key][position].copy_(magnitudes.get(number, stack[position]))
         self.updates.zero_()
+        if self.pruned is not None:
+            self.pruned.zero_()
         self.start = self._present_start()
         if self.ema is not None:
             self.ema = {key: stack.clone() for key, stack in self._averaged().items()}
@@ -201,7 +205,9 @@ class Adapter:
         """The change of a layer's matrix, [m, n] in fp64, with the start pair and without DoRA's magnitude."""
         return transfer.delta(self, name, weights)
 
-    def describe(self) -> dict[str, int]:
-        """Counts for logs: layers, stacks, trained parameters."""
-        return {"layers": len(self.layout.targets), "stacks": len(self.leaves),
-                "parameters": sum(leaf.numel() for leaf in self.leaves.values())}
+    def describe(self) -> dict[str, float]:
+        """Numbers for logs: layers, stacks, trained parameters, and StelLA's d, for which lr * sqrt(d) matters."""
+        numbers = {"layers": len(self.layout.targets), "stacks": len(self.leaves),
+                   "parameters": sum(leaf.numel() for leaf in self.leaves.values())}
+        scale_dim = getattr(self.step_rule, "scale_dim", 0.0)
+        return numbers | {"scale_dim": scale_dim} if scale_dim else numbers

@@ -25,8 +25,8 @@ def measure(adapter: Adapter) -> dict[str, Any]:
     device = next(iter(pair.values())).device
     with exact_arithmetic(device):
         grams = {kind: _in_layer_order(adapter, pair, pair, kind) for kind in ("up", "down")}  # layers r r
-        trained = adapter.method.pair(adapter.leaves)
-        drifts = [_drift(adapter, trained, kind) for kind in ("up", "down")]
+        trained = pair if adapter.frozen is None else adapter.method.pair(adapter.leaves)
+        drifts = [_drift(adapter, trained, kind, grams[kind] if trained is pair else None) for kind in ("up", "down")]
         errors = [_orthogonality(leaf) for leaf in adapter.on_manifold().values()]
     drift = torch.stack(drifts).nanmean(0).nan_to_num(0.0)
     error = torch.stack(errors).amax() if errors else torch.full((), torch.nan, device=device)
@@ -71,9 +71,9 @@ def _in_layer_order(adapter: Adapter, left: dict[str, Tensor], right: dict[str, 
     return torch.cat(products)[adapter.layout.order(kind, products[0].device)]
 
 
-def _drift(adapter: Adapter, pair: dict[str, Tensor], kind: str) -> Tensor:
+def _drift(adapter: Adapter, pair: dict[str, Tensor], kind: str, gram: Tensor | None) -> Tensor:
     """Per layer, without the frozen start pair; NaN for a layer whose factor started at zero."""
-    gram = _in_layer_order(adapter, pair, pair, kind)
+    gram = _in_layer_order(adapter, pair, pair, kind) if gram is None else gram
     across = _in_layer_order(adapter, adapter.start, pair, kind)
     before = _in_layer_order(adapter, adapter.start, adapter.start, kind)
     eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)

@@ -28,7 +28,8 @@ class AdaptedLayer:
     def forward(self, x: Tensor) -> Tensor:
         """W x + bias + up (down x). Dropout acts on the input of `down`, where gradients are recorded.
 
-        Its mask comes from torch's generator, which activation checkpointing restores before it recomputes.
+        Its mask comes from torch's generator, which activation checkpointing (the non-reentrant one: slices are no
+        leaves) restores before it recomputes.
         """
         down, up = self.adapter_down, self.adapter_up
         if down is None:

@@ -69,7 +69,7 @@ def olora(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def leading_svd(weight: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """First singular triples of [m, n]; of large matrices by sixteen power iterations, which take seconds, not minutes."""
+    """First singular triples of [m, n]; of large matrices by power iterations, in seconds instead of minutes."""
     if min(weight.shape) <= FULL_SVD_SIZE:
         left, values, right = torch.linalg.svd(weight, full_matrices=False)
         return left[:, :rank], values[:rank], right[:rank]
