@@ -25,6 +25,7 @@ def layer_of(kind: str) -> nn.Module:
              "other": lambda: ScaledLinear(7, 5), "conv": lambda: nn.Conv2d(4, 5, 3, stride=2, padding=1, dilation=2),
              "pointwise": lambda: nn.Conv2d(4, 5, 1)}[kind]().double().requires_grad_(False)
     layer.__class__ = adapted_class(type(layer))
+    layer.adapter_convolution = isinstance(layer, nn.Conv2d)
     return layer
 
 

@@ -77,10 +77,6 @@ def composed(x: Tensor, dropped: Tensor | None, gain: Tensor | None, down: Tenso
 # -- the pieces, for [..., n] and for [b, c, h, w] ----------------------------------------------------------------
 
 
-def is_convolution(layer: nn.Module) -> bool:
-    return hasattr(layer, "kernel_size")
-
-
 def plain(layer: nn.Module) -> bool:
     """Whether W can be read as an ordinary matrix, so that the input gradient is one product with it."""
     return layer.base_kind in (nn.Linear, nn.Conv2d)
@@ -90,12 +86,12 @@ def scale_columns(x: Tensor, gain: Tensor | None, layer: nn.Module) -> Tensor:
     """x with input feature (or channel) j times gain[j]; the product is rounded, not the gain, which stays near 1."""
     if gain is None:
         return x
-    return (x * (gain[:, None, None] if is_convolution(layer) else gain)).to(x.dtype)
+    return (x * (gain[:, None, None] if layer.adapter_convolution else gain)).to(x.dtype)
 
 
 def sum_columns(x: Tensor, layer: nn.Module) -> Tensor:
     """Sum over everything but the input feature (or channel): [n] or [c]."""
-    return x.sum((0, 2, 3)) if is_convolution(layer) else x.reshape(-1, x.shape[-1]).sum(0)
+    return x.sum((0, 2, 3)) if layer.adapter_convolution else x.reshape(-1, x.shape[-1]).sum(0)
 
 
 def kernel(down: Tensor, layer: nn.Module) -> Tensor:
@@ -108,18 +104,18 @@ def rows(x: Tensor) -> Tensor:
 
 
 def low_rank_hidden(z: Tensor, down: Tensor, layer: nn.Module) -> Tensor:
-    if is_convolution(layer):
+    if layer.adapter_convolution:
         return F.conv2d(z, kernel(down, layer), None, layer.stride, layer.padding, layer.dilation)
     return z @ down
 
 
 def low_rank_output(hidden: Tensor, up: Tensor, layer: nn.Module) -> Tensor:
-    return F.conv2d(hidden, up[:, :, None, None]) if is_convolution(layer) else hidden @ up.t()
+    return F.conv2d(hidden, up[:, :, None, None]) if layer.adapter_convolution else hidden @ up.t()
 
 
 def add_low_rank(y: Tensor, hidden: Tensor, up: Tensor, layer: nn.Module) -> None:
     """y += up hidden, in place: y is fresh from the frozen layer."""
-    if is_convolution(layer) or y.dtype != up.dtype or not y.is_contiguous():
+    if layer.adapter_convolution or y.dtype != up.dtype or not y.is_contiguous():
         y.add_(low_rank_output(hidden, up, layer))
     else:
         y.view(-1, y.shape[-1]).addmm_(rows(hidden), up.t())
@@ -127,7 +123,7 @@ def add_low_rank(y: Tensor, hidden: Tensor, up: Tensor, layer: nn.Module) -> Non
 
 def up_gradients(grad: Tensor, hidden: Tensor, up: Tensor, layer: nn.Module) -> tuple[Tensor, Tensor]:
     """Gradients of the hidden activation and of up [m, r]."""
-    if is_convolution(layer):
+    if layer.adapter_convolution:
         grad_up = (grad.flatten(2) @ hidden.flatten(2).mT).sum(0)
         return F.conv2d(grad, up.t()[:, :, None, None]), grad_up
     return grad @ up, rows(grad).t() @ rows(hidden)
@@ -135,20 +131,20 @@ def up_gradients(grad: Tensor, hidden: Tensor, up: Tensor, layer: nn.Module) -> 
 
 def down_gradient(z: Tensor, grad_hidden: Tensor, down: Tensor, layer: nn.Module) -> Tensor:
     """Gradient of down [n, r]."""
-    if is_convolution(layer):
+    if layer.adapter_convolution:
         return _convolution_backward(grad_hidden, z, kernel(down, layer), layer, [False, True])[1].flatten(1).t()
     return rows(z).t() @ rows(grad_hidden)
 
 
 def hidden_gradient(z: Tensor, grad_hidden: Tensor, down: Tensor, layer: nn.Module) -> Tensor:
     """down^T applied to the hidden gradient: the gradient of z."""
-    if is_convolution(layer):
+    if layer.adapter_convolution:
         return _convolution_backward(grad_hidden, z, kernel(down, layer), layer, [True, False])[0]
     return grad_hidden @ down.t()
 
 
 def add_hidden_gradient(grad_base: Tensor, z: Tensor, grad_hidden: Tensor, down: Tensor, layer: nn.Module) -> None:
-    if is_convolution(layer) or grad_base.dtype != down.dtype or not grad_base.is_contiguous():
+    if layer.adapter_convolution or grad_base.dtype != down.dtype or not grad_base.is_contiguous():
         grad_base.add_(hidden_gradient(z, grad_hidden, down, layer))
     else:
         grad_base.view(-1, grad_base.shape[-1]).addmm_(rows(grad_hidden), down.t())
@@ -161,7 +157,7 @@ def input_gradient(layer: nn.Module, grad: Tensor, x: Tensor) -> Tensor:
             x = x.detach().requires_grad_()
             return torch.autograd.grad(layer.base_forward(x), x, grad)[0]
     weight = layer.weight.to(grad.dtype)
-    if is_convolution(layer):
+    if layer.adapter_convolution:
         return _convolution_backward(grad, x.to(grad.dtype), weight, layer, [True, False])[0]
     return grad @ weight
 

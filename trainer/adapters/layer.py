@@ -20,6 +20,7 @@ class AdaptedLayer:
     adapter_up: Tensor | None = None  # m r
     adapter_gain: Tensor | None = None  # n, DoRA: magnitude / column norm
     adapter_dropout: float = 0.0
+    adapter_convolution: bool = False
 
     def base_forward(self, x: Tensor) -> Tensor:
         """The frozen layer alone."""
@@ -60,13 +61,13 @@ def install(target: Target, dropout: float) -> None:
         raise RuntimeError(f"{target.name} already has an adapter")
     module.requires_grad_(False)
     module.__class__ = adapted_class(type(module))
-    module.adapter_dropout = dropout
+    module.adapter_dropout, module.adapter_convolution = dropout, target.convolution
 
 
 def remove(target: Target) -> None:
     """Give the target's module its own class back."""
     module = target.module
-    for name in ("adapter_down", "adapter_up", "adapter_gain", "adapter_dropout"):
+    for name in ("adapter_down", "adapter_up", "adapter_gain", "adapter_dropout", "adapter_convolution"):
         vars(module).pop(name, None)
     module.__class__ = type(module).base_kind
 
