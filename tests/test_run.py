@@ -256,6 +256,17 @@ def test_a_run_that_never_began_gives_way_to_the_next_try(tmp_path):
     assert run.preset.read_text() == "x = 2" and not run.events.exists()
 
 
+def test_a_folder_whose_making_was_killed_gives_way_and_any_other_folder_stays(tmp_path):
+    half = tmp_path / "runs" / "cat"
+    (half / "control").mkdir(parents=True)
+    (half / ".preset.toml.x7").touch()
+    assert runs.create(tmp_path, "cat", "x = 1").preset.is_file()
+    (tmp_path / "runs" / "mine").mkdir()
+    (tmp_path / "runs" / "mine" / "notes.txt").touch()
+    with pytest.raises(UserError, match="already a run called"):
+        runs.create(tmp_path, "mine", "x = 1")
+
+
 @pytest.mark.parametrize("reason, step, file", [
     ("stopped", 0, None), ("error", 3, None), ("error", 0, "cat.safetensors"),
     ("error", 0, "exports/cat-000003.safetensors"), ("error", 0, "checkpoints/step_000003/adapter.safetensors"),

@@ -84,8 +84,8 @@ def prune(run: Run, keep: int, best: Collection[int] = ()) -> list[int]:
     gone = [step for step in steps[:-keep]
             if step not in best and not (run.checkpoint(step) / PINNED).exists()]
     for step in gone:
+        run.export_of(step).unlink(missing_ok=True)  # first: while the checkpoint is there, a kill is made good
         shutil.rmtree(run.checkpoint(step), ignore_errors=True)
-        run.export_of(step).unlink(missing_ok=True)
     return gone
 
 

@@ -141,6 +141,7 @@ def _before(session: Session) -> None:
         return
     if not session.run.export_of(step).exists():
         _try(session, "exporting", lambda: publish(session, session.run.export_of(step)))
+    _prune(session)
     if step == session.steps:
         return  # `_finish` does the rest
     rhythm = {"sample": preset.sample.every, "distance": preset.evaluate.distance_every}
@@ -226,9 +227,15 @@ def save(session: Session) -> bool:
     recorder.event("checkpoint", step=progress.step, path=str(run.checkpoint(progress.step).relative_to(run.path)),
                    bytes=size, sec=round(time.perf_counter() - started, 3))
     _try(session, "exporting", lambda: publish(session, run.export_of(progress.step)))
-    best = min(progress.validation, key=progress.validation.__getitem__, default="0")
-    checkpoint.prune(run, session.preset.output.keep, {_nearest_saved(run, int(best))})
+    _prune(session)
     return True
+
+
+def _prune(session: Session) -> None:
+    """Let go of old checkpoints, but not of the one with the best validation loss."""
+    validation = session.progress.validation
+    best = min(validation, key=validation.__getitem__, default="0")
+    checkpoint.prune(session.run, session.preset.output.keep, {int(best)})
 
 
 def _finish(session: Session, requests: Requests) -> str:
@@ -320,8 +327,3 @@ def _non_finite(session: Session) -> str:
         causes.append("fp16 overflows with this base: try train.precision = 'bf16' or 'fp32'")
     return (f"{MAX_BAD_STEPS} steps in a row had no finite loss, up to step {session.progress.step}. Likely: "
             f"{'; or '.join(causes)}. The last good checkpoint is step {session.run.last_step()}")
-
-
-def _nearest_saved(run: Run, step: int) -> int:
-    """The checkpoint that belongs to a measured step."""
-    return step if run.checkpoint(step).exists() else -1

@@ -91,7 +91,10 @@ class Run:
         return UserError(f"{self.path} is being trained by another process; stop that one first, or wait for it to end")
 
     def never_began(self) -> bool:
-        """Whether a fault ended the run before its first step: there is nothing in it to go on with."""
+        """Whether a fault (or a kill, while the folder was made) came before the first step: nothing is lost with it."""
+        if not self.preset.exists():
+            return self.path.is_dir() and all(entry.name == "control" or entry.name.startswith(f".{self.preset.name}.")
+                                              for entry in self.path.iterdir())
         last = last_event(self.events) or {}
         return (last.get("kind") == "end" and last.get("reason") == "error" and not last.get("step")
                 and not any(self.path.rglob("*.safetensors")) and not self.is_held())
