@@ -63,11 +63,15 @@ class Jobs:
 
     def start(self, preset: Path, name: str) -> None:
         """Begin a new run; a name that is taken or impossible is refused."""
-        runs.check_name(name)
         with self._lock:
-            if (self.places.runs / name).exists() or self._is_starting(name):
-                raise UserError(f"there is already a run called {name!r}; choose another name")
+            self.refuse_taken(name)
             self._launch(name, ["--preset", str(preset), "--name", name, "--workspace", str(self.places.workspace)])
+
+    def refuse_taken(self, name: str) -> None:
+        """`UserError` for a name that no new run can have."""
+        runs.check_name(name)
+        if (self.places.runs / name).exists() or self._is_starting(name):
+            raise UserError(f"there is already a run called {name!r}; choose another name")
 
     def resume(self, run: Run) -> None:
         """Go on with a run that stopped, failed or was killed."""

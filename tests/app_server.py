@@ -1,4 +1,4 @@
-"""The app as a process for the browser tests, with the stand-in for the trainer."""
+"""The app as a process for the browser tests, with the stand-in for the trainer, and a demo of 40 steps."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
+DEMO = '[model]\nfamily = "sd15"\nbase = "base"\n[data]\nfolder = "pictures"\n[train]\nsteps = 40\n'
 
 
 def main(port: int, workspace: Path, pace: str, password: str | None) -> None:
@@ -17,7 +18,10 @@ def main(port: int, workspace: Path, pace: str, password: str | None) -> None:
     from app import ui
     from app.jobs import Jobs
     from app.paths import Places
+    from app.tabs import train
 
+    train.DEMO = workspace / "demo.toml"
+    train.DEMO.write_text(DEMO)
     jobs = Jobs(Places(workspace), (sys.executable, str(HERE / "app_trainer.py"), "--pace", pace))
     ui.launch(jobs, host="127.0.0.1", port=port, password=password)
     while True:

@@ -114,11 +114,15 @@
       event.preventDefault();
     }
 
-    /** Move the cross-hair to the next row, by keyboard. */
+    /** Move the cross-hair to the next row that is shown, by keyboard; it begins at the newest. */
     step(by) {
       if (!this.plot) return;
       const x = this.plot.data[0];
-      const at = Math.max(0, Math.min(x.length - 1, (this.plot.cursor.idx ?? x.length - 1) + by));
+      const [low, high] = this.group.range;
+      const first = x.findIndex((step) => step >= low);
+      const last = x.findLastIndex((step) => step <= high);
+      const from = this.plot.cursor.left >= 0 ? this.plot.cursor.idx : last + 1;
+      const at = Math.max(first, Math.min(last, from + by));
       this.plot.setCursor({ left: this.plot.valToPos(x[at], "x"), top: 10 });
     }
 

@@ -70,6 +70,7 @@
 
   const LOST = {
     offline: "No answer from the server. Training goes on; trying again.",
+    changed: "The app runs, but it is not the one that this page came from: reload the page. Training was not touched.",
     signedOut: "The app was restarted: sign in again to go on. Training was not touched.",
   };
 
@@ -105,9 +106,12 @@
     try {
       answer = await server[name](request);
     } catch {
+      answer = undefined;
+    }
+    if (answer === undefined || answer === null) { // Gradio's client keeps its failures to itself
       const reason = await whyNoAnswer();
       if (reason === "changed") reloadOnce(); // another version of the app runs there now
-      showConnection(reason === "signedOut" ? "signedOut" : "offline");
+      showConnection(reason);
       throw new Studio.Lost(LOST[Studio.connection]);
     }
     showConnection("ok");

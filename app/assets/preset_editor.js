@@ -63,8 +63,8 @@
 
     open(shelf, name) {
       return this.attempt(async () => {
-        const aside = this.isChanged() ? { shelf: this.shelf, name: this.name, saved: this.saved, text: this.text.value } : null;
         const answer = await Studio.ask(this.server, "open_preset", { shelf, name });
+        const aside = this.isChanged() ? { shelf: this.shelf, name: this.name, saved: this.saved, text: this.text.value } : null;
         sessionStorage.removeItem(DRAFT);
         this.take({ shelf, name, saved: answer.text, text: answer.text });
         this.runName.value = answer.run;

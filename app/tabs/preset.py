@@ -108,7 +108,7 @@ def save_preset(places: Places, asked: SavePreset) -> Answer:
 
 def start_run(jobs: Jobs, asked: StartRun) -> Answer:
     """Start a run of the text: of its file when it says the same, else of a draft."""
-    check_name(asked.run)
+    jobs.refuse_taken(asked.run)
     preset.parse(asked.text, f"{asked.name or 'preset'}.toml")
     jobs.start(_file_of(jobs.places, asked), asked.run)
     return {"run": asked.run}
