@@ -72,26 +72,26 @@ FAULTS = {
         "steps = 5\n" + GOOD, "mine.toml:1: steps: stands outside of a section; write it as section.key"),
     "text for a number": (
         put("train", 'batch_size = "two"'),
-        "mine.toml:9: train.batch_size: should be a valid integer, unable to parse string as an integer, not 'two'."),
+        "mine.toml:9: train.batch_size: should be a whole number, not 'two'."),
     "fraction for a whole number": (
         put("train", "batch_size = 1.5"),
-        "mine.toml:9: train.batch_size: should be a valid integer, got a number with a fractional part, not 1.5."),
+        "mine.toml:9: train.batch_size: should be a whole number, not 1.5."),
     "switch for a number": (
         put("train", "batch_size = true"), "mine.toml:9: train.batch_size: should not be true or false"),
     "switch for a rate": (put("train", "lr = true"), "mine.toml:9: train.lr: should not be true or false"),
     "switch for a rank": (put("adapter", "rank = true"), "mine.toml:11: adapter.rank: should not be true or false"),
-    "number for a text": (put("output", "title = 5"), "mine.toml:11: output.title: should be a valid string, not 5."),
+    "number for a text": (put("output", "title = 5"), "mine.toml:11: output.title: should be a text in quotes, not 5."),
     "number for a folder": (
-        GOOD.replace('"photos"', "3"), "mine.toml:6: data.folder: should be a valid string, not 3."),
+        GOOD.replace('"photos"', "3"), "mine.toml:6: data.folder: should be a text in quotes, not 3."),
     "wrong item of a list": (
         GOOD.replace('"photos"', '["a", 3]'),
-        "mine.toml:6: data.folder: should be a valid string (item 2), not 3."),
+        "mine.toml:6: data.folder: should be a text in quotes (item 2), not 3."),
     "no folder at all": (
         GOOD.replace('"photos"', "[]"), "mine.toml:6: data.folder: should have at least 1 item, not []."),
     "empty text": (
         GOOD.replace('"photos"', '""'), "mine.toml:6: data.folder: should have at least 1 character, not ''."),
     "text for a list": (
-        put("sample", 'prompts = "a cat"'), "mine.toml:11: sample.prompts: should be a valid list, not 'a cat'."),
+        put("sample", 'prompts = "a cat"'), "mine.toml:11: sample.prompts: should be a list in brackets, not 'a cat'."),
     "not one of the words": (
         put("adapter", 'method = "stela"'),
         "mine.toml:11: adapter.method: should be 'lora', 'stiefel', 'stella' or 'trilora', not 'stela'. "
@@ -140,7 +140,7 @@ def test_a_fault_is_told_with_its_place_and_a_way_out(text, message):
 
 
 OVERRIDES = {
-    "wrong type": ("train.lr=high", "should be a valid number, unable to parse string as a number, not 'high'."),
+    "wrong type": ("train.lr=high", "should be a number, not 'high'."),
     "as it was typed": ("train.lr={lora=-1}", "should be greater than 0, not -1."),
     "alpha": ("adapter.alpha=8", "alpha must equal rank (16), not 8" + ALPHA),
     "typo in the key": ("train.step=3", "no such key. Did you mean steps?"),
@@ -154,6 +154,11 @@ OVERRIDES = {
 @pytest.mark.parametrize("item, message", OVERRIDES.values(), ids=OVERRIDES)
 def test_a_fault_of_an_override_names_the_override(item, message):
     assert refusal(GOOD, item) == f"--set {item}: {message}"
+
+
+def test_a_section_that_the_file_has_is_told_by_its_line():
+    assert refusal(put("trian", "lr = 1.0"), "trian.lr=2") == \
+        "mine.toml:10: trian: no such section. Did you mean train?"
 
 
 def test_all_faults_come_at_once_in_the_order_of_the_schema():
@@ -230,6 +235,10 @@ def test_equal_values_change_no_byte():
 def test_only_what_differs_changes():
     got = preset.update_text(COMMENTED, {"train": {"lr": 3e-4, "steps": 1000}, "data": {"flip": True}})
     assert got == COMMENTED.replace("1e-4 ", "0.0003 ", 1).replace("flip = false", "flip = true")
+
+
+def test_a_number_and_a_switch_are_not_the_same():
+    assert preset.update_text("[a]\nx = 1\ny = true\n", {"a": {"x": True, "y": 1}}) == "[a]\nx = true\ny = 1\n"
 
 
 def test_none_takes_a_key_out_and_nothing_else():
