@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(error, file=sys.stderr)
     except OSError as error:  # of the run's folder or its log: all else has its own message
-        print(f"{error.filename} cannot be used: {error.strerror}; make room, or choose another --workspace",
+        print(f"{error.filename or 'the run'} cannot be written: {error.strerror}; make room, or choose another --workspace",
               file=sys.stderr)
     return USER_ERROR
 

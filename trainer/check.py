@@ -15,6 +15,7 @@ from trainer import families, speed
 from trainer.data.cache import Cache
 from trainer.errors import UserError
 from trainer.material import Material
+from trainer.metrics.features import find_weights
 from trainer.record import clock
 from trainer.schema import Preset
 from trainer.session import LATENT_DTYPE, open_base, pick_device, pick_dtype
@@ -50,6 +51,7 @@ def inspect(preset: Preset, workspace: Path) -> Report:
     material = _collect(report, lambda: _data(preset, workspace, report))
     layers = _collect(report, lambda: _adapter(preset, base, report)) if base else None
     device = _collect(report, lambda: pick_device(preset))
+    _collect(report, lambda: find_weights(preset.evaluate.distance, preset.evaluate.inception_weights))
     if base and layers and device is not None:
         report.facts["memory"] = f"about {memory(preset, base.params, layers, device) / 2**30:.1f} GiB"
     if material and device is not None:

@@ -243,8 +243,8 @@ def _finish(session: Session, requests: Requests) -> str:
     run, progress = session.run, session.progress
     done = progress.step >= session.steps
     if not run.checkpoint(progress.step).exists() and progress.step and not save(session):
-        raise UserError(f"{run.path}: the last checkpoint could not be written (see the notes); free some space, "
-                        "then resume")
+        raise UserError(f"{run.path}: the last checkpoint could not be written ({run.log} says why); free some "
+                        "space, then resume")
     if progress.step:
         publish(session, run.result)
     if done:

@@ -23,6 +23,8 @@ Sections = dict[str, dict[str, Any]]
 SHIPPED = Path(__file__).resolve().parent.parent / "presets"
 ALPHA_REASON = ("the scale alpha/rank would change what the learning rate means, and both manifold methods "
                 "need scale 1")
+TYPES = {"int": "a whole number", "float": "a number", "bool": "true or false", "string": "a text in quotes",
+         "list": "a list in brackets"}  # what pydantic calls otherwise
 
 
 def find(name: str, workspace: Path) -> Path:
@@ -247,6 +249,11 @@ def _problem(section: str, item: Any) -> Problem:
     inner = f" (item {item['loc'][-1] + 1})" if isinstance(item["loc"][-1], int) else ""
     message = re.sub(r"^(Input|List|String) should", "should", item["msg"])
     message = re.sub(r" after validation, not \d+$", "", message)
+    kind = item["type"].split("_")[0]
+    if kind in TYPES and item["type"].endswith(("_type", "_parsing", "_from_float")):
+        message = f"should be {TYPES[kind]}"
+    if item["type"] == "string_pattern_mismatch":
+        message = f"should be one of these: {schema.SECTIONS[section].model_fields[key].description}".rstrip(".")
     choices = _nearest(item["input"], re.findall(r"'([^']+)'", message)) if item["type"] == "literal_error" else ""
     return Problem(where, f"{message}{inner}, not {item['input']!r}.{choices}")
 

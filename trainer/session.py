@@ -21,6 +21,7 @@ from trainer.data.order import Draw, Order
 from trainer.data.store import LatentStore, TextStore
 from trainer.errors import UserError
 from trainer.material import Material, noise_seeds, to_device
+from trainer.metrics.features import find_weights
 from trainer.objective import Objective, per_sample_loss
 from trainer.record import Recorder
 from trainer.run import Run
@@ -121,6 +122,7 @@ def set_up(run: Run, preset: Preset, device: torch.device, workspace: Path, reco
     base = open_base(preset)
     for note in base.notes:
         recorder.note(0, note)
+    find_weights(preset.evaluate.distance, preset.evaluate.inception_weights)  # now, not after hours of training
     cache = Cache(workspace / "cache")
     cache.remove_remains()
     material = Material(preset, family.bucket_step(preset.data.resolution), lambda done, of: (

@@ -39,7 +39,7 @@ class Cache:
         path = self._path(key)
         try:
             data = path.read_bytes()
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         try:
             metadata, checksum = _checksum(data)

@@ -72,6 +72,17 @@ def find_inception(weights: str = "") -> Path | None:
     return next((path for name in INCEPTION_FILES if (path := _cache() / name).is_file()), None)
 
 
+def find_weights(name: str, weights: str) -> Path | None:
+    """The Inception weights that `load_extractor` would take, None where it takes EfficientNet-Lite0 (or none, "off").
+
+    Raises `UserError` when what was asked for is not on this machine: cheap, so that a run can ask before it trains.
+    """
+    path = find_inception(weights) if name in ("auto", "inception") else None
+    if path is None and name == "inception":
+        raise UserError(f'evaluate.distance = "inception": its weights are not on this machine. {_advice()}')
+    return path
+
+
 def load_extractor(name: str, weights: str, device: str | torch.device) -> Extractor:
     """The extractor "inception" (its weights at `weights`, else in torch's cache) or "efflite0", or "auto" of
     the two.
@@ -79,11 +90,9 @@ def load_extractor(name: str, weights: str, device: str | torch.device) -> Extra
     Nothing is ever downloaded. Raises `UserError` when what was asked for is not on this machine.
     """
     device = torch.device(device)
-    path = find_inception(weights) if name in ("auto", "inception") else None
+    path = find_weights(name, weights)
     if path is not None:
         return _inception(path, device)
-    if name == "inception":
-        raise UserError(f'evaluate.distance = "inception": its weights are not on this machine. {_advice()}')
     note = ("KID and FD use EfficientNet-Lite0, because Inception's weights are not on this machine: the "
             f"numbers cannot be compared with published FID. {_advice()}") if name == "auto" else None
     return Extractor("efflite0", f"bicubic-antialias-{efflite.SIZE}", efflite.DIM, note,
