@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 import shutil
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
 from tests import projects
+from trainer.__main__ import main
+
+
+class Outcome(NamedTuple):
+    """What a shell sees of a command."""
+
+    code: int
+    out: str
+    err: str
 
 
 @pytest.fixture(scope="session")
@@ -27,3 +39,18 @@ def own_project(tiny_project: Path, tmp_path: Path) -> Path:
     preset = tmp_path / "tiny.toml"
     preset.write_text(text, "utf-8")
     return preset
+
+
+@pytest.fixture
+def trainer(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Outcome]:
+    """`python -m trainer` with these arguments, in this process."""
+
+    def call(*arguments: object) -> Outcome:
+        capfd.readouterr()
+        with open(1, "w", closefd=False) as out, open(2, "w", closefd=False) as err, monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", out)
+            patch.setattr(sys, "stderr", err)
+            code = main([str(item) for item in arguments])
+        return Outcome(code, *capfd.readouterr())
+
+    return call

@@ -24,6 +24,7 @@ DONE, USER_ERROR, BUG = 0, 1, 2
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; the exit code is 0 done or stopped, 1 a user's error, 2 a bug."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of kernels that nothing here uses
     try:
         options = _parser().parse_args(arguments)
         if options.check:
@@ -34,8 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(error, file=sys.stderr)
     except OSError as error:  # of the run's folder or its log: all else has its own message
-        print(f"{error.filename or 'the run'} cannot be written: {error.strerror}; make room, or choose another --workspace",
-              file=sys.stderr)
+        print(f"{error.filename or 'the run'} cannot be written: {error.strerror}; make room, "
+              "or choose another --workspace", file=sys.stderr)
     return USER_ERROR
 
 
@@ -96,7 +97,6 @@ def _check(options: argparse.Namespace) -> int:
             raise
         print(json.dumps({"errors": str(error).splitlines(), "warnings": [], "facts": {}}, ensure_ascii=False))
         return USER_ERROR
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of kernels that nothing here uses
     from trainer import check  # late: it loads torch, and a faulty preset needs none
 
     report = check.inspect(preset, workspace)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from trainer import families, speed
+from trainer.adapters.target import check_targets
 from trainer.data.cache import Cache
 from trainer.errors import UserError
 from trainer.material import Material
@@ -116,10 +117,7 @@ def _adapter(preset: Preset, base: Any, report: Report) -> int:
     trained = sum(chosen.rank * (target.rows + target.columns) + per_layer + (target.columns if chosen.dora else 0)
                   for target in targets)
     report.facts["adapter"] = f"{chosen.method}, rank {chosen.rank}, {len(targets)} layers, {trained:,} parameters"
-    for target in targets:
-        if chosen.rank >= min(target.rows, target.columns):
-            raise UserError(f"adapter.rank = {chosen.rank}: must be below {min(target.rows, target.columns)}, "
-                            f"the smaller side of {target.name}")
+    check_targets(targets, chosen.rank)
     return trained
 
 

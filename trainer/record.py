@@ -97,7 +97,7 @@ class Recorder:
 
     def _redraw(self, text: str) -> None:
         assert self.terminal is not None
-        width = os.get_terminal_size(self.terminal.fileno()).columns if self.terminal.isatty() else 200
+        width = os.get_terminal_size(self.terminal.fileno()).columns or 80  # 0: a terminal that does not know
         self.terminal.write("\r\x1b[K" + text[: max(20, width - 1)])
         self.terminal.flush()
 

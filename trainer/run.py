@@ -88,10 +88,11 @@ class Run:
 
     def busy(self) -> UserError:
         """What a second trainer is told."""
-        return UserError(f"{self.path} is being trained by another process; stop that one first, or wait for it to end")
+        return UserError(f"{self.path} is being trained by another process; stop that one first, "
+                         "or wait for it to end")
 
     def never_began(self) -> bool:
-        """Whether a fault (or a kill, while the folder was made) came before the first step: nothing is lost with it."""
+        """Whether a fault, or a kill while the folder was made, came before the first step: nothing is lost with it."""
         if not self.preset.exists():
             return self.path.is_dir() and all(entry.name == "control" or entry.name.startswith(f".{self.preset.name}.")
                                               for entry in self.path.iterdir())

@@ -58,8 +58,8 @@ def scan(folders: Sequence[Path], *, repeats: int = 1, setting: str = "data.fold
 
     A folder "N_name" gives its images N repeats (the nearest such folder counts), times `repeats`.  Hidden
     files and masks ("-masklabel.png") are passed over; a broken image is skipped with its reason; equal ones
-    are kept.  `setting` is who named the folders, for messages.  Raises `UserError` for a missing or empty folder, nothing readable, and captions that are not
-    UTF-8 (all of them at once).
+    are kept.  `setting` names the folders in messages.  Raises `UserError` for a missing or empty folder,
+    nothing readable, and captions that are not UTF-8 (all of them at once).
     """
     found = [entry for folder in folders for entry in _files(Path(folder), setting)]
     items: list[Item] = []
