@@ -189,10 +189,3 @@ def test_what_a_kill_left_half_done_is_cleared_away(run):
     shutil.copytree(run.checkpoint(5), run.checkpoints / ".step_000006.tmp")
     checkpoint.remove_remains(run)
     assert [path.name for path in run.checkpoints.iterdir()] == ["step_000005"]
-
-
-def test_later_checkpoints_are_forgotten_with_their_exports(run):
-    put(run, 1, 2, 3)
-    checkpoint.drop_after(run, 2)
-    assert run.checkpoint_steps() == [1, 2]
-    assert not run.export_of(3).exists() and run.export_of(2).exists()

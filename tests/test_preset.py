@@ -145,7 +145,6 @@ OVERRIDES = {
     "alpha": ("adapter.alpha=8", "alpha must equal rank (16), not 8" + ALPHA),
     "typo in the key": ("train.step=3", "no such key. Did you mean steps?"),
     "typo in the section": ("trian.steps=3", "no such section. Did you mean train?"),
-    "second length": ("train.epochs=3", "steps and epochs both given; keep one of them"),
     **{f"malformed {item}": (item, "write it as section.key=value, for example --set train.lr=1e-4")
        for item in ("train.lr", "lr=1", "a.b.c=1", ".lr=1", "train.=1", "=", "")},
 }
@@ -388,3 +387,10 @@ def test_a_resume_may_change_only_what_lies_ahead():
     assert str(caught.value) == (
         "a resume may change only train.steps, sample, evaluate and log, not adapter.rank, adapter.alpha, train.seed, "
         "output.keep; start a new run with the changed preset instead")
+
+
+@pytest.mark.parametrize("override, steps, epochs", [("train.epochs=3", None, 3), ("train.steps=7", 7, None)])
+def test_an_override_of_the_length_replaces_the_other_length(override, steps, epochs):
+    text = GOOD if epochs else GOOD.replace("steps = 10", "epochs = 2")
+    train = presets.parse(text, "mine.toml", [override]).train
+    assert (train.steps, train.epochs) == (steps, epochs)

@@ -98,14 +98,6 @@ def remove_remains(run: Run) -> None:
         path.unlink(missing_ok=True)
 
 
-def drop_after(run: Run, step: int) -> None:
-    """Forget checkpoints later than the one a run is resumed from."""
-    for later in run.checkpoint_steps():
-        if later > step:
-            shutil.rmtree(run.checkpoint(later), ignore_errors=True)
-            run.export_of(later).unlink(missing_ok=True)
-
-
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Every tensor by itself: safetensors refuses shared memory."""
     copies = {key: value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)

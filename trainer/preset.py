@@ -21,6 +21,7 @@ from trainer.schema import Preset, Problem
 
 Sections = dict[str, dict[str, Any]]
 SHIPPED = Path(__file__).resolve().parent.parent / "presets"
+LENGTH = {("train", "steps"), ("train", "epochs")}
 ALPHA_REASON = ("the scale alpha/rank would change what the learning rate means, and both manifold methods "
                 "need scale 1")
 TYPES = {"int": "a whole number", "float": "a number", "bool": "true or false", "string": "a text in quotes",
@@ -64,6 +65,9 @@ def parse(text: str, name: str, overrides: Iterable[str] = ()) -> Preset:
     sections = {key: dict(value) for key, value in data.items() if isinstance(value, dict)}
     for (section, key), value in given.items():
         sections.setdefault(section, {})[key] = value
+    for chosen, other in (("steps", "epochs"), ("epochs", "steps")):  # --set replaces the one length by the other
+        if ("train", chosen) in given and ("train", other) not in given:
+            sections.get("train", {}).pop(other, None)
     preset, found = check(sections)
     problems += found
     if problems or preset is None:
@@ -180,7 +184,7 @@ def check_resume(before: Preset, after: Preset) -> None:
         if name in schema.RESUMABLE:
             continue
         changed += [f"{name}.{key}" for key in type(old).model_fields
-                    if getattr(old, key) != getattr(new, key) and (name, key) != ("train", "steps")]
+                    if getattr(old, key) != getattr(new, key) and (name, key) not in LENGTH]
     if changed:
         raise UserError(f"a resume may change only train.steps, sample, evaluate and log, not {', '.join(changed)}; "
                         "start a new run with the changed preset instead")

@@ -1,0 +1,156 @@
+"""What a run does between two steps: measure, save, draw, and answer requests."""
+
+from __future__ import annotations
+
+import shutil
+import time
+import traceback
+from collections.abc import Callable
+
+from trainer import checkpoint, evaluation
+from trainer.adapters import effective_rank
+from trainer.control import Requests, Stopped
+from trainer.events import EventReader, rewind
+from trainer.faults import describe
+from trainer.publish import publish
+from trainer.session import Session
+
+DISK_RESERVE = 2  # free space wanted before a checkpoint, as a multiple of the last one's size
+PAUSE_POLL = 0.2  # seconds between two looks while paused
+
+
+def before(session: Session) -> None:
+    """What is measured on the untrained model, once; or what a kill kept from following the last checkpoint."""
+    step, preset = session.progress.step, session.preset
+    if step == 0:
+        _measure_rank(session)
+        evaluation.validate(session, 0)
+        if preset.sample.before:
+            attempt(session, "drawing samples", lambda: evaluation.draw_samples(session, 0, "off"))
+        return
+    if not session.run.export_of(step).exists():
+        attempt(session, "exporting", lambda: publish(session, session.run.export_of(step)))
+    _prune(session)
+    if step == session.steps:
+        return  # `_finish` does the rest
+    rhythm = {"sample": preset.sample.every, "distance": preset.evaluate.distance_every}
+    missed = {kind for kind, every in rhythm.items() if every and step % every == 0} - told(session)
+    if "sample" in missed:
+        attempt(session, "drawing samples", lambda: evaluation.draw_samples(session, step, session.shown_weights))
+    if "distance" in missed:
+        attempt(session, "measuring KID and FID", lambda: evaluation.measure_distance(session, step))
+
+
+def due_after(session: Session, since_save: float, requests: Requests) -> set[str]:
+    """What the step just made calls for: by its number, by the clock, or because somebody asked."""
+    step, preset = session.progress.step, session.preset
+    last = step == session.steps
+    rhythm = {"save": preset.output.save_every, "sample": preset.sample.every, "rank": preset.log.rank_every,
+              "validate": preset.evaluate.every, "distance": preset.evaluate.distance_every}
+    due = {name for name, every in rhythm.items() if every and step % every == 0}
+    if last:
+        due |= {"save", "validate", "rank"}
+    if "save" in due:
+        due.add("validate")  # so that the best checkpoint is known
+    if preset.output.save_minutes and since_save > 60 * preset.output.save_minutes:
+        due.add("save")
+    run = requests.run
+    return due | {f"asked {name}" for name in ("save", "sample", "pause") if run.asked(name)}
+
+
+def tend(session: Session, due: set[str], requests: Requests) -> None:
+    """Between two steps: measure, save, draw."""
+    step, run = session.progress.step, session.run
+    if "rank" in due:
+        _measure_rank(session)
+    if "validate" in due:
+        evaluation.validate(session, step)
+    if "save" in due:
+        save(session)
+    if "sample" in due and step != session.steps:
+        attempt(session, "drawing samples", lambda: evaluation.draw_samples(session, step, session.shown_weights))
+    if "distance" in due and step != session.steps:
+        attempt(session, "measuring KID and FID", lambda: evaluation.measure_distance(session, step))
+    _answer(session)
+    if run.asked("pause"):
+        _pause(session, requests)
+
+
+def _answer(session: Session) -> bool:
+    """Do what was asked for once: save now, sample now; whether anything was."""
+    run, step = session.run, session.progress.step
+    wants_file, wish = run.take("save") is not None, run.take("sample")
+    if wants_file and save(session):
+        publish(session, run.result)
+    if wish is not None:
+        prompts = wish.get("prompts")
+        texts = [str(text) for text in prompts] if isinstance(prompts, list) and prompts else None
+        attempt(session, "drawing samples",
+                lambda: evaluation.draw_samples(session, step, session.shown_weights, texts, asked=True))
+    return wants_file or wish is not None
+
+
+def _pause(session: Session, requests: Requests) -> None:
+    """Wait while `control/pause` exists; the model stays loaded, and samples can be drawn."""
+    step = session.progress.step
+    session.recorder.event("paused", step=step, text="paused")
+    while requests.run.asked("pause") and not requests.stop_asked():
+        if _answer(session):
+            session.recorder.event("paused", step=step, text="paused")  # still: the last event tells the state
+        time.sleep(PAUSE_POLL)
+    session.recorder.event("resumed", step=step, text="resumed")
+
+
+def save(session: Session) -> bool:
+    """Write a checkpoint and its export, and let go of old ones; a full disk is told, and training goes on."""
+    run, progress, recorder = session.run, session.progress, session.recorder
+    started = time.perf_counter()
+    existing = [sum(file.stat().st_size for file in run.checkpoint(step).iterdir()) for step in run.checkpoint_steps()]
+    free = shutil.disk_usage(run.path).free
+    if existing and free < DISK_RESERVE * existing[-1]:
+        recorder.note(progress.step, f"no checkpoint at step {progress.step}: the disk of {run.path} has only "
+                      f"{free / 2**20:.0f} MB left; free some space")
+        return False
+    try:
+        size = checkpoint.save(run, progress, session.adapter.state_dict(), session.optimizer.state_dict())
+    except OSError as error:
+        recorder.note(progress.step, f"no checkpoint at step {progress.step}: {error.strerror or error}; the "
+                      "earlier ones are whole. Free some space; the next save tries again")
+        return False
+    recorder.event("checkpoint", step=progress.step, path=str(run.checkpoint(progress.step).relative_to(run.path)),
+                   bytes=size, sec=round(time.perf_counter() - started, 3))
+    attempt(session, "exporting", lambda: publish(session, run.export_of(progress.step)))
+    _prune(session)
+    return True
+
+
+def _prune(session: Session) -> None:
+    """Let go of old checkpoints, but not of the one with the best validation loss."""
+    validation = session.progress.validation
+    best = min(validation, key=validation.__getitem__, default="0")
+    checkpoint.prune(session.run, session.preset.output.keep, {int(best)})
+
+
+def told(session: Session) -> set[str]:
+    """The kinds of events that the run has at this step (pictures that somebody asked for do not count)."""
+    return {event["kind"] for event in rewind(EventReader(session.run.events).read())
+            if event.get("step") == session.progress.step and not event.get("asked")}
+
+
+def _measure_rank(session: Session) -> None:
+    if session.preset.log.rank_every == 0:
+        return
+    facts = effective_rank.measure(session.adapter)
+    session.recorder.event("rank", step=session.progress.step, rank=session.preset.adapter.rank, **facts)
+    session.recorder.scalars(session.progress.step, {f"rank/{group}": value for group, value in facts["erank"].items()})
+
+
+def attempt(session: Session, what: str, act: Callable[[], object]) -> None:
+    """Do something that must never end a run: a failing picture or measure is a note."""
+    try:
+        act()
+    except Stopped:
+        raise
+    except Exception as error:
+        traceback.print_exc()
+        session.recorder.note(session.progress.step, f"{what} failed, training goes on: {describe(error)}")
