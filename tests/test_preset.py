@@ -392,5 +392,5 @@ def test_a_resume_may_change_only_what_lies_ahead():
 @pytest.mark.parametrize("override, steps, epochs", [("train.epochs=3", None, 3), ("train.steps=7", 7, None)])
 def test_an_override_of_the_length_replaces_the_other_length(override, steps, epochs):
     text = GOOD if epochs else GOOD.replace("steps = 10", "epochs = 2")
-    train = presets.parse(text, "mine.toml", [override]).train
+    train = preset.parse(text, "mine.toml", [override]).train
     assert (train.steps, train.epochs) == (steps, epochs)
