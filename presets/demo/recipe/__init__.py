@@ -1,0 +1,1 @@
+"""How the demo's base model and data sets are made, one module a stage."""
