@@ -2,8 +2,8 @@
 
 Run `render`, `vae`, `denoiser` and `export` in this order with the same `--work` folder. `vae` and `denoiser`
 stop after `--minutes` and go on from their own saved state when they are called again. Settings stand at the top
-of each stage's module in `recipe/`. Beyond the program's own packages, `render` needs `resvg_py` 0.5.0. The shipped
-base took sixteen minutes of one H200:
+of each stage's module in `recipe/`. Beyond the program's own packages, `render` needs `resvg_py`
+0.5.0. The shipped base took sixteen minutes of one H200:
 
   build_base.py render --work W --packages P
   build_base.py vae --work W --minutes 6.7
