@@ -107,7 +107,7 @@ def _label(section: str, key: str) -> str:
 
 
 def _kind(field: FieldInfo) -> str:
-    """How a setting is drawn: choice, bool, int, float, text, lines (a list, one a line), or path, or literal (TOML)."""
+    """How a setting is drawn: choice, bool, int, float, text, path, lines (a list, one a line), or literal (TOML)."""
     types = _members(field.annotation)
     if get_origin(field.annotation) is Literal:
         return "choice"

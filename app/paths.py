@@ -58,7 +58,8 @@ def inside(root: Path, name: str) -> Path:
     The file need not exist.  Raises `UserError` otherwise.
     """
     relative = PurePosixPath(name)
-    if not 0 < len(name) <= LONGEST or "\0" in name or "\\" in name or ":" in name or relative.is_absolute() or ".." in relative.parts:
+    is_plain = 0 < len(name) <= LONGEST and not set(name) & set("\0\\:")
+    if not is_plain or relative.is_absolute() or ".." in relative.parts:
         raise UserError(f"{name[:100]!r} is not a name inside {root}")
     try:
         base = root.resolve()

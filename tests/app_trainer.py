@@ -1,4 +1,4 @@
-"""Stands in for the trainer in the app's tests: the same command line, run folder, events and control files, no model."""
+"""Stands in for the trainer in the app's tests: the same command line, run folder, events and requests; no model."""
 
 from __future__ import annotations
 

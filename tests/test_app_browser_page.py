@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import expect
 
-from tests.app_browser import PRESET, browser, button, curve, faults, opened, run_in, served  # noqa: F401 - a fixture
+from tests.app_browser import PRESET, button, chromium, curve, faults, opened, run_in, served  # noqa: F401 - fixture
 
 pytestmark = pytest.mark.browser
 
@@ -22,9 +22,9 @@ def server(tmp_path_factory):
         crashed.log.write_text("Traceback (most recent call last):\nRuntimeError: CUDA out of memory\n")
         (running.workspace / "presets").mkdir()
         (running.workspace / "presets/mine.toml").write_text("# my own\n" + PRESET.format(steps=5))
-        finished = [sys.executable, str(Path(__file__).parent / "app_trainer.py"), "--preset", str(running.workspace / "demo.toml"), "--name",
-                    "demo", "--workspace", str(running.workspace)]
-        subprocess.run(finished, check=True)
+        stand_in = Path(__file__).parent / "app_trainer.py"
+        subprocess.run([sys.executable, stand_in, "--preset", running.workspace / "demo.toml", "--name", "demo",
+                        "--workspace", running.workspace], check=True)
         yield running
 
 
@@ -76,8 +76,7 @@ def test_unsaved_text_survives_a_reload_and_another_preset(browser, server):
         page.reload()
         page.get_by_role("tab", name="Preset").click()
         expect(text_of(page)).to_have_value(PRESET.format(steps=99))
-        page.get_by_label("Preset", exact=True).select_option("own/mine")
-        page.evaluate("document.querySelector('#studio-preset').dispatchEvent(new Event('change'))")
+        page.get_by_label("Preset", exact=True).select_option("shipped/demo")
         expect(page.get_by_text("were set aside")).to_be_visible()
         button(page, "Bring them back").click()
         expect(text_of(page)).to_have_value(PRESET.format(steps=99))

@@ -160,7 +160,8 @@ def test_what_happened_is_told_in_words(ours):
 
 
 def test_unknown_and_malformed_events_are_passed_over(ours):
-    ours.events.write_text('{"kind": 5}\n[1]\nnot json\n{"kind": "step", "step": null}\n{"kind": "step"}\n{"kind": "sample", "images": 3}\n'
+    ours.events.write_text('{"kind": 5}\n[1]\nnot json\n{"kind": "step", "step": null}\n'
+                           '{"kind": "step"}\n{"kind": "sample", "images": 3}\n'
                            '{"kind": "rank", "erank": [1]}\n{"kind": "new", "x": 1}\n{"kind":"start","step":"x"}\n')
     answer = feed.read(ours, "")
     assert answer["steps"] == {"step": [None], "loss": [None], "lr": [None]}

@@ -64,7 +64,8 @@ def test_from_an_edited_preset_to_a_finished_run(server, jobs):
     listed = server["list_runs"]({})
     assert [row[:2] for row in listed["rows"]] == [["first", "done"]]
     assert server["list_runs"]({"seen": listed["tag"]}) == {"live": {}}
-    assert server["order_run"]({"run": "first", "order": "stop"}) == {"error": "first is not being trained at the moment"}
+    refused = server["order_run"]({"run": "first", "order": "stop"})
+    assert refused == {"error": "first is not being trained at the moment"}
     assert "already a run called 'first'" in server["start_run"](
         {"text": TEXT, "name": "", "shelf": "own", "run": "first"})["error"]
 
@@ -118,8 +119,8 @@ def test_a_preset_is_saved_only_under_a_plain_name(server, jobs, name):
     assert not list(jobs.places.workspace.rglob("*.toml"))
 
 
-HOSTILE = [None, True, 0, -1, 10**400, 1.5, "", "x", "../../etc/passwd", "/etc/passwd", "..\\..\\x", "a\0b", "x" * 10**6, [],
-           ["../x"], {}, {"path": "/etc/passwd"}, float("nan")]
+HOSTILE = [None, True, 0, -1, 10**400, 1.5, "", "x", "../../etc/passwd", "/etc/passwd", "..\\..\\x", "a\0b",
+           "x" * 10**6, [], ["../x"], {}, {"path": "/etc/passwd"}, float("nan")]
 
 
 def test_no_function_answers_junk_with_anything_but_a_sentence(server):
@@ -161,8 +162,8 @@ def test_an_order_that_does_not_exist_is_refused(server, jobs):
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
-                    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(sorted(FINE)), inner, max_size=4)))
+@given(st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20), lambda inner: (
+    st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(sorted(FINE)), inner, max_size=4))))
 def test_whatever_is_sent_comes_back_as_an_object(server, data):
     for name in ("read_run", "check_preset", "open_preset", "list_runs", "order_run"):
         assert isinstance(server[name](data), dict)
@@ -170,7 +171,8 @@ def test_whatever_is_sent_comes_back_as_an_object(server, data):
 
 def test_text_that_is_no_preset_at_all_has_faults_and_no_crash(server):
     for text in ("", "\0", "[model]\nfamily = 3", "model = 1", "[a.b.c]\nx=1", "version = 99", "[train]\nlr = nan",
-                 "[[model]]\nx = 1", "x" * 1000, "[model]\nbase = 2024-01-01", "[train]\nsteps = 99999999999999999999999"):
+                 "[[model]]\nx = 1", "x" * 1000, "[model]\nbase = 2024-01-01",
+                 "[train]\nsteps = 99999999999999999999999"):
         answer = server["check_preset"]({"text": text, "name": "p"})
         assert answer["problems"], text
         json.dumps(answer, allow_nan=False)

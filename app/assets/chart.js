@@ -43,8 +43,8 @@
    * `decorate(plot)` draws on top.
    */
   Studio.Chart = class {
-    constructor(group, { title, help, format = Studio.number, empty, decorate, tools = [] }) {
-      Object.assign(this, { group, title, format, decorate, plot: null, shape: "" });
+    constructor(group, { title, help, format = Studio.number, empty, decorate, range = tallEnough, tools = [] }) {
+      Object.assign(this, { group, title, format, decorate, range, plot: null, shape: "" });
       this.canvas = h("div", { class: "st-plot", role: "img", tabindex: "0", "aria-label": title,
         onkeydown: (event) => this.onkey(event) });
       this.empty = h("p", { class: "st-empty" }, empty);
@@ -85,9 +85,9 @@
         grid: { stroke: () => colour("--st-grid"), width: 1 }, ticks: { show: false } };
       this.plot = new uPlot({
         width: this.canvas.clientWidth || 400, height: HEIGHT, legend: { show: false },
-        scales: { x: { time: false, range: (_, low, high) => [low, Math.max(high, low + 1)] }, y: { range: tallEnough } },
+        scales: { x: { time: false, range: (_, low, high) => [low, Math.max(high, low + 1)] }, y: { range: this.range } },
         axes: [{ ...axis, size: 30, incrs: [1, 2, 5, 10, 20, 25, 50, 100, 200, 250, 500, 1e3, 2e3, 2500, 5e3, 1e4, 2e4, 5e4, 1e5, 1e6] },
-          { ...axis, size: 62, values: (_, ticks) => ticks.map((tick) => this.format(tick)) }],
+          { ...axis, size: 62, values: (_, ticks, __, ___, gap) => ticks.map((tick) => tickText(tick, gap)) }],
         series: [{}, ...series.map(drawn)],
         cursor: { y: false, sync: { key: this.group.name, scales: ["x", null] }, drag: { x: true, y: false, setScale: false } },
         hooks: {
@@ -142,7 +142,7 @@
         const row = this.rows.children[index] ?? this.rows.appendChild(
           h("tr", {}, h("th", { scope: "row" }, h("i", { "aria-hidden": "true" }), h("span")), h("td"), h("td")));
         const [name, newest, cursor] = row.children;
-        name.firstChild.className = series.dash ? "st-key st-dash" : series.points ? "st-key st-dots" : "st-key";
+        name.firstChild.className = series.dash ? "st-key st-dash" : series.points ? "st-key st-dots" : series.faint ? "st-key st-faint" : "st-key";
         name.firstChild.style.color = `var(${series.colour})`;
         setText(name.lastChild, series.label);
         setText(newest, this.format(Studio.latest(y)));
@@ -167,6 +167,12 @@
     const spread = high - low || Math.abs(high) * 0.1 || 1;
     const bottom = low - spread * 0.06;
     return [low >= 0 && bottom < 0 ? 0 : bottom, high + spread * 0.08];
+  }
+
+  /** With as many digits as tell two ticks apart. */
+  function tickText(tick, gap) {
+    if (gap < 1e-3) return Studio.number(Math.abs(tick) < gap / 2 ? 0 : tick, 3);
+    return tick.toFixed(Math.max(0, Math.ceil(-Math.log10(gap) - 1e-9) + (/[1-9]{2}/.test(gap.toPrecision(2)) ? 1 : 0)));
   }
 
   function setText(element, text) {

@@ -16,7 +16,8 @@
     lr: "The size of a step. It follows train.lr, train.warmup_steps and train.lr_scheduler.",
     rank: "How many directions an adapter really uses, of those that its rank gives it (exp of the entropy of its singular "
       + "values, mean of a group of layers).\nGood: well above 1, and not glued to the rank. Close to the rank: a higher "
-      + "rank may hold more. Far below it: a lower rank would do, with a smaller file.",
+      + "rank may hold more. Far below it: a lower rank would do, with a smaller file. LoRA and Stiefel begin low and climb; "
+      + "StelLA begins with every direction in use, so there it falls as some directions win.",
     distance: "How far the look of generated images is from held-out ones that were never trained on. Lower is better; 0 "
       + "is as alike as two samples of the same style.\nKID does not depend on how many images there are, so it is the "
       + "number to trust, with its 95 % interval (jackknife). When two intervals overlap, no difference is shown.\nFD "
@@ -64,7 +65,8 @@
   Studio.RankPanel = class {
     constructor(group) {
       this.facts = h("p", { class: "st-facts" });
-      this.chart = new Studio.Chart(group, { title: "Effective rank", help: Studio.help("effective rank", HELP.rank),
+      this.most = 1;
+      this.chart = new Studio.Chart(group, { title: "Effective rank", range: () => [0, this.most * 1.1], help: Studio.help("effective rank", HELP.rank),
         empty: "Measured every few steps (log.rank_every in the preset)." });
       this.element = this.chart.element;
       this.element.append(this.facts);
@@ -78,6 +80,7 @@
         series.push({ label: "Rank: the most there can be", colour: "--st-mute", dash: [6, 5], width: 1.5 });
         data.push(ranks.rank);
       }
+      this.most = Math.max(1, ...data.slice(1).map((column) => Studio.latest(column) ?? 0));
       this.chart.update(series, data);
       const stable = names.map((name) => [name, Studio.latest(ranks.stable?.[name] ?? [])]).filter(([, value]) => value !== null);
       const error = Studio.latest(ranks.orth_error ?? []);
@@ -121,6 +124,7 @@
       const { ctx } = plot;
       ctx.save();
       ctx.strokeStyle = colour("--st-c4");
+      ctx.setLineDash([]);
       ctx.lineWidth = 1.5 * devicePixelRatio;
       for (const { step, kid_low: low, kid_high: high } of this.rows) {
         if (!Number.isFinite(low) || !Number.isFinite(high)) continue;

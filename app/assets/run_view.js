@@ -9,6 +9,8 @@
     sample: "Asked for samples: they appear below when they are drawn.",
   };
 
+  const FORMATS = { U1: "kohya format (ComfyUI, A1111, diffusers)" };
+
   Studio.runView = (element, server) => {
     const view = new RunView(server);
     element.replaceChildren(view.element);
@@ -44,8 +46,8 @@
       this.element = h("div", { class: "st-run", hidden: true },
         h("section", { class: "st-card st-top", "aria-label": "Run" }, h("div", { class: "st-row st-title" }, this.title, this.badge, h("span", { class: "st-space" }), this.controls.element),
           this.spoken, this.text, this.bar, this.asked, this.facts), this.trouble, this.result,
-        h("div", { class: "st-row st-above" }, h("p", { class: "st-small" }, "Drag over a curve to look closer; a double click shows all again."), h("span", { class: "st-space" }), wide),
-        h("div", { class: "st-charts" }, this.loss.element, this.ranks.element, this.distance.element, this.rate.element),
+        this.above = h("div", { class: "st-row st-above" }, h("p", { class: "st-small" }, "Drag over a curve to look closer; a double click shows all again."), h("span", { class: "st-space" }), wide),
+        this.charts = h("div", { class: "st-charts" }, this.loss.element, this.ranks.element, this.distance.element, this.rate.element),
         this.samples.element, this.happened);
       this.samples.element.id = "samples";
     }
@@ -159,16 +161,19 @@
       if (isAll || answer.notes || answer.skipped) this.drawNotes();
       if (isAll || answer.exports) this.result.replaceChildren(...Studio.results(this.exports, this.folder));
       this.drawFacts();
+      // A run that failed before its first step has a message, and nothing else to show
+      const isEmpty = !this.isAlive && this.steps.step === undefined && this.samples.shots.length === 0 && this.rank.step === undefined;
+      this.above.hidden = this.charts.hidden = this.samples.element.hidden = isEmpty;
     }
 
     drawFacts() {
       const { sec, eta, vram, vram_peak: peak } = this.now;
-      const share = this.planned ? ` (${Math.floor((100 * this.step) / this.planned)} %)` : "";
+      const share = this.planned && this.isAlive ? ` (${Math.floor((100 * this.step) / this.planned)} %)` : "";
       const facts = [
         ["Step", this.planned ? `${this.step} of ${this.planned}${share}` : "–"],
         ["Speed", Studio.speed(sec)],
         this.isAlive ? ["Time left", Studio.duration(eta)] : null,
-        ["Memory", vram ? `${Studio.bytes(vram)}${peak ? `, peak ${Studio.bytes(peak)}` : ""}` : "–"],
+        vram ? ["Memory", `${Studio.bytes(vram)}${peak ? `, peak ${Studio.bytes(peak)}` : ""}`] : null,
         ["Loss", Studio.number(Studio.latest(this.steps.loss ?? []))],
         this.validation.loss ? ["Validation", Studio.number(Studio.latest(this.validation.loss))] : null,
         this.machine ? ["Runs on", this.machine] : null,
@@ -219,7 +224,7 @@
         h("span", { class: "st-space" }), download(row, folder, "st-primary", "Download")),
       h("p", { class: "st-small st-where" }, `On this machine: ${folder}/${row.file}`)));
     if (others.length) {
-      cards.push(h("details", { class: "st-card" }, h("summary", {}, `${others.length} file${others.length > 1 ? "s" : ""} of earlier steps`),
+      cards.push(h("details", { class: "st-card" }, h("summary", {}, `${others.length} file${others.length > 1 ? "s" : ""} from on the way`),
         h("ul", { class: "st-files" }, others.reverse().map((row) => h("li", {}, h("span", {}, row.file.split("/").at(-1)), h("span", { class: "st-small" }, about(row)), download(row, folder, "", "Download"))))));
     }
     return cards;
@@ -227,7 +232,8 @@
 
   function about(row) {
     const weights = row.weights === "ema" ? "running average (EMA)" : "";
-    return [Number.isFinite(row.step) ? `step ${row.step}` : "", Studio.bytes(row.bytes), row.format, weights].filter(Boolean).join(" · ");
+    const format = FORMATS[row.format] ?? row.format;
+    return [Number.isFinite(row.step) ? `step ${row.step}` : "", Studio.bytes(row.bytes), row.dtype, format, weights].filter(Boolean).join(" · ");
   }
 
   function checked(row) {

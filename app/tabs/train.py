@@ -59,7 +59,7 @@ def build(jobs: Jobs) -> None:
 
 
 def list_runs(jobs: Jobs, asked: ListRuns) -> Answer:
-    """All runs with their states when the list is another one than the page has; how far the living ones are, always."""
+    """All runs with their states, when the page has another list; how far the living ones are, always."""
     rows = jobs.listing()
     shown = [[row.name, row.state.word, round(row.started), row.state.steps if not row.state.alive else 0,
               row.state.step if not row.state.alive else 0] for row in rows]
