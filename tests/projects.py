@@ -5,9 +5,14 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
+import torch
 from PIL import Image, ImageDraw
 
 from tests import models
+from trainer import preset as presets
+from trainer import run as runs
+from trainer.record import Recorder
+from trainer.session import Session, set_up
 
 SETTINGS = """\
 [model]
@@ -77,3 +82,11 @@ def make(folder: Path) -> Path:
     preset = folder / "tiny.toml"
     preset.write_text(SETTINGS.format(base=base.as_posix(), folder=train.as_posix(), held=held.as_posix()), "utf-8")
     return preset
+
+
+def session(preset_file: Path, workspace: Path, *overrides: str, name: str = "run") -> Session:
+    """All that a trainer of this project holds before its first step, or after its last checkpoint."""
+    preset = presets.load(preset_file, overrides)
+    folder = workspace / "runs" / name
+    run = runs.open_run(folder) if folder.exists() else runs.create(workspace, name, presets.dumps(preset))
+    return set_up(run, preset, torch.device("cpu"), workspace, Recorder(run, tensorboard=False), lambda: None)

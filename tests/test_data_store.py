@@ -126,6 +126,10 @@ def test_an_image_that_breaks_while_decoding_is_named_and_left_out(items, tmp_pa
         fill(latent_store(items, tmp_path / "other"))
 
 
+def test_a_store_without_images_has_nothing_to_fill(tmp_path):
+    assert fill(latent_store([], tmp_path / "cache"))
+
+
 @pytest.mark.parametrize("memory", [0, 500, 1 << 20])
 def test_memory_is_kept_within_its_limit_and_changes_nothing(items, tmp_path, memory):
     fill(latent_store(items, tmp_path / "cache"))

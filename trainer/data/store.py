@@ -114,7 +114,7 @@ class LatentStore:
                     self.cache.put(job.key, {"latents": latent})
             done += len(batch.absent)
             progress(done, total)
-        if not any(self.repeats()):
+        if self.items and not any(self.repeats()):
             raise UserError("data.folder: none of the images can be decoded")
         return True
 

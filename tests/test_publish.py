@@ -1,0 +1,58 @@
+"""The file to use: what it holds, what its header says, and that a file that is not true to the adapter is refused."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from tests import projects
+from trainer import publish as publishing
+from trainer.errors import UserError
+from trainer.events import EventReader
+from trainer.export import verify
+from trainer.publish import publish
+from trainer.session import Session
+
+
+@pytest.fixture(scope="module")
+def session(tiny_project, tmp_path_factory) -> Session:
+    made = projects.session(tiny_project, tmp_path_factory.mktemp("session"), "data.repeats=3", "output.dtype=fp32")
+    with torch.no_grad():
+        for leaf in made.adapter.parameters():
+            leaf.add_(torch.randn(leaf.shape, generator=torch.Generator().manual_seed(1)))
+    made.progress.step = 8
+    made.progress.global_batch = 2
+    return made
+
+
+def test_the_file_is_verified_and_the_verdict_is_an_event(session) -> None:
+    path = session.run.export_of(8)
+    publish(session, path)
+    event = [event for event in EventReader(session.run.events).read() if event["kind"] == "export"][-1]
+    assert event["path"] == "exports/run-000008.safetensors" and event["step"] == 8
+    assert event["bytes"] == path.stat().st_size
+    assert (event["weights"], event["dtype"], event["format"]) == ("ema", "fp32", "U1")
+    assert event["unmatched"] == [] and event["worst_rel_error"] < 1e-5
+    assert not verify.compare(path, list(session.adapter.pairs("ema")), family="sd15").unmatched
+
+
+def test_the_header_says_what_was_trained_on(session) -> None:
+    publish(session, session.run.result)
+    with safe_open(session.run.result, "pt") as file:
+        header = file.metadata()
+    assert (header["ss_output_name"], header["ss_network_dim"], float(header["ss_network_alpha"])) == ("run", "4", 4.0)
+    assert header["ss_steps"] == "8"
+    assert json.loads(header["ss_dataset_dirs"]) == {"train": {"n_repeats": 3, "img_count": 7}}
+    tags = json.loads(header["ss_tag_frequency"])
+    assert sum(tags["train"].values()) == 21 and tags["train"]["circle"] == 7
+    assert str(session.run.path) not in json.dumps(header)  # whose computer it was is nobody's business
+
+
+def test_a_file_that_lacks_a_part_of_the_adapter_is_refused(session, monkeypatch) -> None:
+    real = publishing.writer.write
+    monkeypatch.setattr(publishing.writer, "write", lambda path, pairs, **given: real(path, pairs[1:], **given))
+    with pytest.raises(UserError, match="does not hold all of the trained adapter: unet.down_blocks.0"):
+        publish(session, session.run.export_of(9))

@@ -1,0 +1,127 @@
+"""What a trainer holds: a loss of the draws alone, text from the cache, weights by name, a resumed state."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests import projects
+from trainer import preset as presets
+from trainer import session as sessions
+from trainer.errors import UserError
+from trainer.events import EventReader
+from trainer.loop import run_training
+from trainer.session import Session, pick_device, pick_dtype
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def session(tiny_project, tmp_path_factory) -> Session:
+    return projects.session(tiny_project, tmp_path_factory.mktemp("session"))
+
+
+def test_a_loss_depends_on_its_draws_alone(session) -> None:
+    draws = session.order.batch(0)
+    session.use("raw")
+    first = session.loss(draws)
+    torch.manual_seed(123)
+    assert torch.equal(first, session.loss(draws))
+    assert not torch.equal(first, session.loss(session.order.batch(1)))
+
+
+def test_the_mean_of_micro_batches_is_the_loss_of_the_whole(session) -> None:
+    draws = session.order.batch(0)
+    session.use("raw")
+    parts = torch.stack([session.loss([draw]) for draw in draws]).mean()
+    torch.testing.assert_close(parts, session.loss(draws), rtol=1e-5, atol=1e-6)
+
+
+def test_only_the_adapter_gets_gradients(session) -> None:
+    session.use("raw")
+    session.backward(session.loss(session.order.batch(0)))
+    assert any(leaf.grad.abs().sum() > 0 for leaf in session.adapter.parameters())
+    assert all(parameter.grad is None for parameter in session.denoiser.parameters())
+    session.adapter.zero_grad()
+
+
+def test_scaling_against_underflow_leaves_the_gradient_as_it_is(session) -> None:
+    gradients = []
+    for dtype in (torch.float16, torch.float32):
+        session.use("raw")
+        loss = session.loss(session.order.batch(0))
+        session.dtype = dtype  # fp16 is scaled; the arithmetic is done, so that only this differs
+        session.backward(loss)
+        gradients.append([leaf.grad.clone() for leaf in session.adapter.parameters()])
+        session.adapter.zero_grad()
+        session.dtype = torch.float32
+    for scaled, plain in zip(*gradients):
+        torch.testing.assert_close(scaled, plain)
+
+
+def test_a_new_prompt_is_encoded_once_and_then_known(session) -> None:
+    with pytest.raises(UserError, match="lost an entry"):
+        session.conditioning(["never seen"])
+    session.encode_new(["never seen"])
+    shapes = [session.conditioning([text])["prompt_embeds"].shape for text in ("never seen", "")]
+    assert shapes[0] == shapes[1]
+
+
+def test_the_weights_shown_are_the_average_when_there_is_one(session, tiny_project, tmp_path) -> None:
+    assert session.shown_weights == "ema"
+    session.preset = session.preset.model_copy(
+        update={"output": session.preset.output.model_copy(update={"weights": "raw"})})
+    assert session.shown_weights == "raw"
+
+
+def test_without_the_adapter_the_model_is_the_base(session) -> None:
+    latents, noise = torch.ones(1, 4, 8, 8), torch.zeros(1, 4, 8, 8)
+    timesteps, text = torch.tensor([10]), session.conditioning([""])
+    with torch.no_grad():
+        session.use("off")
+        plain = session.predict(latents, noise, timesteps, text)
+        for leaf in session.adapter.parameters():
+            leaf.add_(0.1)
+        assert torch.equal(plain, session.predict(latents, noise, timesteps, text))
+        session.use("raw")
+        assert not torch.equal(plain, session.predict(latents, noise, timesteps, text))
+
+
+def test_a_resume_says_when_the_images_changed(own_project, tmp_path) -> None:
+    first = projects.session(own_project, tmp_path)
+    first.recorder.close()
+    preset = presets.load(own_project, ["train.steps=2", "sample.prompts=[]"])
+    run_training(first.run, preset, tmp_path)
+    (own_project.parent / "train" / "001.txt").write_text("another caption")
+    resumed = projects.session(own_project, tmp_path)
+    assert resumed.progress.step == 2
+    notes = [event["text"] for event in EventReader(resumed.run.events).read() if event["kind"] == "note"]
+    assert notes[-1].startswith("the data set changed since this run was last trained")
+    assert resumed.progress.data == resumed.material.fingerprint()
+
+
+def test_setting_up_stops_when_it_is_asked_to(tiny_project, tmp_path, monkeypatch) -> None:
+    class Asked(Exception):
+        pass
+
+    def guard() -> None:
+        raise Asked
+
+    real = sessions.set_up
+    monkeypatch.setattr(projects, "set_up", lambda *arguments: real(*arguments[:-1], guard))
+    with pytest.raises(Asked):
+        projects.session(tiny_project, tmp_path)
+
+
+@pytest.mark.parametrize("device, message", [("cuda:99", "torch sees"), ("mps", "no Apple GPU")])
+def test_a_device_that_is_not_here_is_told(tiny_project, device, message) -> None:
+    if device == "mps" and torch.backends.mps.is_available():
+        pytest.skip("it is here")
+    with pytest.raises(UserError, match=message):
+        pick_device(presets.load(tiny_project, [f"memory.device={device}"]))
+
+
+def test_a_cpu_computes_in_fp32_unless_told_otherwise(tiny_project) -> None:
+    assert pick_device(presets.load(tiny_project, ["memory.device=cpu"])) == CPU
+    assert pick_dtype(presets.load(tiny_project), CPU) == torch.float32
+    assert pick_dtype(presets.load(tiny_project, ["train.precision=bf16"]), CPU) == torch.bfloat16
