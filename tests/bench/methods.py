@@ -45,7 +45,19 @@ def flux_all() -> list[tuple[int, int]]:
     return double * 19 + single * 38
 
 
-SETS = {"SD1.5 attention": sd15_attention, "Flux attention": flux_attention, "Flux all": flux_all}
+def sdxl_attention() -> list[tuple[int, int]]:
+    """The 560 attention linears: 10 blocks of 640 and 60 of 1280, with k and v from 2048."""
+    return [size for d in [640] * 10 + [1280] * 60 for size in [(d, d)] * 6 + [(d, 2048)] * 2]
+
+
+def klein_4b_all() -> list[tuple[int, int]]:
+    """All 100 linears of the blocks of Flux.2 klein 4B."""
+    double = [(3072, 3072)] * 8 + [(18432, 3072), (3072, 9216)] * 2
+    return double * 5 + [(27648, 3072), (3072, 12288)] * 20
+
+
+SETS = {"SD1.5 attention": sd15_attention, "SDXL attention": sdxl_attention, "klein 4B all": klein_4b_all,
+        "Flux attention": flux_attention, "Flux all": flux_all}
 
 
 def measure_ours(sizes: list[tuple[int, int]], rank: int, row: str, device: torch.device, steps: int,
