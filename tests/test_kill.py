@@ -155,12 +155,15 @@ def test_a_run_killed_at_any_moment_ends_like_the_unbroken_one(server, tiny_proj
     whole = Broken(server, tiny_project, tmp_path / "whole", method)
     assert whole.start().wait() == 0
     broken = Broken(server, tiny_project, tmp_path / "broken", method)
+    kills = 0
     for moment in MOMENTS[method]:
         if broken.killed(moment):
+            kills += 1
             assert_crashed(broken.run)
             age(tmp_path / "broken")
-        else:
-            assert isinstance(moment, float), f"the run ended without coming past {moment}"
+        else:  # on a busy machine a run may end before it is killed from outside
+            assert not isinstance(moment, Death), f"the run ended without coming past {moment}"
+    assert kills >= 2
     assert broken.start().wait() == 0, broken.run.log_tail()
     assert_same_in_the_end(broken.run, whole.run)
     assert not left_over(tmp_path / "broken" / "cache")

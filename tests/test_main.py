@@ -28,6 +28,17 @@ def test_a_run_is_called_after_its_preset_and_the_next_one_gets_a_number(tiny_pr
         assert (tmp_path / "runs" / name / f"{name}.safetensors").is_file()
 
 
+def test_a_preset_with_only_what_it_must_have_trains(tiny_project, tmp_path, trainer) -> None:
+    project = tiny_project.parent.as_posix()
+    (tmp_path / "least.toml").write_text(
+        f'[model]\nfamily = "sd15"\nbase = "{project}/base"\n[data]\nfolder = "{project}/train"\nresolution = 64\n'
+        "[train]\nsteps = 2\n", "utf-8")
+    outcome = trainer("--preset", tmp_path / "least.toml", "--workspace", tmp_path)
+    run = Run(tmp_path / "runs" / "least")
+    assert outcome == (0, "", "") and run.state().word == "done" and run.result.is_file()
+    assert "failed" not in run.log.read_text("utf-8")
+
+
 def test_a_preset_of_the_workspace_is_found_by_its_name_and_set_changes_it(tiny_project, tmp_path, trainer) -> None:
     (tmp_path / "presets").mkdir()
     (tmp_path / "presets" / "mine.toml").write_bytes(tiny_project.read_bytes())
