@@ -15,7 +15,7 @@ from trainer.faults import as_user_error, describe, diverged
     (UserError("as it is"), "as it is"),
     (torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "the GPU ran out of memory: make"),
     (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "the memory of this machine ran out: make"),
-    (OSError(errno.ENOSPC, "No space left on device", "/disk/x"), "/disk/x cannot be written: No space left on device."),
+    (OSError(errno.ENOSPC, "No space left", "/disk/x"), "/disk/x cannot be written: No space left. Make room"),
     (OSError(errno.ENOSPC, "No space left on device"), "a file cannot be written: No space left on device. Make room"),
     (OSError(errno.EROFS, "Read-only file system", "/disk/x"), "/disk/x cannot be used: Read-only file system."),
 ], ids=["told already", "memory of the GPU", "memory", "disk", "disk without a name", "rights"])
