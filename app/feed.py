@@ -18,7 +18,7 @@ Columns = dict[str, list[Any]]
 MOST_ROWS = 2000  # of one kind in the first answer
 MOST_NOTES = 200
 DIGITS = 5  # more than a screen can show, and half the bytes
-NOW = ("sec", "eta", "vram", "vram_peak", "grad_norm")
+NOW = ("sec", "eta", "vram", "vram_peak", "ram", "grad_norm")
 DISTANCE = ("step", "extractor", "resize", "kid", "kid_low", "kid_high", "fd", "fd_floor", "n_ref", "n_gen",
             "nn_cosine", "base_kid", "base_kid_low", "base_kid_high", "base_fd")
 EXPORT = ("step", "path", "format", "dtype", "weights", "worst_rel_error", "unmatched")

@@ -70,7 +70,7 @@ class Jobs:
     def refuse_taken(self, name: str) -> None:
         """`UserError` for a name that no new run can have."""
         runs.check_name(name)
-        if (self.places.runs / name).exists() or self._is_starting(name):
+        if runs.is_taken(self.places.workspace, name) or self._is_starting(name):
             raise UserError(f"there is already a run called {name!r}; choose another name")
 
     def resume(self, run: Run) -> None:

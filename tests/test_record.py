@@ -51,7 +51,8 @@ def events(run: Run) -> list[Event]:
 
 
 def take(recorder: Recorder, step: int, **changes: object) -> None:
-    facts = {"loss": 0.5, "lr": 1e-4, "grad_norm": 2.0, "sec": 0.5, "vram": None, "vram_peak": None}
+    facts = {"loss": 0.5, "lr": 1e-4, "grad_norm": 2.0, "sec": 0.5, "vram": None, "vram_peak": None,
+             "ram": 2**30}
     recorder.step(step, 100, **(facts | changes))
 
 
@@ -60,7 +61,7 @@ def test_a_step_is_an_event_with_all_its_numbers(run):
     take(recorder, 7, sec=0.123456, vram=5, vram_peak=6)
     recorder.close()
     assert events(run) == [{"kind": "step", "step": 7, "steps": 100, "loss": 0.5, "lr": 1e-4, "grad_norm": 2.0,
-                            "sec": 0.1235, "vram": 5, "vram_peak": 6, "eta": 11.5}]
+                            "sec": 0.1235, "vram": 5, "vram_peak": 6, "ram": 2**30, "eta": 11.5}]
 
 
 def test_the_time_left_follows_the_usual_step_not_the_odd_slow_one(run):

@@ -26,7 +26,8 @@ def remember(tmp_path):
         recorder = Recorder(run, tensorboard=False, terminal=io.StringIO())
         recorders.append(recorder)
         for step, sec in enumerate(seconds, 1):
-            recorder.step(step, 10, loss=1.0, lr=1.0, grad_norm=1.0, sec=sec, vram=None, vram_peak=None)
+            recorder.step(step, 10, loss=1.0, lr=1.0, grad_norm=1.0, sec=sec, vram=None, vram_peak=None,
+                          ram=2**30)
         speed.remember(SimpleNamespace(recorder=recorder, device=CPU, cache=Cache(tmp_path / "cache"),
                                        preset=preset.parse(TEXT, "p", overrides)))
 

@@ -15,7 +15,6 @@ WAYS = [("lora", "adamw"), ("lora", "sgd"), ("lora", "scaled_adamw"), ("stiefel"
 
 def run(device: str, method: str, optimizer: str, captured: bool, bad_step: int = -1) -> dict[str, torch.Tensor]:
     net, adapter = adapted(method, dora=True, ema_decay=0.9, device=device)
-    net.to(device)
     stepper = build_optimizer(optimizer, adapter, lr=1e-2, weight_decay=0.1)
     update = Update(adapter, stepper, 1.0)
     update.capturable &= captured

@@ -38,7 +38,7 @@ def targets_of(net: nn.Module) -> list[Target]:
 
 
 def adapted(method: str, dtype: torch.dtype = torch.float32, **options: object) -> tuple[TinyNet, Adapter]:
-    net = TinyNet(dtype)
+    net = TinyNet(dtype).to(options.get("device", "cpu"))
     adapter = build(targets_of(net), method=method, dtype=dtype, **{"rank": 3, **options})
     adapter.install()
     return net, adapter

@@ -104,10 +104,16 @@ def rewind(events: list[Event]) -> list[Event]:
     kept: list[Event] = []
     for event in events:
         if event.get("kind") == "start":
-            step = event.get("step", 0)
-            kept = [old for old in kept if old.get("step", 0) <= step]
+            step = _step(event)
+            kept = [old for old in kept if _step(old) <= step]
         kept.append(event)
     return kept
+
+
+def _step(event: Event) -> float:
+    """An event's step; 0 for one that has none, or says it wrongly."""
+    step = event.get("step", 0)
+    return step if isinstance(step, (int, float)) else 0
 
 
 def _parse(block: bytes) -> Iterator[Event]:

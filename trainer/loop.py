@@ -143,7 +143,8 @@ def _rescue(run: Run, session: Session | None, recorder: Recorder, error: BaseEx
 
 def start_facts(run: Run, preset: Preset) -> dict[str, object]:
     """The fields of a `start` event."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    processor = f"CPU ({platform.processor() or platform.machine()})"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else processor
     return {"v": SCHEMA_VERSION, "step": run.last_step(), "steps": preset.train.steps, "pid": os.getpid(),
             "host": platform.node(), "device": device, "torch": torch.__version__,
             "preset_sha": hashlib.sha256(run.preset.read_bytes()).hexdigest()[:16]}

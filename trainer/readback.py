@@ -7,6 +7,7 @@ import time
 from collections import deque
 from dataclasses import dataclass
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -34,6 +35,7 @@ class Readback:
         self.last_loss = math.nan
         self._pending: deque[_Pending] = deque()
         self._began = time.perf_counter()
+        self._process = psutil.Process()
 
     def push(self, step: int, loss: Tensor, grad_norm: Tensor, skipped: Tensor, lr: float) -> None:
         """Take a step's numbers, all scalars on the device; `skipped` is 1 for a non-finite step."""
@@ -69,7 +71,8 @@ class Readback:
                 self.recorder.note(item.step, f"step {item.step} was skipped: the loss or its gradient was not finite")
             if item.wanted:
                 self.recorder.step(item.step, self.steps, loss=loss, lr=item.lr, grad_norm=grad_norm, sec=item.sec,
-                                   vram=self._memory("allocated"), vram_peak=self._memory("peak"))
+                                   vram=self._memory("allocated"), vram_peak=self._memory("peak"),
+                                   ram=self._process.memory_info().rss)
 
     def _memory(self, what: str) -> int | None:
         if self.device.type != "cuda":

@@ -51,14 +51,14 @@ class Recorder:
             self.say(name)
 
     def step(self, step: int, steps: int, *, loss: float, lr: float, grad_norm: float, sec: float,
-             vram: int | None, vram_peak: int | None) -> None:
-        """One optimizer step; `sec` of wall time, memory in bytes."""
+             vram: int | None, vram_peak: int | None, ram: int) -> None:
+        """One optimizer step; `sec` of wall time, memory of the GPU and of this process in bytes."""
         self._seconds.append(sec)
         eta = median(self._seconds) * (steps - step)
         self.event("step", step=step, steps=steps, loss=loss, lr=lr, grad_norm=grad_norm, sec=round(sec, 4), vram=vram,
-                   vram_peak=vram_peak, eta=round(eta, 1))
+                   vram_peak=vram_peak, ram=ram, eta=round(eta, 1))
         self.scalars(step, {"train/loss": loss, "train/lr": lr, "train/grad_norm": grad_norm})
-        memory = f"  {vram_peak / 2**30:.1f} GiB" if vram_peak else ""
+        memory = f"  {(vram_peak or ram) / 2**30:.1f} GiB"
         line = f"step {step}/{steps}  loss {loss:.4f}  {median(self._seconds):.2f} s/it  ETA {clock(eta)}{memory}"
         if self.terminal is not None and self.terminal.isatty():
             self._redraw(line)

@@ -167,13 +167,14 @@
     }
 
     drawFacts() {
-      const { sec, eta, vram, vram_peak: peak } = this.now;
+      const { sec, eta, vram, vram_peak: peak, ram } = this.now;
       const share = this.planned && this.isAlive ? ` (${Math.floor((100 * this.step) / this.planned)} %)` : "";
       const facts = [
         ["Step", this.planned ? `${this.step} of ${this.planned}${share}` : "–"],
         ["Speed", Studio.speed(sec)],
         this.isAlive ? ["Time left", Studio.duration(eta)] : null,
-        vram ? ["Memory", `${Studio.bytes(vram)}${peak ? `, peak ${Studio.bytes(peak)}` : ""}`] : null,
+        vram ? ["GPU memory", `${Studio.bytes(vram)}${peak ? `, peak ${Studio.bytes(peak)}` : ""}`]
+          : ram ? ["Memory", Studio.bytes(ram)] : null,
         ["Loss", Studio.number(Studio.latest(this.steps.loss ?? []))],
         this.validation.loss ? ["Validation", Studio.number(Studio.latest(this.validation.loss))] : null,
         this.machine ? ["Runs on", this.machine] : null,
