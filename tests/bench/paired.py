@@ -12,6 +12,7 @@ import math
 import statistics
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from trainer.events import EventReader
@@ -28,15 +29,19 @@ def main() -> None:
     parser.add_argument("--b", action="append", required=True, metavar="SECTION.KEY=VALUE")
     parser.add_argument("--set", dest="both", action="append", default=[], metavar="SECTION.KEY=VALUE")
     parser.add_argument("--seeds", type=int, default=5, choices=range(2, len(T95) + 2))
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time; more than one share a GPU")
     parser.add_argument("--workspace", type=Path, default=Path("workspace/bench"))
     options = parser.parse_args()
     print(f"a: {' '.join(options.a)}   b: {' '.join(options.b)}   both: {' '.join(options.both)}")
     print(f"{'seed':>4} {'before':>9} {'a':>9} {'b':>9} {'b - a':>9}")
     differences = []
-    for seed in range(options.seeds):
-        (before, a), (_, b) = (train(options, name, getattr(options, name), seed) for name in "ab")
-        differences.append(b - a)
-        print(f"{seed:>4} {before:9.5f} {a:9.5f} {b:9.5f} {b - a:+9.5f}", flush=True)
+    with ThreadPoolExecutor(options.jobs) as pool:
+        pending = [[pool.submit(train, options, name, getattr(options, name), seed) for name in "ab"]
+                   for seed in range(options.seeds)]
+        for seed, (first, second) in enumerate(pending):
+            (before, a), (_, b) = first.result(), second.result()
+            differences.append(b - a)
+            print(f"{seed:>4} {before:9.5f} {a:9.5f} {b:9.5f} {b - a:+9.5f}", flush=True)
     mean = statistics.mean(differences)
     half = T95[len(differences) - 2] * statistics.stdev(differences) / math.sqrt(len(differences))
     better = "noise" if abs(mean) < half else "a is better" if mean > 0 else "b is better"
@@ -45,9 +50,9 @@ def main() -> None:
 
 def train(options: argparse.Namespace, name: str, changes: list[str], seed: int) -> tuple[float, float]:
     """One run; its validation loss before and after."""
-    run = Run(options.workspace / "runs" / f"{name}-{seed}")
-    command = [sys.executable, "-m", "trainer", "--preset", options.preset, "--workspace", str(options.workspace)]
-    command += ["--name", run.name]
+    workspace = options.workspace / f"{name}-{seed}"  # each its own, so that they need not wait for one GPU
+    run = Run(workspace / "runs" / "run")
+    command = [sys.executable, "-m", "trainer", "--preset", options.preset, "--workspace", str(workspace), "--name", "run"]
     for change in ("sample.prompts=[]", "evaluate.distance=off", "evaluate.every=0", "log.rank_every=0",
                    *options.both, *changes, f"train.seed={seed}"):
         command += ["--set", change]
