@@ -52,7 +52,8 @@ def train(options: argparse.Namespace, name: str, changes: list[str], seed: int)
     """One run; its validation loss before and after."""
     workspace = options.workspace / f"{name}-{seed}"  # each its own, so that they need not wait for one GPU
     run = Run(workspace / "runs" / "run")
-    command = [sys.executable, "-m", "trainer", "--preset", options.preset, "--workspace", str(workspace), "--name", "run"]
+    command = [sys.executable, "-m", "trainer", "--preset", options.preset, "--workspace", str(workspace)]
+    command += ["--name", run.name]
     for change in ("sample.prompts=[]", "evaluate.distance=off", "evaluate.every=0", "log.rank_every=0",
                    *options.both, *changes, f"train.seed={seed}"):
         command += ["--set", change]
