@@ -30,7 +30,7 @@ CELL, LABEL = 128, 100  # pixels of a sample, and of the column with the rows' n
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=ROOT / "presets" / "pictures")
+    parser.add_argument("--out", type=Path, default=ROOT / "presets" / "demo" / "pictures")
     parser.add_argument("--shots", type=Path, help="also keep every screenshot here")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
