@@ -105,6 +105,8 @@ def picture(page: Page, address: str, path: Path) -> None:
     page.goto(address)
     page.wait_for_load_state("networkidle")
     page.wait_for_timeout(2500)  # charts are drawn after the first answer
+    page.evaluate("document.querySelectorAll('img').forEach((image) => { image.loading = 'eager'; })")
+    page.wait_for_function("[...document.querySelectorAll('img')].every((image) => image.complete)")
     page.screenshot(path=path, full_page=True)
 
 
