@@ -14,7 +14,14 @@ DTYPES = [torch.float32, torch.float64]
 LIMIT = {torch.float32: 1e-6, torch.float64: 1e-12}
 RETRACTIONS = [manifold.polar_retraction, manifold.qr_retraction, manifold.exponential_map]
 
-STEPS = [manifold.polar_step, manifold.exponential_step, manifold.qr_step]
+STEPS = {"polar": manifold.polar_retraction, "exponential": manifold.exponential_map, "qr": manifold.qr_retraction}
+
+
+def walk(xs: list[Tensor], tentatives: list[Tensor], scales: list[float], kind: str = "polar") -> list[Tensor]:
+    """A whole step of several stacks, as an optimizer takes it."""
+    talls = [torch.cat([x, p - x], dim=-1) for x, p in zip(xs, tentatives)]
+    factors = torch.cat([torch.full((len(x), 1, 1), scale, dtype=torch.float64) for x, scale in zip(xs, scales)])
+    return [torch.where(fine, end, x) for x, end, fine in zip(xs, *manifold.advance(talls, lambda norm: factors, kind))]
 
 
 def point(dim: int, rank: int, dtype: torch.dtype = torch.float64, count: int = 2, seed: int = 0) -> Tensor:
@@ -91,22 +98,20 @@ def test_the_exponential_map_is_the_canonical_geodesic(size, length):
     assert (manifold.exponential_map(x, delta) - expected).abs().max() <= 1e-12
 
 
-@pytest.mark.parametrize("step, retract", [(manifold.polar_step, manifold.polar_retraction),
-                                           (manifold.exponential_step, manifold.exponential_map),
-                                           (manifold.qr_step, manifold.qr_retraction)])
+@pytest.mark.parametrize("step, retract", STEPS.items())
 def test_a_whole_step_is_scaling_projection_and_retraction_in_turn(step, retract):
     x = point(40, 6)
     tentative = x + 0.05 * torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(3))
     expected = retract(x, manifold.tangent_projection(x, 0.7 * (tentative - x)))
-    assert (step([x], [tentative], [0.7])[0] - expected).abs().max() <= 1e-13
+    assert (walk([x], [tentative], [0.7], step)[0] - expected).abs().max() <= 1e-13
 
 
 @pytest.mark.parametrize("step", STEPS)
 def test_stacks_of_several_sizes_step_together_as_each_would_alone(step):
     xs = [point(40, 3), point(9, 3, count=1), point(25, 3, count=4)]
     tentatives, scales = [x + 0.02 * torch.sin(x * 50) for x in xs], [1.0, 0.5, 2.0]
-    for x, p, scale, y in zip(xs, tentatives, scales, step(xs, tentatives, scales)):
-        assert (step([x], [p], [scale])[0] - y).abs().max() <= 1e-14
+    for x, p, scale, y in zip(xs, tentatives, scales, walk(xs, tentatives, scales, step)):
+        assert (walk([x], [p], [scale], step)[0] - y).abs().max() <= 1e-14
 
 
 def test_the_riemannian_gradient_gives_every_tangent_direction_its_derivative():
@@ -124,7 +129,7 @@ def test_a_broken_update_leaves_only_its_own_matrix_where_it_was(step, bad):
     x = point(20, 3, torch.float32, count=3)
     tentative = x + 0.01
     tentative[1, 4, 2] = bad
-    y = step([x], [tentative], [1.0])[0]
+    y = walk([x], [tentative], [1.0], step)[0]
     assert torch.equal(y[1], x[1])
     assert not torch.equal(y[0], x[0])
     assert manifold.orthogonality_error(y) <= 1e-6
@@ -135,7 +140,7 @@ def test_a_broken_update_leaves_only_its_own_matrix_where_it_was(step, bad):
 def test_a_huge_update_still_ends_on_the_manifold(step, dtype):
     x = point(50, 8, dtype)
     noise = torch.randn(x.shape, dtype=dtype, generator=torch.Generator().manual_seed(2))
-    y = step([x], [x + 30 * noise], [1.0])[0]
+    y = walk([x], [x + 30 * noise], [1.0], step)[0]
     assert manifold.orthogonality_error(y) <= LIMIT[dtype]
     assert not torch.equal(y, x)
 
@@ -143,7 +148,7 @@ def test_a_huge_update_still_ends_on_the_manifold(step, dtype):
 def test_ten_thousand_steps_do_not_drift_from_the_manifold():
     x, generator = point(24, 4, torch.float32), torch.Generator().manual_seed(0)
     for _ in range(10_000):
-        x, = manifold.polar_step([x], [x + 0.01 * torch.randn(x.shape, generator=generator)], [1.0])
+        x, = walk([x], [x + 0.01 * torch.randn(x.shape, generator=generator)], [1.0])
     assert manifold.orthogonality_error(x) <= 1e-6
 
 
@@ -151,31 +156,36 @@ def test_ten_thousand_steps_do_not_drift_from_the_manifold():
 def test_rank_128_stays_on_the_manifold(step):
     x, generator = point(640, 128, torch.float32, count=1), torch.Generator().manual_seed(0)
     for _ in range(20):
-        x, = step([x], [x + 1e-3 * torch.randn(x.shape, generator=generator)], [1.0])
+        x, = walk([x], [x + 1e-3 * torch.randn(x.shape, generator=generator)], [1.0], step)
     assert manifold.orthogonality_error(x) <= 1e-6
 
 
-def test_an_fp32_gram_keeps_within_its_own_limit(monkeypatch):
-    monkeypatch.setattr(manifold, "_fp64_gram", lambda tall: False)
-    x, generator = point(1280, 64, torch.float32, count=1), torch.Generator().manual_seed(0)
-    for _ in range(10):
-        x, = manifold.polar_step([x], [x + 1e-3 * torch.randn(x.shape, generator=generator)], [1.0])
-    assert manifold.orthogonality_error(x) <= 2e-6
+@pytest.mark.parametrize("dim", [320, 1280, 1009, 27648])
+def test_a_gram_matrix_in_pieces_is_that_of_fp64(dim):
+    x = torch.randn(1, dim, 16, generator=torch.Generator().manual_seed(0)) / dim**0.5
+    exact = x.double().mT @ x.double()
+    assert (manifold.gram(x, x, torch.float64) - exact).abs().max() <= 2e-7
+    assert (manifold.gram(x.double(), x.double()) - exact).abs().max() <= 1e-13
+
+
+def test_pieces_divide_a_length_and_are_not_small():
+    sizes = {dim: manifold.piece(dim, 128) for dim in (10, 128, 320, 1280, 2880, 27648, 1009, 2 * 1009)}
+    assert sizes == {10: 10, 128: 128, 320: 80, 1280: 128, 2880: 120, 27648: 128, 1009: 0, 2018: 0}
 
 
 def test_a_start_off_the_manifold_is_mended_in_one_step():
     x = point(320, 16, torch.float32).to(torch.bfloat16).float()
     assert manifold.orthogonality_error(x) > 1e-4
-    assert manifold.orthogonality_error(manifold.polar_step([x], [x + 1e-4], [1.0])[0]) <= 1e-6
+    assert manifold.orthogonality_error(walk([x], [x + 1e-4], [1.0])[0]) <= 1e-6
 
 
 def test_autocast_and_reduced_precision_do_not_reach_the_manifold():
     x = point(40, 5, torch.float32)
-    expected = manifold.polar_step([x], [x + 0.01], [1.0])[0]
+    expected = walk([x], [x + 0.01], [1.0])[0]
     torch.set_float32_matmul_precision("medium")
     try:
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            result = manifold.polar_step([x], [x + 0.01], [1.0])[0]
+            result = walk([x], [x + 0.01], [1.0])[0]
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision("highest")

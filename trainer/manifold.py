@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 from torch import Tensor
 
 TRUST_RADIUS = 0.7  # Frobenius norm of a step beyond which it is shortened; training steps are about lr*sqrt(dim*rank)
-RESIDUAL_LIMIT = 1e-3  # a retraction that misses the manifold by more than this is not taken
-FP64_GRAM_DIM = 640  # up to here a Gram matrix in fp64 costs next to nothing on any device
-FULL_RATE_FP64 = {(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)}  # compute capabilities whose fp64 is half of fp32 or better
-
+DOMAIN = 0.6  # |Y^T Y - I| of what is retracted, beyond which the step is not taken; 0.49 at the trust radius
+# (1 + f)^(-1/2) - 1 = f * polynomial, to 8e-8 for f in [-0.02, 0.5]: a minimax fit, whose error falls with f.
+INVERSE_ROOT = (-0.499999741507, 0.37488891351, -0.310161995225, 0.254679532511, -0.171433664253, 0.0630000314815)
 
 Stacks = Sequence[Tensor]
+Step = Callable[[Tensor], Tensor]  # norms of updates [L, 1, 1] -> factors to take them by
 
 
 @contextmanager
@@ -37,37 +38,52 @@ def sym(a: Tensor) -> Tensor:
     return (a + a.mT) / 2
 
 
+def gram(left: Tensor, right: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """left^T right, [L, dim, a] and [L, dim, b] -> [L, a, b], summed up in `dtype` (the input's when None).
+
+    Rows are multiplied piece by piece: a sum over 64 to 256 rows keeps fp32 within 2e-7 of fp64 when the pieces are
+    added in fp64, and a GPU works on all pieces at once instead of walking down each tall matrix.
+    """
+    count, dim, wide = left.shape
+    size = piece(dim, min(256, max(128, 2 * wide)))
+    if not size:  # a length without a fitting divisor
+        return (left.double().mT @ right.double()).to(dtype or left.dtype)
+    parts = torch.bmm(left.reshape(-1, size, wide).mT, right.reshape(-1, size, right.shape[2]))
+    return parts.to(dtype or parts.dtype) if size == dim else parts.view(count, dim // size, wide, -1).sum(1, dtype=dtype)
+
+
+@cache
+def piece(dim: int, limit: int) -> int:
+    """The largest divisor of dim up to a limit, or 0 if that is small: then pieces would not pay."""
+    if dim <= limit:
+        return dim
+    size = max(d for d in range(1, limit + 1) if dim % d == 0)
+    return size if size >= 32 else 0
+
+
 def riemannian_gradient(x: Tensor, grad: Tensor) -> Tensor:
     """grad - X (grad^T X), all [L, dim, r]: the gradient in the canonical metric (StelLA, eq. for the pre-step)."""
+    return riemannian_gradient_(x, grad.clone())
+
+
+def riemannian_gradient_(x: Tensor, grad: Tensor) -> Tensor:
+    """`riemannian_gradient` in place of grad."""
     with exact_arithmetic(x.device):
-        return torch.baddbmm(grad, x, grad.mT @ x, alpha=-1)
+        return grad.baddbmm_(x, gram(grad, x), alpha=-1)
 
 
 def tangent_projection(x: Tensor, delta: Tensor) -> Tensor:
     """delta - X sym(X^T delta), all [L, dim, r]: onto the tangent space at x, in the Euclidean metric."""
     with exact_arithmetic(x.device):
-        return torch.baddbmm(delta, x, sym(x.mT @ delta), alpha=-1)
+        return torch.baddbmm(delta, x, sym(gram(x, delta)), alpha=-1)
 
 
 def polar_retraction(x: Tensor, delta: Tensor) -> Tensor:
     """The orthonormal factor of X + delta for a tangent delta, all [L, dim, r]; keeps x where that would fail.
 
-    Coupled Newton-Schulz on the r x r Gram matrix, which for a tangent step has eigenvalues in [1, 1 + |delta|^2].
+    Through the r x r Gram matrix, which for a tangent step has eigenvalues in [1, 1 + |delta|^2].
     """
-    with exact_arithmetic(x.device):
-        talls, gram = _talls_and_gram([x], [delta])
-        return _apply(talls, _identity_over_identity(gram), gram, [x])[0]
-
-
-def polar_step(xs: Stacks, tentatives: Stacks, scales: Sequence[float]) -> list[Tensor]:
-    """StelLA's whole post-step in two tall products a stack: project scale * (tentative - x), retract by polar.
-
-    Lists of stacks [L, dim, r] of any L and dim and one r, whose r x r work runs as one batch. Equal to
-    `polar_retraction(x, tangent_projection(x, scale * (tentative - x)))` of each.
-    """
-    with exact_arithmetic(xs[0].device):
-        talls, gram = _talls_and_gram(xs, _updates(xs, tentatives, scales))
-        return _apply(talls, _projected(gram), gram, xs)
+    return _retracted(x, delta, "polar")
 
 
 def exponential_map(x: Tensor, delta: Tensor) -> Tensor:
@@ -75,34 +91,35 @@ def exponential_map(x: Tensor, delta: Tensor) -> Tensor:
 
     With A = X^T delta and N = delta - X A the end is [X N] exp([[A, -N^T N], [I, 0]]) [I; 0]: no QR is needed.
     """
-    with exact_arithmetic(x.device):
-        talls, gram = _talls_and_gram([x], [delta])
-        return _apply(talls, _geodesic(gram, _identity_over_identity(gram)), gram, [x])[0]
-
-
-def exponential_step(xs: Stacks, tentatives: Stacks, scales: Sequence[float]) -> list[Tensor]:
-    """Like `polar_step`, along the geodesic instead of by the polar factor."""
-    with exact_arithmetic(xs[0].device):
-        talls, gram = _talls_and_gram(xs, _updates(xs, tentatives, scales))
-        return _apply(talls, _geodesic(gram, _projected(gram)), gram, xs)
+    return _retracted(x, delta, "exponential")
 
 
 def qr_retraction(x: Tensor, delta: Tensor) -> Tensor:
     """Q of X + delta = QR with diag(R) > 0 for a tangent delta, all [L, dim, r]; keeps x where that would fail."""
-    return qr_retractions([x], [delta])[0]
+    return _retracted(x, delta, "qr")
 
 
-def qr_retractions(xs: Stacks, deltas: Stacks) -> list[Tensor]:
-    """`qr_retraction` of each of a list of stacks of one r, the r x r work as one batch: Q = (X + delta) R^-1."""
-    with exact_arithmetic(xs[0].device):
-        talls = [x + _shortened(delta) for x, delta in zip(xs, deltas)]
-        gram = torch.cat([_gram(tall) for tall in talls])
-        return _guarded(talls, _inverse_cholesky(gram, 5 if xs[0].dtype == torch.float64 else 4), gram, xs)
+def _retracted(x: Tensor, delta: Tensor, retraction: str) -> Tensor:
+    (y,), (fine,) = advance([torch.cat([x, delta], dim=-1)], torch.ones_like, retraction, project=False)
+    return torch.where(fine, y, x)
 
 
-def qr_step(xs: Stacks, tentatives: Stacks, scales: Sequence[float]) -> list[Tensor]:
-    """Like `polar_step`, with the QR retraction."""
-    return qr_retractions(xs, [tangent_projection(x, d) for x, d in zip(xs, _updates(xs, tentatives, scales))])
+def advance(talls: Stacks, step: Step, retraction: str, project: bool = True) -> tuple[list[Tensor], list[Tensor]]:
+    """The whole way from X along D, from stacks [X D] [L, dim, 2r] of any L and dim and one r.
+
+    D is taken times `step` of its norm, shortened to the trust radius, projected onto the tangent space at X (unless
+    it lies there) and retracted: "polar", "exponential" or "qr". Returns the ends [L, dim, r] and where they are to
+    be used [L, 1, 1]; elsewhere (non-finite, or X far off the manifold) the matrix should stay. One read and one
+    write of the tall stacks; all r x r work runs as one batch, and nothing waits for the device.
+    """
+    rank = talls[0].shape[2] // 2
+    with exact_arithmetic(talls[0].device):
+        inner = torch.cat([gram(tall, tall, torch.float64) for tall in talls])  # L 2r 2r
+        norm = _diagonal(inner[:, rank:, rank:]).sum(-1).sqrt()[:, None, None]
+        scale = torch.minimum(step(norm), TRUST_RADIUS / norm)
+        combine, fine = RETRACTIONS[retraction](inner, scale, project, talls[0].dtype)
+        counts = [len(tall) for tall in talls]
+        return [tall @ part for tall, part in zip(talls, combine.split(counts))], list(fine.split(counts))
 
 
 def orthonormalize(x: Tensor) -> Tensor:
@@ -124,66 +141,106 @@ def orthonormalize(x: Tensor) -> Tensor:
 def orthogonality_error(x: Tensor) -> Tensor:
     """max |X^T X - I| over a stack [L, dim, r], in fp64, as a scalar on the device."""
     with exact_arithmetic(x.device):
-        gram = x.double().mT @ x.double()
-        return (gram - torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)).abs().amax()
+        inner = gram(x.double(), x.double())
+        _diagonal(inner).sub_(1)
+        return inner.abs().amax()
 
 
-# -- r x r work: always in fp64, [L, r, r] or [L, 2r, 2r]; every function below is free of host synchronisation ----
+# -- r x r work, [L, r, r] or [L, 2r, 2r]; every function below is free of host synchronisation ----------------------
+#
+# A step is written as a small change of the identity, so that fp32 is enough for fp32 factors: with [X sD]^T [X sD] =
+# [[I + E, V], [V^T, N]] and S = sym(V), the projected end X + s D - X S has the Gram matrix I + F,
+# F = E + N - (S Q + Q^T S), Q = E + V - (S + E S) / 2, where no number near 1 is left to cancel.
 
 
-def _fp64_gram(tall: Tensor) -> bool:
-    if tall.device.type != "cuda" or tall.shape[-2] <= FP64_GRAM_DIM:
-        return True
-    return torch.cuda.get_device_capability(tall.device) in FULL_RATE_FP64
+def _diagonal(a: Tensor) -> Tensor:
+    return a.diagonal(dim1=-2, dim2=-1)
 
 
-def _gram(tall: Tensor) -> Tensor:
-    if _fp64_gram(tall):
-        tall = tall.double()
-    return (tall.mT @ tall).double()
+def _near_identity(inner: Tensor, scale: Tensor, project: bool, dtype: torch.dtype,
+                   normalize: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """Coefficients [(I - S)(I + W); s (I + W)] of [X D], W = normalize(F), and where F is small enough."""
+    rank = inner.shape[-1] // 2
+    _diagonal(inner[:, :rank, :rank]).sub_(1)
+    inner, scale = inner.to(dtype), scale.to(dtype)
+    e, v = inner[:, :rank, :rank], inner[:, :rank, rank:] * scale
+    f = torch.addcmul(e, inner[:, rank:, rank:], scale * scale)
+    s = sym(v)
+    if project:
+        q = (e + v).sub_(s, alpha=0.5).baddbmm_(e, s, alpha=-0.5)
+        sq = s @ q
+        f = f.sub_(sq).sub_(sq.mT)
+    else:
+        f = f.add_(s, alpha=2.0)
+    w = normalize(f)
+    combine = torch.empty(len(f), 2 * rank, rank, dtype=dtype, device=f.device)
+    combine[:, :rank] = torch.baddbmm(w - s, s, w, alpha=-1) if project else w
+    _diagonal(combine[:, :rank]).add_(1)
+    _diagonal(w).add_(1)
+    torch.mul(w, scale, out=combine[:, rank:])
+    return combine, torch.linalg.matrix_norm(f, keepdim=True) < DOMAIN  # false for NaN as well
 
 
-def _updates(xs: Stacks, tentatives: Stacks, scales: Sequence[float]) -> list[Tensor]:
-    """scale * (tentative - x): formed here, since a difference of Gram matrices would cancel."""
-    return [(tentative - x) * scale for x, tentative, scale in zip(xs, tentatives, scales)]
+def _polar(inner: Tensor, scale: Tensor, project: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return _near_identity(inner, scale, project, dtype, _inverse_sqrt)
 
 
-def _shortened(delta: Tensor) -> Tensor:
-    """delta, cut to the trust radius: within it the fixed iterations below converge, and training stays within."""
-    return delta * (TRUST_RADIUS / torch.linalg.matrix_norm(delta, keepdim=True)).clamp(max=1.0)
+def _qr(inner: Tensor, scale: Tensor, project: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return _near_identity(inner, scale, project, dtype, _inverse_cholesky)
 
 
-def _talls_and_gram(xs: Stacks, deltas: Stacks) -> tuple[list[Tensor], Tensor]:
-    """[X D] of each and the Gram matrices of all."""
-    talls = [torch.cat([x, _shortened(delta)], dim=-1) for x, delta in zip(xs, deltas)]  # L d 2r
-    return talls, torch.cat([_gram(tall) for tall in talls])
+def _inverse_sqrt(f: Tensor) -> Tensor:
+    """(I + F)^(-1/2) - I by a polynomial in three products; in fp64 mended by Newton's method (Higham 2008, ch. 6)."""
+    c1, c2, c3, c4, c5, c6 = INVERSE_ROOT
+    f2 = f @ f
+    f3 = f2 @ f
+    low = (f * c1).add_(f2, alpha=c2).add_(f3, alpha=c3)
+    w = low.baddbmm_(f3, (f * c4).add_(f2, alpha=c5).add_(f3, alpha=c6))
+    for _ in range(2 if f.dtype == torch.float64 else 0):
+        once = (f + w).baddbmm_(f, w)  # (I + F)(I + W) - I
+        error = (once + w).baddbmm_(w, once)  # (I + W)(I + F)(I + W) - I
+        w = torch.baddbmm(w, w, error, alpha=-0.5).sub_(error, alpha=0.5)
+    return w
 
 
-def _identity_over_identity(gram: Tensor) -> Tensor:
-    eye = torch.eye(gram.shape[-1] // 2, dtype=gram.dtype, device=gram.device).expand(gram.shape[0], -1, -1)
-    return torch.cat([eye, eye], dim=-2)  # L 2r r
+def _inverse_cholesky(f: Tensor) -> Tensor:
+    """R^-1 - I of I + F = R^T R, R upper triangular with positive diagonal, by Newton's method from the identity.
+
+    With Z = I + U the estimate and E = Z^T (I + F) Z - I, the factor of I + E is I + P to first order, P + P^T = E and
+    P upper triangular; Z (I - P + P^2) squares the error. Batched Cholesky on a GPU may wait for the device.
+    """
+    upper = torch.ones_like(f[0]).triu()
+    _diagonal(upper).mul_(0.5)
+    p = f * upper
+    u = torch.baddbmm(p, p, p, beta=-1)
+    for _ in range(4 if f.dtype == torch.float64 else 3):
+        once = (f + u).baddbmm_(f, u)  # (I + F)(I + U) - I
+        p = (once + u.mT).baddbmm_(u.mT, once).mul_(upper)
+        change = torch.baddbmm(p, p, p, beta=-1)
+        u = (u + change).baddbmm_(u, change)
+    return u
 
 
-def _projected(gram: Tensor) -> Tensor:
-    """Coefficients C with [X D] C = X + (D - X sym(X^T D))."""
-    rank = gram.shape[-1] // 2
-    combine = _identity_over_identity(gram)
-    return torch.cat([combine[:, :rank] - sym(gram[:, :rank, rank:]), combine[:, rank:]], dim=-2)
-
-
-def _geodesic(gram: Tensor, combine: Tensor) -> Tensor:
-    """Coefficients of the geodesic's end in terms of [X D], where [X D] combine = X + delta."""
-    rank = combine.shape[-1]
-    eye, zero = _identity_over_identity(gram)[:, :rank], torch.zeros_like(combine[:, :rank])
-    step = combine - torch.cat([eye, zero], dim=-2)  # [X D] step = delta
-    along = gram[:, :rank] @ step  # A = X^T delta
-    normal = step - torch.cat([along, zero], dim=-2)  # [X D] normal = N
-    turn = torch.cat([torch.cat([along, -(normal.mT @ gram @ normal)], dim=-1), torch.cat([eye, zero], dim=-1)], dim=-2)
+def _exponential(inner: Tensor, scale: Tensor, project: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Coefficients of the geodesic's end in terms of [X D], normalised as the polar factor; in fp64 throughout."""
+    rank = inner.shape[-1] // 2
+    inner[:, :, rank:] *= scale
+    inner[:, rank:] *= scale
+    eye = torch.eye(rank, dtype=inner.dtype, device=inner.device).expand(len(inner), -1, -1)
+    zero = torch.zeros_like(eye)
+    step = torch.cat([-sym(inner[:, :rank, rank:]) if project else zero, eye], dim=-2)  # [X sD] step = tangent
+    along = inner[:, :rank] @ step  # A = X^T tangent
+    normal = step - torch.cat([along, zero], dim=-2)  # [X sD] normal = N
+    turn = torch.cat([torch.cat([along, -(normal.mT @ inner @ normal)], dim=-1), torch.cat([eye, zero], dim=-1)], dim=-2)
     end = _matrix_exponential(turn)[:, :, :rank]  # L 2r r
-    return torch.cat([end[:, :rank], zero], dim=-2) + normal @ end[:, rank:]
+    combine = torch.cat([end[:, :rank], zero], dim=-2) + normal @ end[:, rank:]
+    f = sym(combine.mT @ inner @ combine) - eye
+    combine = torch.baddbmm(combine, combine, _inverse_sqrt(f))
+    combine[:, rank:] *= scale
+    return combine.to(dtype), torch.linalg.matrix_norm(f, keepdim=True) < DOMAIN
 
 
-def _matrix_exponential(a: Tensor, halvings: int = 5, order: int = 12) -> Tensor:
+def _matrix_exponential(a: Tensor, halvings: int = 3, order: int = 10) -> Tensor:
     """exp(a) by scaling and squaring with a fixed Taylor order: torch.matrix_exp waits for the device."""
     eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device).expand_as(a)
     scaled, result = a / 2**halvings, eye
@@ -194,45 +251,4 @@ def _matrix_exponential(a: Tensor, halvings: int = 5, order: int = 12) -> Tensor
     return result
 
 
-def _inverse_sqrt(gram: Tensor, iterations: int) -> Tensor:
-    """gram^(-1/2) by coupled Newton-Schulz (Higham 2008, eq. 6.35) for eigenvalues in (0, 3)."""
-    bound = torch.linalg.matrix_norm(gram, ord=float("inf"), keepdim=True)
-    bound = torch.where(bound >= 2.5, bound, 1.0)
-    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device).expand_as(gram)
-    p, z = gram / bound, eye
-    for _ in range(iterations):
-        t = torch.baddbmm(eye, eye, p, beta=1.5, alpha=-0.5)
-        z, p = z @ t, t @ p @ t
-    return z / bound.sqrt()
-
-
-def _inverse_cholesky(gram: Tensor, iterations: int) -> Tensor:
-    """R^-1 of gram = R^T R, R upper triangular with positive diagonal, by Newton's method from the identity.
-
-    With Z the estimate and E = Z^T gram Z - I, the factor of I + E is I + P to first order, P + P^T = E and P upper
-    triangular; Z (I + P)^-1 squares the error. Products only: batched Cholesky on a GPU may wait for the device.
-    """
-    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device).expand_as(gram)
-    upper = torch.ones_like(eye[0]).triu() - eye[0] / 2
-    z = eye
-    for _ in range(iterations):
-        p = (z.mT @ gram @ z - eye) * upper
-        z = z - z @ (p - p @ p)
-    return z
-
-
-def _apply(talls: Stacks, combine: Tensor, gram: Tensor, xs: Stacks) -> list[Tensor]:
-    """[X D] C (C^T K C)^(-1/2): the polar factor of [X D] C, which also removes what rounding left in X."""
-    inner = sym(combine.mT @ gram @ combine)
-    iterations = 7 if xs[0].dtype == torch.float64 else 4  # 4 reach 1e-7 for every step within the trust radius
-    return _guarded(talls, combine @ _inverse_sqrt(inner, iterations), gram, xs)
-
-
-def _guarded(talls: Stacks, combine: Tensor, gram: Tensor, xs: Stacks) -> list[Tensor]:
-    """tall @ combine where that lies on the manifold, else x: per matrix, on the device."""
-    product = sym(combine.mT @ gram @ combine)
-    eye = torch.eye(product.shape[-1], dtype=product.dtype, device=product.device)
-    good = (product - eye).abs().amax(dim=(-2, -1), keepdim=True) < RESIDUAL_LIMIT  # false for NaN as well
-    counts, combine = [len(x) for x in xs], combine.to(xs[0].dtype)
-    return [torch.where(fine, tall @ piece, x)
-            for tall, piece, fine, x in zip(talls, combine.split(counts), good.split(counts), xs)]
+RETRACTIONS = {"polar": _polar, "qr": _qr, "exponential": _exponential}

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from trainer import manifold
 from trainer.adapters.bank import Adapter
 from trainer.adapters.step_rule import ManifoldRule, PairPreconditioner
 from trainer.errors import UserError
-from trainer.manifold import qr_retractions, tangent_projection
 
 KEEP_OWN_WEIGHTS = ("prodigy", "schedulefree", "schedule-free", "adamwschedulefree", "prodigyschedulefree")
 
@@ -167,40 +167,45 @@ class StiefelOptimizer(InPlaceState):
         self.cautious, self.gradient_weight = cautious, gradient_weight
         for leaf in adapter.parameters():
             self.state[leaf]["momentum"] = torch.zeros_like(leaf)
+        self.on_manifold = list(adapter.on_manifold().values())
+        self.talls = [leaf.new_empty(*leaf.shape[:2], 2 * leaf.shape[2]) for leaf in self.on_manifold]  # [B D], L m 2r
+        self.lengths = torch.cat([leaf.new_full((len(leaf), 1, 1), self.RMS * math.sqrt(leaf[0].numel()),
+                                                dtype=torch.float64) for leaf in self.on_manifold])
 
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
             leaves = group["params"]
-            momenta = [self.state[leaf]["momentum"] for leaf in leaves]
-            nexts = [momentum * self.momentum + leaf.grad for momentum, leaf in zip(momenta, leaves)]
-            directions = nexts
+            momenta, grads = [self.state[leaf]["momentum"] for leaf in leaves], [leaf.grad for leaf in leaves]
+            for momentum, after in zip(momenta, torch._foreach_add(grads, momenta, alpha=self.momentum)):
+                torch.where(self.skip, momentum, after, out=momentum)  # so that a skipped step goes on from finite ones
+            directions = momenta
             if self.gradient_weight is not None:
-                directions = [after + self.gradient_weight * leaf.grad for after, leaf in zip(nexts, leaves)]
-            update = self._on_manifold if group["role"] == "up" else self._free
-            for leaf, after, momentum, momentum_after in zip(leaves, update(leaves, directions, group), momenta, nexts):
-                torch.where(self.skip, leaf, after, out=leaf)
-                torch.where(self.skip, momentum, momentum_after, out=momentum)
+                directions = [torch.where(self.skip, momentum, momentum + self.gradient_weight * grad)
+                              for momentum, grad in zip(momenta, grads)]
+            (self._turn if group["role"] == "up" else self._move)(leaves, directions, group)
 
-    def _free(self, leaves: Sequence[Tensor], directions: Sequence[Tensor], group: dict) -> list[Tensor]:
-        rate = (self.RMS * group["lr"]).to(leaves[0].dtype)
-        updates = [direction.sign() * rate for direction in directions]
-        if not self.decay or group["role"] == "magnitude":
-            return [leaf - update for leaf, update in zip(leaves, updates)]
-        decay = (self.decay / self.rank * (group["lr"] / group["initial_lr"])).to(leaves[0].dtype)
-        decayed = [leaf * decay for leaf in leaves]
-        if self.cautious:
-            decayed = [part * (update * leaf >= 0) for part, update, leaf in zip(decayed, updates, leaves)]
-        return [leaf - part - update for leaf, part, update in zip(leaves, decayed, updates)]
-
-    def _on_manifold(self, leaves: Sequence[Tensor], directions: Sequence[Tensor], group: dict) -> list[Tensor]:
-        updates = []
+    def _move(self, leaves: Sequence[Tensor], directions: Sequence[Tensor], group: dict) -> None:
+        """A free factor; a skipped step has rates of zero."""
+        rate = torch.where(self.skip, 0.0, -self.RMS * group["lr"]).to(leaves[0].dtype)
+        decay = torch.where(self.skip, 0.0, -self.decay / self.rank * (group["lr"] / group["initial_lr"])).to(rate.dtype)
         for leaf, direction in zip(leaves, directions):
-            tangent = tangent_projection(leaf, direction)  # L m r
-            norm = torch.linalg.matrix_norm(tangent, keepdim=True).clamp_min(1e-12)
-            length = (self.RMS * group["lr"] * math.sqrt(leaf.shape[1] * leaf.shape[2])).to(leaf.dtype)
-            updates.append(-tangent * (length / norm))
-        return qr_retractions(leaves, updates)
+            sign = direction.sign()
+            if self.decay and group["role"] != "magnitude":
+                leaf.addcmul_(leaf * (sign * leaf >= 0) if self.cautious else leaf, decay)
+            leaf.addcmul_(sign, rate)
+
+    def _turn(self, leaves: Sequence[Tensor], directions: Sequence[Tensor], group: dict) -> None:
+        """The factor on the manifold: by a fixed length along the tangent part of -direction."""
+        starts = [tall.chunk(2, dim=-1)[0].copy_(leaf) for tall, leaf in zip(self.talls, leaves)]
+        with manifold.exact_arithmetic(self.skip.device):
+            for leaf, direction, tall in zip(leaves, directions, self.talls):
+                inner = manifold.sym(manifold.gram(leaf, direction))
+                torch.baddbmm(direction, leaf, inner, beta=-1, out=tall.chunk(2, dim=-1)[1])
+        ends, fine = manifold.advance(self.talls, lambda norm: self.lengths * group["lr"] / norm.clamp_min(1e-12), "qr",
+                                      project=False)
+        for leaf, start, end, good in zip(leaves, starts, ends, fine):
+            torch.where(good & ~self.skip, end, start, out=leaf)
 
 
 # -- learning rate and clipping --------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from typing import Protocol
 
 import torch
@@ -10,9 +10,6 @@ from torch import Tensor
 
 from trainer import manifold
 from trainer.adapters.layout import Layout
-
-Retraction = Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[float]], list[Tensor]]
-
 
 class StepRule(Protocol):
     """Both parts run on the device alone."""
@@ -24,13 +21,6 @@ class StepRule(Protocol):
         """Behind it; where `skip`, a bool on the device, is set, parameters keep their bits."""
 
 
-RETRACTIONS: dict[str, Retraction] = {
-    "polar": manifold.polar_step,
-    "exponential": manifold.exponential_step,
-    "qr": manifold.qr_step,
-}
-
-
 class ManifoldRule:
     """Turns any Euclidean optimizer into one on the manifold (StelLA, section 4).
 
@@ -40,8 +30,11 @@ class ManifoldRule:
     """
 
     def __init__(self, leaves: Iterable[Tensor], retraction: str, scale_dim: float) -> None:
-        self.leaves, self.retract, self.scale_dim = list(leaves), RETRACTIONS[retraction], scale_dim
-        self.snapshots = [torch.empty_like(leaf) for leaf in self.leaves]
+        self.leaves, self.retraction, self.scale_dim = list(leaves), retraction, scale_dim
+        self.talls = [leaf.new_empty(*leaf.shape[:2], 2 * leaf.shape[2]) for leaf in self.leaves]  # [X D], L dim 2r
+        self.starts, self.updates = zip(*(tall.chunk(2, dim=-1) for tall in self.talls))  # views of them
+        self.scales = torch.cat([leaf.new_full((len(leaf), 1, 1), self.scale(leaf.shape[1]), dtype=torch.float64)
+                                 for leaf in self.leaves])
 
     def scale(self, dim: int) -> float:
         """Factor on the updates of factors of this size."""
@@ -49,15 +42,17 @@ class ManifoldRule:
 
     @torch.no_grad()
     def before(self) -> None:
-        torch._foreach_copy_(self.snapshots, self.leaves)
-        for leaf in self.leaves:
-            leaf.grad.copy_(manifold.riemannian_gradient(leaf, leaf.grad))
+        for leaf, start in zip(self.leaves, self.starts):
+            start.copy_(leaf)
+            manifold.riemannian_gradient_(start, leaf.grad)
 
     @torch.no_grad()
     def after(self, skip: Tensor) -> None:
-        nexts = self.retract(self.snapshots, self.leaves, [self.scale(leaf.shape[1]) for leaf in self.leaves])
-        for leaf, x, y in zip(self.leaves, self.snapshots, nexts):
-            torch.where(skip, x, y, out=leaf)
+        for leaf, start, update in zip(self.leaves, self.starts, self.updates):
+            torch.sub(leaf, start, out=update)
+        ends, fine = manifold.advance(self.talls, lambda norm: self.scales, self.retraction)
+        for leaf, start, end, good in zip(self.leaves, self.starts, ends, fine):
+            torch.where(good & ~skip, end, start, out=leaf)
 
 
 class PairPreconditioner:
@@ -88,8 +83,8 @@ class PairPreconditioner:
 
     def _inverse_grams(self, kind: str) -> Tensor:
         with manifold.exact_arithmetic(self.order[kind].device):
-            grams = torch.cat([self.leaves[key].mT @ self.leaves[key] for key in self.layout.pair_shapes()
-                               if key.startswith(kind + ".")]).double()
+            grams = torch.cat([manifold.gram(self.leaves[key], self.leaves[key], torch.float64)
+                               for key in self.layout.pair_shapes() if key.startswith(kind + ".")])
             eye = torch.eye(grams.shape[-1], dtype=grams.dtype, device=grams.device)
             inverse, _ = torch.linalg.inv_ex(grams + self.EPS * eye)
         return inverse[self.order[kind]].to(next(iter(self.leaves.values())).dtype)
