@@ -27,6 +27,7 @@ class Base:
     text_id: str  # for caches of text embeddings: and with tokenizer and clip_skip
     denoiser_id: str  # for caches of the base's own images: and with prediction type and schedule
     model_hash: str  # A1111's short hash of a single file, else ""
+    tokenizer_2: Path | None = None  # of a second text encoder
     notes: tuple[str, ...] = field(default=())  # worth telling the user
 
     @property

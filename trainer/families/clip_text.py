@@ -14,10 +14,21 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from trainer.errors import UserError
-from trainer.families.tensors import Part, TensorInfo, count_numbered, fill, mapped_tensors
+from trainer.families import open_clip
+from trainer.families.folders import component
+from trainer.families.tensors import (
+    Part,
+    TensorInfo,
+    count_numbered,
+    fill,
+    mapped_tensors,
+    read_header,
+    without_prefix,
+)
 
 _MERGES = Path(__file__).parent / "configs" / "clip_merges.txt.gz"
 VOCAB_SIZE = 49408  # of the tokenizer that comes with us
+_OWN_NAMES = ("embeddings.", "encoder.", "final_layer_norm.", "text_projection.")
 # Where single files keep a CLIP-L: A1111 and ComfyUI checkpoints, ComfyUI's saved encoders.
 PREFIXES = ("cond_stage_model.transformer.", "text_encoders.clip_l.transformer.", "clip_l.transformer.")
 
@@ -43,14 +54,14 @@ def _bundled_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
     return {token: number for number, token in enumerate(tokens)}, merges
 
 
-def load_tokenizer(folder: Path | None) -> CLIPTokenizer:
-    """The tokenizer of a folder (tokenizer.json, or vocab.json and merges.txt); without one, OpenAI's.
+def load_tokenizer(folder: Path | None, pad: str = "<|endoftext|>") -> CLIPTokenizer:
+    """The tokenizer of a folder (tokenizer.json, or vocab.json and merges.txt); without one, OpenAI's with this `pad`.
 
     Raises UserError when the folder has no CLIP tokenizer.
     """
     if folder is None:
         vocabulary, merges = _bundled_vocabulary()
-        return CLIPTokenizer(vocab=dict(vocabulary), merges=list(merges), model_max_length=77)
+        return CLIPTokenizer(vocab=dict(vocabulary), merges=list(merges), model_max_length=77, pad_token=pad)
     files = {file.name for file in folder.iterdir()}
     if "tokenizer.json" not in files and not {"vocab.json", "merges.txt"} <= files:
         raise UserError(f"{folder} has no CLIP tokenizer: it needs tokenizer.json, or vocab.json and merges.txt")
@@ -65,11 +76,35 @@ def canonical(name: str) -> str:
     return name if name.startswith("text_model.") else f"text_model.{name}"
 
 
+def part_of(file: Path, tensors: Mapping[str, TensorInfo], prefixes: Sequence[str],
+            template: Mapping[str, Any]) -> Part | None:
+    """The CLIP that a file keeps under one of these prefixes, its config completed from shapes; None: it has none."""
+    for prefix in prefixes:
+        found = {
+            canonical(name): info
+            for name, info in without_prefix(tensors, prefix).items()
+            if name.removeprefix("text_model.").startswith(_OWN_NAMES)
+        }
+        if "text_model.embeddings.token_embedding.weight" in found:
+            return Part(file, text_config(found, template), found, "ldm")
+    return None
+
+
+def other_part(path: Path, name: str, prefixes: Sequence[str], template: Mapping[str, Any]) -> Part:
+    """A CLIP given apart from its base as model.<name>, a folder or a file. Raises UserError if it is none."""
+    if path.is_dir():
+        return component(path / name if (path / name).is_dir() else path)
+    part = part_of(path, read_header(path).tensors, (*prefixes, ""), template)
+    if part is None:
+        raise UserError(f"{path} has no CLIP text encoder: choose another model.{name}")
+    return part
+
+
 def text_config(tensors: Mapping[str, TensorInfo], template: Mapping[str, Any]) -> dict[str, Any]:
     """`template` with the sizes that a CLIP text model's shapes tell (canonical names). Heads are 64 wide, as in all
     of CLIP's text models."""
     tokens = tensors["text_model.embeddings.token_embedding.weight"].shape
-    width = tokens[1]
+    width, projection = tokens[1], "text_model.text_projection.weight"
     return dict(template) | {
         "vocab_size": tokens[0],
         "hidden_size": width,
@@ -79,7 +114,7 @@ def text_config(tensors: Mapping[str, TensorInfo], template: Mapping[str, Any]) 
         "max_position_embeddings": tensors["text_model.embeddings.position_embedding.weight"].shape[0],
         "bos_token_id": tokens[0] - 2,
         "eos_token_id": tokens[0] - 1,
-    }
+    } | ({"projection_dim": tensors[projection].shape[0]} if projection in tensors else {})
 
 
 class ClipTextEncoder(nn.Module):
@@ -102,27 +137,47 @@ class ClipTextEncoder(nn.Module):
         start, end, pad = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
         return [[start, *piece, end, *[pad] * (room - len(piece))] for piece in pieces]
 
+    def ids(self, prompts: Sequence[str]) -> Tensor:
+        """Tokens b k 77, with as many chunks k as the longest prompt has: the others end in the empty prompt's."""
+        chunked = [self.chunks(prompt) for prompt in prompts]
+        longest = max(len(chunks) for chunks in chunked)
+        empty = self.chunks("")
+        return torch.tensor([chunks + empty * (longest - len(chunks)) for chunks in chunked],
+                            device=self.body.embeddings.token_embedding.weight.device)
+
     def forward(self, prompts: Sequence[str]) -> Tensor:
         """Hidden states (b, 77 · chunks, d) in the model's dtype, after the final layer norm.
 
         Each chunk is encoded on its own and the chunks are joined, so that no prompt is cut. Prompts of one call have
         as many chunks as the longest of them: the others end in chunks of the empty prompt.
         """
-        chunked = [self.chunks(prompt) for prompt in prompts]
-        longest = max(len(chunks) for chunks in chunked)
-        empty = self.chunks("")
-        ids = torch.tensor([chunks + empty * (longest - len(chunks)) for chunks in chunked])  # b k 77
-        device = self.body.embeddings.token_embedding.weight.device
-        states = self.model(ids.flatten(0, 1).to(device), output_hidden_states=True).hidden_states[-self.clip_skip]
+        ids = self.ids(prompts).flatten(0, 1)  # b*k 77
+        states = self.model(ids, output_hidden_states=True).hidden_states[-self.clip_skip]
         states = self.body.final_layer_norm(states)  # b*k 77 d
         return states.reshape(len(prompts), -1, states.shape[-1])
 
 
-def load_text_model(part: Part, device: torch.device | str, dtype: torch.dtype) -> CLIPTextModel:
+def load(part: Part, tokenizer_folder: Path | None, device: torch.device | str, dtype: torch.dtype,
+         kind: type[CLIPTextModel] = CLIPTextModel, pad: str = "<|endoftext|>") -> tuple[CLIPTextModel, CLIPTokenizer]:
+    """A CLIP text model (of class `kind`) with its tokenizer. Raises UserError for damaged weights or tokenizer."""
+    tokenizer = load_tokenizer(tokenizer_folder, pad)
+    model = load_text_model(part, device, dtype, kind)
+    if len(tokenizer) > model.config.vocab_size:
+        raise UserError(
+            f"the tokenizer {tokenizer_folder} has {len(tokenizer)} tokens and the text encoder "
+            f"{model.config.vocab_size}: they do not belong together"
+        )
+    return model, tokenizer
+
+
+def load_text_model(part: Part, device: torch.device | str, dtype: torch.dtype,
+                    kind: type[CLIPTextModel] = CLIPTextModel) -> CLIPTextModel:
     """A CLIP text model, frozen, from a part whose tensors have any of CLIP's namings."""
     with init_empty_weights(include_buffers=False):
-        model = CLIPTextModel(CLIPTextConfig.from_dict(part.config))
-    by_canonical_name = {canonical(name): tensor for name, tensor in mapped_tensors(part).items()}
+        model = kind(CLIPTextConfig.from_dict(part.config))
+    tensors = mapped_tensors(part)
+    tensors = open_clip.renamed(tensors) if part.layout == "open_clip" else tensors
+    by_canonical_name = {canonical(name): tensor for name, tensor in tensors.items()}
     weights = {
         name: by_canonical_name[canonical(name)] for name in model.state_dict() if canonical(name) in by_canonical_name
     }

@@ -1,0 +1,146 @@
+"""SDXL: a UNet conditioned on two CLIPs and on its picture's framing, in the latents of a KL autoencoder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor, nn
+from transformers import CLIPTextModelWithProjection
+
+from trainer.adapters.target import Target
+from trainer.families import clip_pair, clip_text, ldm, unet
+from trainer.families.base import Base
+from trainer.families.clip_pair import ClipPair
+from trainer.families.clip_text import ClipTextEncoder
+from trainer.families.folders import read_json
+from trainer.families.opening import unet_part, vae_part
+from trainer.families.tensors import Header, Part, without_prefix
+from trainer.families.unet import DENOISER as DENOISER
+from trainer.families.unet import EXPORT_DTYPE as EXPORT_DTYPE
+from trainer.families.unet import VAE_FACTOR
+from trainer.families.unet import bucket_step as bucket_step
+from trainer.families.unet import decode_latents as decode_latents
+from trainer.families.unet import encode_images as encode_images
+from trainer.families.unet import latent_shape as latent_shape
+from trainer.families.unet import load_denoiser as load_denoiser
+from trainer.families.unet import load_vae as load_vae
+from trainer.families.unet import objective as objective
+from trainer.families.unet import set_gradient_checkpointing as set_gradient_checkpointing
+
+# Peak bytes a pixel of one step beside weights, as in sd15; SDXL has fewer channels at full size and more blocks.
+ACTIVATION_BYTES = {False: 5200, True: 950}
+
+_COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2")
+_CONFIGS = Path(__file__).parent / "configs" / "sdxl"
+
+
+# Opening: headers only, no weights.
+
+
+def open_base(
+    base: str,
+    *,
+    vae: str = "",
+    text_encoder: str = "",
+    text_encoder_2: str = "",
+    tokenizer: str = "",
+    tokenizer_2: str = "",
+    prediction: str = "auto",
+    clip_skip: int = 1,
+) -> Base:
+    """Find a base model's parts: a diffusers folder, a single .safetensors file or a hub id; see `sd15.open_base`.
+
+    clip_skip counts from SDXL's own layer, the one before the last. Raises UserError as there.
+    """
+    others: dict[str, Callable[[], Part]] = {}
+    if vae:
+        others["vae"] = lambda: unet.other_vae(Path(vae), _template("vae"))
+    if text_encoder:
+        others["text_encoder"] = lambda: clip_text.other_part(
+            Path(text_encoder), "text_encoder", clip_pair.PREFIXES, _template("text_encoder"))
+    if text_encoder_2:
+        others["text_encoder_2"] = lambda: clip_pair.other_second_part(Path(text_encoder_2),
+                                                                       _template("text_encoder_2"))
+    opened = unet.open_parts(base, "sdxl", _COMPONENTS, _parts_of_file, others)
+    first, second = opened.parts["text_encoder"], opened.parts["text_encoder_2"]
+    folders = [opened.tokenizer(tokenizer, "tokenizer"), opened.tokenizer(tokenizer_2, "tokenizer_2")]
+    width = first.config.get("hidden_size", 0) + second.config.get("hidden_size", 0)
+    unet.check_width(opened, width, f"pair of text encoders of {first.source} and {second.source}")
+    for part, folder, setting in zip((first, second), folders, ("model.tokenizer", "model.tokenizer_2")):
+        unet.check_clip(part, folder, clip_skip, clip_text.VOCAB_SIZE, setting)
+    return unet.describe(opened, folders, _template("scheduler"), prediction, clip_skip)
+
+
+def _template(part: str) -> dict[str, Any]:
+    return read_json(_CONFIGS / f"{part}.json")
+
+
+def _parts_of_file(header: Header) -> dict[str, Part]:
+    tensors = header.tensors
+    names = without_prefix(tensors, ldm.UNET_PREFIX) or tensors  # ComfyUI keeps UNets alone without the prefix
+    parts = {"unet": unet_part(header.file, names, _template("unet"))}
+    if vae := without_prefix(tensors, ldm.VAE_PREFIX):
+        parts["vae"] = vae_part(header.file, vae, _template("vae"))
+    if first := clip_text.part_of(header.file, tensors, clip_pair.PREFIXES, _template("text_encoder")):
+        parts["text_encoder"] = first
+    if second := clip_pair.second_part_of(header.file, tensors, _template("text_encoder_2")):
+        parts["text_encoder_2"] = second
+    return parts
+
+
+# Loading: one part after the other, each frozen and in eval mode.
+
+
+def load_text_encoder(base: Base, device: torch.device | str, dtype: torch.dtype) -> ClipPair:
+    """Both CLIPs with their tokenizers on `device`. Raises UserError for damaged weights or tokenizer."""
+    first = clip_text.load(base.parts["text_encoder"], base.tokenizer, device, dtype)
+    second = clip_text.load(base.parts["text_encoder_2"], base.tokenizer_2, device, dtype,
+                            CLIPTextModelWithProjection, pad="!")
+    return ClipPair(ClipTextEncoder(*first, base.clip_skip), ClipTextEncoder(*second, base.clip_skip)).eval()
+
+
+# Running.
+
+
+def encode_prompts(text_encoder: ClipPair, prompts: Sequence[str]) -> dict[str, Tensor]:
+    """{"prompt_embeds": b n d, "pooled": b d} with n = 77 a chunk; see ClipPair."""
+    return text_encoder(prompts)
+
+
+def prompt_chunks(text_encoder: ClipPair, prompt: str) -> int:
+    """How many chunks of 77 tokens a prompt takes: prompts of equal chunks encode alike alone and together."""
+    return len(text_encoder.first.chunks(prompt))
+
+
+def predict(
+    denoiser: UNet2DConditionModel, noisy: Tensor, timesteps: Tensor, conditioning: Mapping[str, Tensor]
+) -> Tensor:
+    """The UNet's ε or v (b c h w, in the UNet's dtype) for noisy latents b c h w and timesteps b.
+
+    `conditioning["framing"]` (b 6) holds original height and width, top and left of the crop, and target height and
+    width (Podell et al. 2307.01952, §2.2); without it the picture counts as whole and made at its size.
+    """
+    dtype = denoiser.conv_in.weight.dtype
+    framing = conditioning.get("framing")
+    if framing is None:
+        height, width = (side * VAE_FACTOR for side in noisy.shape[-2:])
+        framing = noisy.new_tensor([height, width, 0, 0, height, width], dtype=torch.float32).expand(len(noisy), 6)
+    added = {"text_embeds": conditioning["pooled"].to(dtype), "time_ids": framing}
+    return denoiser(noisy.to(dtype), timesteps, conditioning["prompt_embeds"].to(dtype), added_cond_kwargs=added,
+                    return_dict=False)[0]
+
+
+# Where adapters go.
+
+
+def adapter_targets(models: Mapping[str, nn.Module], groups: Collection[str]) -> list[Target]:
+    """The layers of the chosen groups of adapter.targets; see `sd15.adapter_targets`. Both CLIPs are a group."""
+    targets = unet.unet_targets(models["unet"], groups) if "unet" in models else []
+    if "text_encoder" in groups:
+        targets += unet.clip_targets("text_encoder", models["text_encoder"].first.body)
+        targets += unet.clip_targets("text_encoder_2", models["text_encoder"].second.body)
+    return targets

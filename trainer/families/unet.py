@@ -1,0 +1,232 @@
+"""What SD 1.5 and SDXL share: a UNet in the latents of a KL autoencoder, on a DDPM's noise schedule."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import Tensor, nn
+
+from trainer.adapters.target import Target
+from trainer.errors import UserError
+from trainer.families import hub, ldm
+from trainer.families.base import Base, decide_prediction, short_hash
+from trainer.families.clip_text import canonical
+from trainer.families.folders import component, read_json
+from trainer.families.opening import locate, open_file, open_folder, vae_from_file
+from trainer.families.tensors import Header, Part, fill, fingerprint
+from trainer.objective import Objective
+
+VAE_FACTOR = 8  # pixels a latent
+LATENT_CHANNELS = 4
+EXPORT_DTYPE = "fp16"
+DENOISER = "unet"  # its name among the base's parts, and at the beginning of its layers' names
+
+_UNET_LAYERS = {  # end of a module's path: group in adapter.targets
+    re.compile(r".*\.(attn[12])\.to_(?:q|k|v|out\.0)"): "attention",
+    re.compile(r".*\.(ff)\.net\.(?:0\.proj|2)"): "feed_forward",
+    re.compile(r".*\.(proj)_(?:in|out)"): "projection",
+}
+_TEXT_LAYER = re.compile(r"text_model\.encoder\.layers\.\d+\.(self_attn|mlp)\.(?:[qkv]_proj|out_proj|fc[12])")
+
+
+def bucket_step(resolution: int) -> int:
+    """Pixels by which bucket sides differ: 64, the UNet's coarsest grid, and less for small pictures."""
+    return max(VAE_FACTOR, min(64, resolution // 64 * VAE_FACTOR))
+
+
+def latent_shape(width: int, height: int) -> tuple[int, int, int]:
+    """Latents c h w of a picture of so many pixels."""
+    return LATENT_CHANNELS, height // VAE_FACTOR, width // VAE_FACTOR
+
+
+# Opening: headers only, no weights.
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What `model.base` names: its parts, and what only a folder (scheduler) or only a file (header) has."""
+
+    base: str
+    path: Path
+    parts: dict[str, Part]
+    header: Header | None
+    scheduler: dict[str, Any] | None
+
+    def tokenizer(self, chosen: str, subfolder: str) -> Path | None:
+        """The chosen tokenizer folder, else the base's own, else None."""
+        own = self.path / subfolder
+        return Path(chosen) if chosen else own if self.path.is_dir() and own.is_dir() else None
+
+    @property
+    def name(self) -> str:
+        if hub.is_hub_id(self.base):
+            return self.base
+        return self.path.resolve().stem if self.path.is_file() else self.path.resolve().name
+
+
+def open_parts(base: str, kind: str, components: Sequence[str], parts_of_file: Callable[[Header], dict[str, Part]],
+               others: Mapping[str, Callable[[], Part]]) -> Opened:
+    """Find a base's parts in a folder, a single file or on the hub; `others` are parts given apart from it."""
+    path = locate(base, components)
+    header, scheduler = None, None
+    if path.is_dir():
+        parts = open_folder(path, kind, [name for name in components if name not in others])
+        scheduler = read_json(path / "scheduler" / "scheduler_config.json")
+    else:
+        header = open_file(path, kind)
+        parts = parts_of_file(header)
+    parts |= {name: find() for name, find in others.items()}
+    for name in components:
+        if name not in parts:
+            raise UserError(f"{path} has no {name.replace('_', ' ')}: give one as model.{name}")
+    return Opened(base, path, parts, header, scheduler)
+
+
+def other_vae(path: Path, template: Mapping[str, Any]) -> Part:
+    """A VAE given apart from its base, as a folder or a file."""
+    if path.is_dir():
+        return component(path / "vae" if (path / "vae").is_dir() else path)
+    return vae_from_file(path, template)
+
+
+def check_width(opened: Opened, width: int, what: str) -> None:
+    """Raise UserError unless the UNet takes text embeddings of this width, and the VAE has its latents."""
+    unet, vae = opened.parts["unet"].config, opened.parts["vae"].config
+    if width != unet.get("cross_attention_dim"):
+        raise UserError(
+            f"the {what} is {width} wide, and "
+            f"the UNet of {opened.path} takes {unet.get('cross_attention_dim')}: they do not belong together"
+        )
+    if vae.get("latent_channels") != LATENT_CHANNELS:
+        raise UserError(
+            f"the VAE of {opened.parts['vae'].source} has {vae.get('latent_channels')} latent channels instead "
+            f"of {LATENT_CHANNELS}: it is for another kind of model"
+        )
+
+
+def check_clip(part: Part, tokenizer: Path | None, clip_skip: int, vocab_size: int, setting: str) -> None:
+    """Raise UserError unless a CLIP text encoder goes with its tokenizer and has the layer that is asked for."""
+    text = part.config
+    if tokenizer is None and text["vocab_size"] != vocab_size:
+        raise UserError(
+            f"the text encoder of {part.source} has a vocabulary of its own "
+            f"({text['vocab_size']} tokens): give its tokenizer's folder as {setting}"
+        )
+    if tokenizer is not None and not tokenizer.is_dir():
+        raise UserError(f"there is no folder {tokenizer}: {setting} must be a tokenizer folder")
+    if clip_skip > text["num_hidden_layers"]:
+        raise UserError(f"model.clip_skip = {clip_skip}, and the text encoder has {text['num_hidden_layers']} layers")
+
+
+def describe(opened: Opened, tokenizers: Sequence[Path | None], template: Mapping[str, Any], prediction: str,
+             clip_skip: int) -> Base:
+    """The base that these parts make; `template` is the scheduler's config where the base has none."""
+    header, parts = opened.header, opened.parts
+    markers, metadata = (header.tensors, header.metadata) if header else ({}, {})
+    prediction_type, told, notes = decide_prediction(opened.scheduler, markers, metadata, prediction)
+    schedule = dict(opened.scheduler or template) | {"prediction_type": prediction_type}
+    if "ztsnr" in markers:
+        schedule |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    text = [fingerprint(part).encode() for name, part in parts.items() if name == "text_encoder_2"]
+    files = [file for folder in tokenizers if folder for file in sorted(folder.iterdir()) if file.is_file()]
+    text_extra = [*text, *(file.read_bytes() for file in files), str(clip_skip).encode()]
+    return Base(
+        name=opened.name,
+        path=opened.path,
+        parts=parts,
+        tokenizer=tokenizers[0],
+        tokenizer_2=tokenizers[-1],
+        scheduler_config=schedule,
+        prediction_type=prediction_type,
+        prediction_told=told,
+        clip_skip=clip_skip,
+        vae_id=fingerprint(parts["vae"]),
+        text_id=fingerprint(parts["text_encoder"], text_extra),
+        denoiser_id=fingerprint(parts["unet"], [json.dumps(schedule, sort_keys=True).encode()]),
+        model_hash=short_hash(opened.path) if opened.path.is_file() else "",
+        notes=tuple(notes),
+    )
+
+
+# Loading: one part after the other, each frozen and in eval mode.
+
+
+def load_vae(base: Base, device: torch.device | str, dtype: torch.dtype) -> AutoencoderKL:
+    """The VAE on `device`, in fp32 where fp16 is asked for: some VAEs, SDXL's above all, overflow in fp16."""
+    part = base.parts["vae"]
+    with init_empty_weights(include_buffers=False):
+        vae = AutoencoderKL.from_config(part.config)
+    return fill(vae, ldm.vae_tensors(part), device, torch.float32 if dtype == torch.float16 else dtype, part.source)
+
+
+def load_denoiser(base: Base, device: torch.device | str, dtype: torch.dtype) -> UNet2DConditionModel:
+    """The UNet on `device`. Raises UserError for damaged weights."""
+    part = base.parts["unet"]
+    with init_empty_weights(include_buffers=False):
+        unet = UNet2DConditionModel.from_config(part.config)
+    return fill(unet, ldm.unet_tensors(part), device, dtype, part.source)
+
+
+def set_gradient_checkpointing(denoiser: UNet2DConditionModel, on: bool) -> None:
+    """Recompute blocks in the backward pass (non-reentrant), to hold less memory."""
+    if on:
+        denoiser.enable_gradient_checkpointing()
+    else:
+        denoiser.disable_gradient_checkpointing()
+
+
+# Running.
+
+
+def encode_images(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
+    """Scaled latents b c h/8 w/8 (the posterior's mean, fp32) of pixels b 3 h w in [-1, 1]."""
+    mean = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mean.float()
+    return (mean - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
+
+
+def decode_latents(vae: AutoencoderKL, latents: Tensor) -> Tensor:
+    """Pictures b h w 3 (uint8) of scaled latents b c h w, one at a time to hold little memory."""
+    latents = latents.float() / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
+    pixels = torch.cat([vae.decode(one.to(vae.device, vae.dtype)).sample for one in latents.split(1)])  # b 3 h w
+    return to_bytes(pixels)
+
+
+def to_bytes(pixels: Tensor) -> Tensor:
+    """Pixels b 3 h w in [-1, 1] as pictures b h w 3 (uint8)."""
+    return (pixels.float() * 127.5 + 127.5).clamp(0, 255).round().to(torch.uint8).permute(0, 2, 3, 1)
+
+
+def objective(base: Base) -> Objective:
+    """What the base was trained to predict, on its own noise schedule."""
+    return Objective.from_config(base.scheduler_config, base.prediction_type)
+
+
+# Where adapters go.
+
+
+def unet_targets(unet: nn.Module, groups: Collection[str]) -> list[Target]:
+    """The UNet's layers of the chosen groups of adapter.targets, in its order, by diffusers' paths."""
+    targets = []
+    for path, module in unet.named_modules():
+        for pattern, group in _UNET_LAYERS.items():
+            if ("all" in groups or group in groups) and (match := pattern.fullmatch(path)):
+                targets.append(Target(f"unet.{path}", module, f"{path.split('_')[0]}.{match[1]}"))
+    return targets
+
+
+def clip_targets(name: str, body: nn.Module) -> list[Target]:
+    """All linears of a CLIP's layers; the names have `text_model` whatever transformers' version."""
+    targets = []
+    for path, module in body.named_modules():
+        if match := _TEXT_LAYER.fullmatch(canonical(path)):
+            word = "attn" if match[1] == "self_attn" else "ff"
+            targets.append(Target(f"{name}.{canonical(path)}", module, f"text.{word}"))
+    return targets
