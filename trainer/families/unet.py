@@ -33,6 +33,7 @@ _UNET_LAYERS = {  # end of a module's path: group in adapter.targets
     re.compile(r".*\.(attn[12])\.to_(?:q|k|v|out\.0)"): "attention",
     re.compile(r".*\.(ff)\.net\.(?:0\.proj|2)"): "feed_forward",
     re.compile(r".*\.(proj)_(?:in|out)"): "projection",
+    re.compile(r".*\.(conv)(?:[12]|_shortcut)?"): "convolution",  # of resnets, down- and upsamplers
 }
 _TEXT_LAYER = re.compile(r"text_model\.encoder\.layers\.\d+\.(self_attn|mlp)\.(?:[qkv]_proj|out_proj|fc[12])")
 
