@@ -45,7 +45,7 @@ def save(run: Run, progress: Progress, adapter: Mapping[str, Tensor], optimizer:
     """
     target = run.checkpoint(progress.step)
     if target.exists():
-        return _size(target)
+        return size(target)
     run.checkpoints.mkdir(exist_ok=True)
     aside = run.checkpoints / f".{target.name}.tmp"
     shutil.rmtree(aside, ignore_errors=True)
@@ -60,7 +60,7 @@ def save(run: Run, progress: Progress, adapter: Mapping[str, Tensor], optimizer:
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
-    return _size(target)
+    return size(target)
 
 
 def load(folder: Path) -> tuple[Progress, dict[str, Tensor], dict[str, Tensor]]:
@@ -128,5 +128,6 @@ def _sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def _size(folder: Path) -> int:
+def size(folder: Path) -> int:
+    """Bytes of a checkpoint."""
     return sum(file.stat().st_size for file in folder.iterdir())

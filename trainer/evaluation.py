@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -17,7 +18,10 @@ from torch import Tensor
 
 from trainer import sample
 from trainer.data import dataset
+from trainer.data.buckets import Size, crop_offsets
+from trainer.data.dataset import Item
 from trainer.data.order import stream
+from trainer.data.store import LatentStore
 from trainer.material import plain_draw
 from trainer.metrics import distances
 from trainer.metrics.features import Extractor, load_extractor
@@ -31,7 +35,7 @@ FEATURES_AT_ONCE = 16
 @torch.no_grad()
 def validate(session: Session, step: int) -> float | None:
     """Validation loss on the first held-out images at fixed timestep quantiles, with fixed noise; None without any."""
-    chosen = range(min(len(session.held_latents.items), session.preset.evaluate.images))
+    chosen = session.held_latents.readable()[: session.preset.evaluate.images]
     if not chosen:
         return None
     session.use(session.shown_weights)
@@ -48,7 +52,7 @@ def validate(session: Session, step: int) -> float | None:
 def _losses_at(session: Session, chosen: Sequence[int], timestep: float, quantile: int) -> Tensor:
     """The loss of each held-out image at one timestep, without weights."""
     store, batch = session.held_latents, session.preset.train.batch_size
-    losses = torch.zeros(len(chosen))
+    losses = torch.zeros(len(store.items))
     by_size = groupby(sorted(chosen, key=lambda i: (store.sizes[i], i)), key=lambda i: store.sizes[i])
     for _, same in by_size:
         same = list(same)
@@ -64,7 +68,7 @@ def _losses_at(session: Session, chosen: Sequence[int], timestep: float, quantil
             target = session.objective.target(latents, noise, timesteps)
             loss = per_sample_loss(prediction, target, kind="mse", delta=1.0)
             losses[part] = loss.float().cpu()
-    return losses
+    return losses[list(chosen)]
 
 
 def draw_samples(session: Session, step: int, weights: str, prompts: Sequence[str] | None = None,
@@ -112,7 +116,7 @@ def generate(session: Session, texts: Sequence[str], seeds: Sequence[int], weigh
 
 def measure_distance(session: Session, step: int) -> None:
     """KID and FID-like distance of generated to held-out images, beside the base model's own (kept by hash)."""
-    evaluate, held = session.preset.evaluate, session.held_latents.items
+    evaluate, held = session.preset.evaluate, _items(session.held_latents)
     if evaluate.distance == "off" or len(held) < 4:
         return
     extractor = load_extractor(evaluate.distance, evaluate.inception_weights, session.device)
@@ -121,7 +125,7 @@ def measure_distance(session: Session, step: int) -> None:
     texts = [session.material.held_caption(held[i % len(held)]) for i in range(evaluate.generate)]
     seeds = [stream(session.preset.train.seed, i, "distance") & 0xFFFFFFFF for i in range(len(texts))]
     reference = _features_of_files(session, extractor, held)
-    training = _features_of_files(session, extractor, session.latents.items)
+    training = _features_of_files(session, extractor, _items(session.latents))
     base = _base_features(session, extractor, texts, seeds)
     pictures = generate(session, texts, seeds, session.shown_weights, "generating images for KID and FID")
     result = distances.measure(reference, _features(extractor, pictures), training, extractor=extractor)
@@ -145,35 +149,33 @@ def _base_features(session: Session, extractor: Extractor, texts: Sequence[str],
     return stored["features"]
 
 
-def _features_of_files(session: Session, extractor: Extractor, items: Sequence[Any]) -> Tensor:
+def _items(store: LatentStore) -> list[Item]:
+    return [store.items[i] for i in store.readable()]
+
+
+def _features_of_files(session: Session, extractor: Extractor, items: Sequence[Item]) -> Tensor:
     """Features of images on the disk, at the size they are trained at; kept by hash."""
     sizes = [session.material.size(item) for item in items]
     digest = hashlib.sha256("\n".join(f"{item.sha256} {size}" for item, size in zip(items, sizes)).encode()).hexdigest()
     key = session.cache.key("image features", digest, extractor.name, extractor.resize)
     if (stored := session.cache.get(key)) is None:
-        features = []
-        for index, (item, size) in enumerate(zip(items, sizes)):
-            session.guard()
-            session.recorder.phase("features of images", index, len(items))
-            pixels = dataset.load_pixels(item, size, _middle(item, size), False)  # c h w
-            picture = ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0)
-            features.append(extractor(picture[None]).cpu())
-        stored = {"features": torch.cat(features)}
+        stored = {"features": extractor.of(_middles(session, items, sizes), FEATURES_AT_ONCE)}
         session.cache.put(key, stored)
     return stored["features"]
 
 
-def _middle(item: Any, size: tuple[int, int]) -> tuple[int, int]:
-    from trainer.data import buckets
-
-    return buckets.crop_offsets(item.width, item.height, size, crop="center", variants=1, sha256=item.sha256, seed=0)[0]
+def _middles(session: Session, items: Sequence[Item], sizes: Sequence[Size]) -> Iterator[Tensor]:
+    """The middle crop of each image.  # h w 3, uint8"""
+    for index, (item, size) in enumerate(zip(items, sizes)):
+        session.guard()
+        session.recorder.phase("features of images", index, len(items))
+        offset, = crop_offsets(item.width, item.height, size, crop="center", variants=1, sha256=item.sha256, seed=0)
+        pixels = dataset.load_pixels(item, size, offset, False)  # 3 h w
+        yield ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0)
 
 
 def _features(extractor: Extractor, pictures: Sequence[Image.Image]) -> Tensor:
-    import numpy
-
-    images = torch.stack([torch.from_numpy(numpy.array(picture.convert("RGB"))) for picture in pictures])  # b h w 3
-    return torch.cat([extractor(part).cpu() for part in images.split(FEATURES_AT_ONCE)])
+    return extractor.of((torch.from_numpy(numpy.array(picture)) for picture in pictures), FEATURES_AT_ONCE)
 
 
 def _name(step: int, index: int, asked: int | None) -> str:

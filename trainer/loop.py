@@ -7,6 +7,7 @@ import os
 import platform
 import time
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -47,8 +48,10 @@ def _run(run: Run, preset: Preset, workspace: Path, terminal: TextIO | None) -> 
         recorder = Recorder(run, tensorboard=preset.log.tensorboard, terminal=terminal)
         session: Session | None = None
         try:
-            recorder.event("start", **start_facts(run, preset))
             device = pick_device(preset)
+            if device.type == "cuda":
+                torch.cuda.set_device(device.index or 0)  # events and graphs are made on the current one
+            recorder.event("start", **start_facts(run, preset, device))
             with gpu.turn(workspace, device, lambda: _wait(recorder, requests)):
                 session = set_up(run, preset, device, workspace, recorder, requests.guard)
                 reason = train(session, requests)
@@ -88,7 +91,9 @@ def train(session: Session, requests: Requests) -> str:
 
         session.whole = False  # a fault inside the update leaves nothing worth saving
         grad_norm = update(loss)
-        session.whole, progress.step = True, progress.step + 1
+        progress.step += 1
+        session.shrink()
+        session.whole = True
         progress.seconds += time.perf_counter() - started
 
         readback.push(progress.step, loss, grad_norm, session.adapter.skip, lr)
@@ -97,12 +102,14 @@ def train(session: Session, requests: Requests) -> str:
         due = tend.due_after(session, time.monotonic() - saved_at, requests)
         if due:
             readback.drain()
-            tend.tend(session, due, requests)
+            with suppress(Stopped):  # asked for while measuring or drawing: the step itself is whole, and is kept
+                tend.tend(session, due, requests)
             saved_at = time.monotonic() if "save" in due else saved_at
             readback.restart_clock()
     readback.drain()
-    speed.remember(session)
-    return _finish(session)
+    reason = _finish(session)
+    tend.attempt(session, "noting down the speed", lambda: speed.remember(session))
+    return reason
 
 
 def _wait(recorder: Recorder, requests: Requests) -> None:
@@ -141,10 +148,10 @@ def _rescue(run: Run, session: Session | None, recorder: Recorder, error: BaseEx
         traceback.print_exc()
 
 
-def start_facts(run: Run, preset: Preset) -> dict[str, object]:
+def start_facts(run: Run, preset: Preset, device: torch.device) -> dict[str, object]:
     """The fields of a `start` event."""
-    processor = f"CPU ({platform.processor() or platform.machine()})"
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else processor
+    processor = f"{device.type.upper()} ({platform.processor() or platform.machine()})"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor
     return {"v": SCHEMA_VERSION, "step": run.last_step(), "steps": preset.train.steps, "pid": os.getpid(),
-            "host": platform.node(), "device": device, "torch": torch.__version__,
+            "host": platform.node(), "device": name, "torch": torch.__version__,
             "preset_sha": hashlib.sha256(run.preset.read_bytes()).hexdigest()[:16]}

@@ -52,13 +52,14 @@ def _dataset(session: Session) -> metadata.Dataset:
     tags: dict[str, Counter[str]] = {}
     images: Counter[str] = Counter()
     repeats: dict[str, int] = {}
-    for item in session.latents.items:
+    readable = session.latents.readable()
+    for item in (session.latents.items[i] for i in readable):
         folder = item.path.parent.name
         tags.setdefault(folder, Counter()).update(captions.split_tags(item.caption))
         images[folder] += 1
         repeats[folder] = item.repeats
     return metadata.Dataset(folders={name: (repeats[name], images[name]) for name in images},
-                            buckets=Counter(session.latents.sizes), tags=tags)
+                            buckets=Counter(session.latents.sizes[i] for i in readable), tags=tags)
 
 
 def _started(session: Session) -> float:

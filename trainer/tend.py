@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 import traceback
@@ -23,8 +24,8 @@ def before(session: Session) -> None:
     """What is measured on the untrained model, once; or what a kill kept from following the last checkpoint."""
     step, preset = session.progress.step, session.preset
     if step == 0:
-        _measure_rank(session)
-        evaluation.validate(session, 0)
+        _tell_scaling(session)
+        _measure(session, {"rank", "validation"})
         if preset.sample.before:
             attempt(session, "drawing samples", lambda: evaluation.draw_samples(session, 0, "off"))
         return
@@ -33,12 +34,21 @@ def before(session: Session) -> None:
     _prune(session)
     if step == session.steps:
         return  # `_finish` does the rest
-    rhythm = {"sample": preset.sample.every, "distance": preset.evaluate.distance_every}
+    rhythm = {"rank": preset.log.rank_every, "validation": preset.evaluate.every, "sample": preset.sample.every,
+              "distance": preset.evaluate.distance_every}
     missed = {kind for kind, every in rhythm.items() if every and step % every == 0} - told(session)
+    _measure(session, missed)
     if "sample" in missed:
         attempt(session, "drawing samples", lambda: evaluation.draw_samples(session, step, session.shown_weights))
     if "distance" in missed:
         attempt(session, "measuring KID and FID", lambda: evaluation.measure_distance(session, step))
+
+
+def _tell_scaling(session: Session) -> None:
+    """StelLA's learning rate means nothing without its d."""
+    if d := session.adapter.describe().get("scale_dim"):
+        session.recorder.note(0, f"gradient scaling: d = {d:g}, lr·√d = {session.preset.train.lr * d**0.5:.3g}: about so "
+                              "far the columns of U and V turn a step")
 
 
 def due_after(session: Session, since_save: float, requests: Requests) -> set[str]:
@@ -46,12 +56,12 @@ def due_after(session: Session, since_save: float, requests: Requests) -> set[st
     step, preset = session.progress.step, session.preset
     last = step == session.steps
     rhythm = {"save": preset.output.save_every, "sample": preset.sample.every, "rank": preset.log.rank_every,
-              "validate": preset.evaluate.every, "distance": preset.evaluate.distance_every}
+              "validation": preset.evaluate.every, "distance": preset.evaluate.distance_every}
     due = {name for name, every in rhythm.items() if every and step % every == 0}
     if last:
-        due |= {"save", "validate", "rank"}
+        due |= {"save", "validation", "rank"}
     if "save" in due:
-        due.add("validate")  # so that the best checkpoint is known
+        due.add("validation")  # so that the best checkpoint is known
     if preset.output.save_minutes and since_save > 60 * preset.output.save_minutes:
         due.add("save")
     run = requests.run
@@ -61,10 +71,7 @@ def due_after(session: Session, since_save: float, requests: Requests) -> set[st
 def tend(session: Session, due: set[str], requests: Requests) -> None:
     """Between two steps: measure, save, draw."""
     step, run = session.progress.step, session.run
-    if "rank" in due:
-        _measure_rank(session)
-    if "validate" in due:
-        evaluation.validate(session, step)
+    _measure(session, due)
     if "save" in due:
         save(session)
     if "sample" in due and step != session.steps:
@@ -81,7 +88,7 @@ def _answer(session: Session) -> bool:
     run, step = session.run, session.progress.step
     wants_file, wish = run.take("save") is not None, run.take("sample")
     if wants_file and save(session):
-        publish(session, run.result)
+        attempt(session, "exporting", lambda: publish(session, run.result))
     if wish is not None:
         prompts = wish.get("prompts")
         texts = [str(text) for text in prompts] if isinstance(prompts, list) and prompts else None
@@ -94,6 +101,7 @@ def _pause(session: Session, requests: Requests) -> None:
     """Wait while `control/pause` exists; the model stays loaded, and samples can be drawn."""
     step = session.progress.step
     session.recorder.event("paused", step=step, text="paused")
+    session.recorder.say(f"paused at step {step}; it goes on when {requests.run.control / 'pause'} is deleted")
     while requests.run.asked("pause") and not requests.stop_asked():
         if _answer(session):
             session.recorder.event("paused", step=step, text="paused")  # still: the last event tells the state
@@ -105,9 +113,9 @@ def save(session: Session) -> bool:
     """Write a checkpoint and its export, and let go of old ones; a full disk is told, and training goes on."""
     run, progress, recorder = session.run, session.progress, session.recorder
     started = time.perf_counter()
-    existing = [sum(file.stat().st_size for file in run.checkpoint(step).iterdir()) for step in run.checkpoint_steps()]
+    last = checkpoint.size(run.checkpoint(run.last_step())) if run.last_step() else 0
     free = shutil.disk_usage(run.path).free
-    if existing and free < DISK_RESERVE * existing[-1]:
+    if free < DISK_RESERVE * last:
         recorder.note(progress.step, f"no checkpoint at step {progress.step}: the disk of {run.path} has only "
                       f"{free / 2**20:.0f} MB left; free some space")
         return False
@@ -125,16 +133,24 @@ def save(session: Session) -> bool:
 
 
 def _prune(session: Session) -> None:
-    """Let go of old checkpoints, but not of the one with the best validation loss."""
-    validation = session.progress.validation
-    best = min(validation, key=validation.__getitem__, default="0")
-    checkpoint.prune(session.run, session.preset.output.keep, {int(best)})
+    """Let go of old checkpoints, but not of the one of them with the best validation loss."""
+    losses = {int(step): loss for step, loss in session.progress.validation.items() if math.isfinite(loss)}
+    saved = [step for step in session.run.checkpoint_steps() if step in losses]
+    best = min(saved, key=losses.__getitem__, default=0)
+    checkpoint.prune(session.run, session.preset.output.keep, {best})
 
 
 def told(session: Session) -> set[str]:
     """The kinds of events that the run has at this step (pictures that somebody asked for do not count)."""
     return {event["kind"] for event in rewind(EventReader(session.run.events).read())
             if event.get("step") == session.progress.step and not event.get("asked")}
+
+
+def _measure(session: Session, due: set[str]) -> None:
+    if "rank" in due:
+        attempt(session, "measuring the effective rank", lambda: _measure_rank(session))
+    if "validation" in due:
+        attempt(session, "measuring the validation loss", lambda: evaluation.validate(session, session.progress.step))
 
 
 def _measure_rank(session: Session) -> None:

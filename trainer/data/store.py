@@ -92,6 +92,10 @@ class LatentStore:
         """What is not in the cache yet."""
         return [job for batch in self._batches(1) for job in batch if not self.cache.has(job.key)]
 
+    def readable(self) -> list[int]:
+        """Positions of the items that are not broken, as far as is known."""
+        return [i for i, item in enumerate(self.items) if item.sha256 not in self.broken]
+
     def repeats(self) -> list[int]:
         """The items' repeats for `Order`; 0 for those found broken."""
         return [0 if item.sha256 in self.broken else item.repeats for item in self.items]
