@@ -136,6 +136,24 @@ def test_a_long_preparation_is_told_once_a_second_and_at_its_ends(run, monkeypat
     assert log.getvalue() == "caching latents\ncaching captions\nloading\n"
 
 
+def test_waiting_is_told_once_a_minute(run, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(record.time, "monotonic", lambda: now[0])
+    recorder = Recorder(run, tensorboard=False, terminal=io.StringIO())
+    for _ in range(240):
+        recorder.phase("waiting for the GPU")
+        now[0] += 0.5
+    recorder.close()
+    assert len(events(run)) == 2  # and never so seldom that the run seems dead
+
+
+def test_what_a_resume_goes_over_again_is_void_for_tensorboard_and_the_last_saved_step_is_not(run):
+    run.checkpoint(7).mkdir(parents=True)
+    Recorder(run, tensorboard=True, terminal=io.StringIO()).close()
+    (file,) = run.tensorboard.iterdir()
+    assert file.read_bytes()[-4 - 6:-4] == bytes([2 << 3, 8, 7 << 3 | 2, 2, 1 << 3, 1])  # step 8, session_log START
+
+
 def test_a_phase_on_a_terminal_counts_up(run, terminal):
     recorder = Recorder(run, tensorboard=False, terminal=terminal.stream)
     recorder.phase("caching latents", 0, 2)

@@ -15,6 +15,7 @@ from trainer.run import Run
 from trainer.tensorboard import TensorBoardWriter
 
 PHASE_INTERVAL = 1.0  # seconds between two events of one phase
+WAIT_INTERVAL = 60.0  # and of one that counts nothing, such as waiting: only to show that the run lives
 LINE_INTERVAL = 10.0  # seconds between two lines where no terminal redraws one
 
 
@@ -24,7 +25,7 @@ class Recorder:
     def __init__(self, run: Run, *, tensorboard: bool, terminal: TextIO | None = None) -> None:
         self.run, self.terminal = run, terminal
         self._events = EventWriter(run.events)
-        self._board = TensorBoardWriter(run.tensorboard, run.last_step()) if tensorboard else None
+        self._board = TensorBoardWriter(run.tensorboard, run.last_step() + 1) if tensorboard else None
         self._phase_at, self._phase = 0.0, ""
         self._line_at = 0.0
         self._seconds: deque[float] = deque(maxlen=50)
@@ -41,7 +42,8 @@ class Recorder:
     def phase(self, name: str, done: int = 0, of: int = 0) -> None:
         """How far a long preparation is; at most one event a second, but the first and last always."""
         now = time.monotonic()
-        if name == self._phase and done < of and now - self._phase_at < PHASE_INTERVAL:
+        interval = WAIT_INTERVAL if of == 0 else PHASE_INTERVAL if done < of else 0.0
+        if name == self._phase and now - self._phase_at < interval:
             return
         new, self._phase, self._phase_at = name != self._phase, name, now
         self.event("phase", name=name, done=done, of=of)
