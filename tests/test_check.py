@@ -115,3 +115,10 @@ def test_memory_grows_with_the_batch_and_shrinks_with_checkpointing(tiny_project
     assert gigabytes("train.batch_size=4") > 1.5 * gigabytes("train.batch_size=1")
     assert gigabytes("train.batch_size=4", "memory.gradient_checkpointing=true") < gigabytes("train.batch_size=4")
     assert 3.2 < gigabytes("memory.gradient_checkpointing=true") < 8  # the weights alone are 3.2 GiB in fp32
+
+
+def test_what_will_hardly_fit_is_a_warning(tiny_project, tmp_path) -> None:
+    for batch, warns in ((1, False), (1024, True)):
+        preset = presets.load(tiny_project, [f"train.batch_size={batch}", f"data.resolution={64 * batch ** 0.5:.0f}"])
+        report = check.inspect(preset, tmp_path)
+        assert any(text.startswith("this will hardly fit") for text in report.warnings) == warns, report.facts["memory"]

@@ -9,10 +9,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from trainer import families, speed
-from trainer.adapters.target import check_targets
+from trainer.adapters.target import check_targets, matching
 from trainer.data.cache import Cache
 from trainer.errors import UserError
 from trainer.material import Material
@@ -54,7 +55,7 @@ def inspect(preset: Preset, workspace: Path) -> Report:
     device = _collect(report, lambda: pick_device(preset))
     _collect(report, lambda: find_weights(preset.evaluate.distance, preset.evaluate.inception_weights))
     if base and layers and device is not None:
-        report.facts["memory"] = f"about {memory(preset, base.params, layers, device) / 2**30:.1f} GiB"
+        _memory(memory(preset, base.params, layers, device), device, report)
     if material and device is not None:
         _time(preset, workspace, device, report)
     return report
@@ -67,13 +68,23 @@ def memory(preset: Preset, params: dict[str, int], trained: int, device: torch.d
     """
     width = BYTES[pick_dtype(preset, device)]
     train, family = preset.train, families.get(preset.model.family)
-    weights = params["unet"] * width
+    weights = params[family.DENOISER] * width
     if "text_encoder" in preset.adapter.targets:
-        weights += params["text_encoder"] * width
+        weights += sum(count for name, count in params.items() if name.startswith("text_encoder")) * width
     adapter = trained * (4 + 4 + width + OPTIMIZER_BYTES[train.optimizer] + (4 if train.ema_decay else 0))
     per_pixel = family.ACTIVATION_BYTES[preset.memory.gradient_checkpointing] * width / 2
     activations = per_pixel * preset.data.resolution**2 * train.batch_size
     return weights + adapter + activations + (OVERHEAD * 2**30 if device.type == "cuda" else 0)
+
+
+def _memory(needed: float, device: torch.device, report: Report) -> None:
+    """Bytes needed beside those of the device; more than there are is worth a warning, for the estimate is rough."""
+    on_gpu = device.type == "cuda"
+    there = torch.cuda.get_device_properties(device).total_memory if on_gpu else psutil.virtual_memory().total
+    report.facts["memory"] = f"about {needed / 2**30:.1f} of {there / 2**30:.1f} GiB"
+    if needed > there:
+        report.warnings.append("this will hardly fit: make train.batch_size or data.resolution smaller, "
+                               "or set memory.gradient_checkpointing = true")
 
 
 def _base(preset: Preset, report: Report) -> Any:
@@ -109,10 +120,10 @@ def _data(preset: Preset, workspace: Path, report: Report) -> Material:
 def _adapter(preset: Preset, base: Any, report: Report) -> int:
     """Layers and trained numbers, from the model's skeleton: no weights are loaded."""
     family, chosen = families.get(preset.model.family), preset.adapter
-    models = {"unet": family.load_denoiser(base, torch.device("meta"), torch.float32)}
+    models = {family.DENOISER: family.load_denoiser(base, torch.device("meta"), torch.float32)}
     if "text_encoder" in chosen.targets:
         models["text_encoder"] = family.load_text_encoder(base, torch.device("meta"), torch.float32)
-    targets = family.adapter_targets(models, chosen.targets)
+    targets = matching(family.adapter_targets(models, chosen.targets), chosen.target_pattern)
     per_layer = {"lora": 0, "stiefel": 0, "stella": chosen.rank**2, "trilora": chosen.rank**2}[chosen.method]
     trained = sum(chosen.rank * (target.rows + target.columns) + per_layer + (target.columns if chosen.dora else 0)
                   for target in targets)
