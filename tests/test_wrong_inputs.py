@@ -85,6 +85,7 @@ def test_a_wrong_setting_is_told(tiny_project, tmp_path, trainer, overrides, mes
 
 FILES = {
     "broken TOML": (b"[model\nfamily = 1", r"bad\.toml:1: not valid TOML"),
+    "a Windows path": (rb'model.base = "C:\Users\me"', r"not valid TOML: .*; write Windows paths with / or in 'single"),
     "Latin-1": ("# für\n".encode("latin-1"), r"bad\.toml: not UTF-8 text \(byte 3\); save it as UTF-8"),
     "nothing in it": (b"", r"model\.family: is missing"),
     "a key before the sections": (b"rank = 4\n", r"bad\.toml:1: rank: stands outside of a section"),

@@ -206,7 +206,9 @@ def _toml(text: str, name: str) -> dict[str, Any]:
     except tomllib.TOMLDecodeError as error:
         match = re.search(r"\(at line (\d+), column \d+\)|at end of document", str(error))
         line = match.group(1) if match and match.group(1) else str(text.count("\n") + 1)
-        raise UserError(f"{name}:{line}: not valid TOML: {str(error).split(' (at ')[0]}") from None
+        what = str(error).split(" (at ")[0]
+        hint = "; write Windows paths with / or in 'single quotes'" if re.search("Unescaped|hex value", what) else ""
+        raise UserError(f"{name}:{line}: not valid TOML: {what}{hint}") from None
 
 
 def _override(item: str) -> tuple[tuple[str, str], Any]:
