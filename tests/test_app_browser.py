@@ -8,6 +8,7 @@ from playwright.sync_api import expect
 
 from tests.app_browser import PRESET, button, chromium, curve, opened, run_in, served  # noqa: F401 - a fixture
 from trainer import run
+from trainer.events import EventWriter
 
 pytestmark = pytest.mark.browser
 
@@ -57,7 +58,7 @@ def test_pause_continue_save_sample_stop_and_resume(browser, tmp_path):
             button(page, "Continue").click()
             expect(badge).to_have_text("training")
             button(page, "Save now").click()
-            expect(page.get_by_text("1 file from on the way")).to_be_visible()
+            expect(page.get_by_text("1 file of earlier steps")).to_be_visible()
             button(page, "Sample now").click()
             page.get_by_label("Prompts").fill("a green frog\n\n a blue frog ")
             button(page, "Draw samples").click()
@@ -176,3 +177,16 @@ def test_a_crash_shows_the_log_and_a_trainer_that_did_not_start_its_message(brow
             button(page, "Start training").click()
             expect(page.get_by_text("missing does not exist")).to_be_visible(timeout=20_000)
             expect(page.get_by_role("button", name="Start again")).to_be_hidden()
+
+
+def test_one_prompt_with_two_seeds_has_two_rows(browser, tmp_path):
+    with served(tmp_path / "w") as server:
+        ours = run_in(server.workspace, "twice", rows=5)
+        ours.samples.mkdir()
+        for name in ("a.png", "b.png"):
+            (ours.samples / name).write_bytes(b"")
+        writer = EventWriter(ours.events)
+        writer.write("sample", step=5, images=["samples/a.png", "samples/b.png"], prompts=["a cat", "a cat"], seed=1)
+        writer.close()
+        with opened(browser, server.address) as page:
+            expect(page.get_by_role("rowheader", name="a cat")).to_have_count(2)

@@ -82,6 +82,15 @@ def test_a_trainer_that_did_not_start_says_why(server):
     assert "missing does not exist" in answer["trouble"] and "folder" not in answer
 
 
+def test_a_demo_that_did_not_start_can_be_started_again(server, tmp_path, monkeypatch):
+    demo = tmp_path / "demo.toml"
+    monkeypatch.setattr(train, "DEMO", demo)
+    for folder, word in (("missing", "failed"), ("pictures", "done")):
+        demo.write_text(TEXT.replace("pictures", folder))
+        assert server["start_demo"]({}) == {"run": "demo"}
+        wait_for(server, "demo", word)
+
+
 def test_a_crashed_run_shows_the_end_of_its_log_once(server, jobs):
     ours = run.create(jobs.places.workspace, "a", TEXT)
     EventWriter(ours.events).write("step", step=5, steps=10, loss=0.1)

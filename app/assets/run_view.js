@@ -191,8 +191,9 @@
       const lines = this.told.slice(-200).reverse().map(([t, step, kind, text]) => h("li", { class: `st-note-${kind}` },
         h("time", { datetime: t ? new Date(t * 1000).toISOString() : null }, t ? Studio.clock(t) : ""),
         h("span", { class: "st-small" }, step === null || step === undefined ? "" : `step ${step}`), h("span", {}, text)));
-      const files = this.skipped.length ? h("li", { class: "st-note-bad" }, h("details", {}, h("summary", {}, `${this.skipped.length} file${this.skipped.length > 1 ? "s" : ""} left out`),
-        h("ul", {}, this.skipped.map(([file, reason]) => h("li", {}, `${file}: ${reason}`))))) : null;
+      const skipped = [...new Map(this.skipped)]; // each start of a run tells them again
+      const files = skipped.length ? h("li", { class: "st-note-bad" }, h("details", {}, h("summary", {}, `${skipped.length} file${skipped.length > 1 ? "s" : ""} left out`),
+        h("ul", {}, skipped.map(([file, reason]) => h("li", {}, `${file}: ${reason}`))))) : null;
       this.notes.replaceChildren(...[files, ...lines].filter(Boolean));
       this.happened.hidden = this.notes.children.length === 0;
     }
@@ -225,7 +226,7 @@
         h("span", { class: "st-space" }), download(row, folder, "st-primary", "Download")),
       h("p", { class: "st-small st-where" }, `On this machine: ${folder}/${row.file}`)));
     if (others.length) {
-      cards.push(h("details", { class: "st-card" }, h("summary", {}, `${others.length} file${others.length > 1 ? "s" : ""} from on the way`),
+      cards.push(h("details", { class: "st-card" }, h("summary", {}, `${others.length} file${others.length > 1 ? "s" : ""} of earlier steps`),
         h("ul", { class: "st-files" }, others.reverse().map((row) => h("li", {}, h("span", {}, row.file.split("/").at(-1)), h("span", { class: "st-small" }, about(row)), download(row, folder, "", "Download"))))));
     }
     return cards;

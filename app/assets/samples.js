@@ -31,14 +31,16 @@
       this.draw();
     }
 
-    /** Steps as columns, prompts as rows; of two pictures for one cell the later counts. */
+    /** Steps as columns, a row for each prompt and seed; of two pictures for one cell the later counts. */
     draw() {
       this.steps = [...new Set(this.shots.map((shot) => shot.step))].sort((a, b) => a - b);
-      this.prompts = [...new Set(this.shots.flatMap((shot) => shot.cells.map(([prompt]) => prompt)))];
+      this.rows = new Map(); // seed and prompt -> prompt
       this.cells = new Map();
       for (const shot of this.shots) {
         for (const [prompt, file, seed] of shot.cells) {
-          this.cells.set(`${shot.step}\n${prompt}`, { url: `${Studio.fileUrl(`${this.folder}/${file}`)}?at=${shot.at ?? 0}`, seed });
+          const row = `${seed}\n${prompt}`;
+          this.rows.set(row, prompt);
+          this.cells.set(`${shot.step}\n${row}`, { url: `${Studio.fileUrl(`${this.folder}/${file}`)}?at=${shot.at ?? 0}`, seed });
         }
       }
       const wasAtEnd = this.box.scrollLeft + this.box.clientWidth >= this.box.scrollWidth - 8;
@@ -50,21 +52,21 @@
 
     table() {
       const heads = this.steps.map((step) => h("th", { scope: "col" }, this.nameOf(step)));
-      const rows = this.prompts.map((prompt) => h("tr", {}, h("th", { scope: "row", title: prompt }, h("span", {}, prompt)),
-        this.steps.map((step) => h("td", {}, this.picture(prompt, step)))));
+      const rows = [...this.rows].map(([row, prompt]) => h("tr", {}, h("th", { scope: "row", title: prompt }, h("span", {}, prompt)),
+        this.steps.map((step) => h("td", {}, this.picture(row, step)))));
       return h("table", {}, h("thead", {}, h("tr", {}, h("th", { scope: "col" }, "Prompt"), heads)), h("tbody", {}, rows));
     }
 
-    picture(prompt, step) {
-      const cell = this.cell(prompt, step);
+    picture(row, step) {
+      const cell = this.cell(row, step);
       if (!cell) return h("span", { class: "st-small" }, "–");
-      const name = `${this.nameOf(step)}: ${prompt}`;
-      return h("button", { type: "button", class: "st-shot", "aria-label": `Enlarge ${name}`, onclick: () => this.viewer.open(prompt, step) },
+      const name = `${this.nameOf(step)}: ${this.rows.get(row)}`;
+      return h("button", { type: "button", class: "st-shot", "aria-label": `Enlarge ${name}`, onclick: () => this.viewer.open(row, step) },
         h("img", { src: cell.url, alt: name, loading: "lazy", decoding: "async", onerror: (event) => event.target.replaceWith(
           h("span", { class: "st-small" }, "not there any more")) }));
     }
 
-    cell(prompt, step) { return this.cells.get(`${step}\n${prompt}`); }
+    cell(row, step) { return this.cells.get(`${step}\n${row}`); }
 
     nameOf(step) { return step === 0 ? "Base model" : `Step ${step}`; }
   };
@@ -83,32 +85,33 @@
         h("button", { type: "button", class: "st-button", onclick: () => this.element.close() }, "Close")));
     }
 
-    open(prompt, step) {
-      this.from = document.activeElement;
-      this.show(prompt, step);
+    open(row, step) {
+      this.show(row, step);
       this.element.showModal();
     }
 
-    show(prompt, step) {
-      Object.assign(this, { prompt, step });
+    show(row, step) {
+      Object.assign(this, { row, step });
       const { samples } = this;
-      const steps = samples.steps.includes(0) && step !== 0 && samples.cell(prompt, 0) ? [0, step] : [step];
+      const prompt = samples.rows.get(row);
+      const steps = samples.steps.includes(0) && step !== 0 && samples.cell(row, 0) ? [0, step] : [step];
       this.pictures.replaceChildren(...steps.map((at) => h("figure", {},
-        h("img", { src: samples.cell(prompt, at).url, alt: `${samples.nameOf(at)}: ${prompt}` }), h("figcaption", {}, samples.nameOf(at)))));
-      const seed = samples.cell(prompt, step).seed;
+        h("img", { src: samples.cell(row, at).url, alt: `${samples.nameOf(at)}: ${prompt}` }), h("figcaption", {}, samples.nameOf(at)))));
+      const seed = samples.cell(row, step).seed;
       this.caption.textContent = `${prompt} · ${samples.nameOf(step)}${Number.isFinite(seed) ? ` · seed ${seed}` : ""}`;
     }
 
     /** To the next step or prompt that has a picture. */
     go(dx, dy) {
-      const { steps, prompts } = this.samples;
+      const { steps } = this.samples;
+      const rows = [...this.samples.rows.keys()];
       let x = steps.indexOf(this.step);
-      let y = prompts.indexOf(this.prompt);
+      let y = rows.indexOf(this.row);
       do {
         x += dx;
         y += dy;
-        if (this.samples.cell(prompts[y], steps[x])) { this.show(prompts[y], steps[x]); return; }
-      } while (x >= 0 && y >= 0 && x < steps.length && y < prompts.length);
+        if (this.samples.cell(rows[y], steps[x])) { this.show(rows[y], steps[x]); return; }
+      } while (x >= 0 && y >= 0 && x < steps.length && y < rows.length);
     }
 
     onkey(event) {

@@ -72,9 +72,9 @@ def start_demo(jobs: Jobs) -> Answer:
     """Train the demo under the first free name."""
     if not DEMO.is_file():
         raise UserError(f"the demo is not here: {DEMO} is missing")
-    taken = {row.name for row in jobs.listing()}
+    starting = {row.name for row in jobs.listing() if row.state.alive}
     name = free_name(jobs.places.workspace, "demo")
-    if name in taken:  # it was started a moment ago and has no folder yet
+    if name in starting:  # it was started a moment ago and has no folder yet
         return {"run": name}
     jobs.start(DEMO, name)
     return {"run": name}
