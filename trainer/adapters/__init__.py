@@ -17,7 +17,7 @@ from trainer.adapters.stiefel import StiefelLoRA
 from trainer.adapters.target import Target, check_targets
 from trainer.errors import UserError
 
-__all__ = ["Adapter", "Target", "build"]
+__all__ = ["Adapter", "Target", "build", "median_size"]
 
 METHODS = {"lora": LoRA, "stiefel": StiefelLoRA, "stella": StelLA, "trilora": TriLoRA}
 
@@ -51,7 +51,11 @@ def build(targets: Sequence[Target], *, method: str, rank: int, init: str = "def
     adapter = Adapter(layout, chosen, leaves, frozen, magnitude, dropout, ema_decay)
     if method == "stella":
         factors = adapter.on_manifold().values()
-        median = statistics.median(size for target in targets for size in (target.rows, target.columns))
         name = "polar" if retraction == "default" else retraction
-        adapter.step_rule = ManifoldRule(factors, name, median if scale_dim is None else scale_dim)
+        adapter.step_rule = ManifoldRule(factors, name, median_size(targets) if scale_dim is None else scale_dim)
     return adapter
+
+
+def median_size(targets: Sequence[Target]) -> float:
+    """Of the factors: the d of StelLA's gradient scaling, when none is chosen."""
+    return statistics.median(size for target in targets for size in (target.rows, target.columns))

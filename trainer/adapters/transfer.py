@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -69,32 +69,40 @@ def load(adapter: Adapter, pairs: Mapping[str, tuple[Tensor, Tensor, Tensor | No
     alpha must already be folded into `up`. A lower rank is filled up, a higher one cut to the leading singular
     values. Raises UserError for names or shapes that do not fit.
     """
-    targets = {target.name: (number, target) for number, target in enumerate(adapter.layout.targets)}
-    unknown = sorted(set(pairs) - set(targets))
-    if unknown:
-        raise UserError(f"the LoRA has layers that this run does not train, such as {unknown[0]} "
-                        f"({len(unknown)} in all): add them to adapter.targets")
+    check(adapter.layout.targets, adapter.magnitude is not None, pairs)
     adapter.frozen = None
     magnitudes: dict[int, Tensor] = {}
-    for name, (number, target) in targets.items():
-        up, down, magnitude = pairs.get(name, (torch.zeros(target.rows, 0), torch.zeros(0, target.columns), None))
-        up, down = _matrices(target, up, down)
-        up, down = _at_rank(up, down, adapter.layout.rank)
-        device = adapter.parameters()[0].device
+    device = adapter.parameters()[0].device
+    for number, target in enumerate(adapter.layout.targets):
+        nothing = torch.zeros(target.rows, 0), torch.zeros(0, target.columns), None
+        up, down, magnitude = pairs.get(target.name, nothing)
+        up, down = _at_rank(up.flatten(1).double(), down.flatten(1).double(), adapter.layout.rank)
         adapter.method.assign(adapter.leaves, number, up.to(device), down.to(device))
         if magnitude is not None:
-            if adapter.magnitude is None:
-                raise UserError(f"the LoRA has DoRA magnitudes ({name}): set adapter.dora = true to continue it")
             magnitudes[number] = magnitude.flatten()
     adapter.reset_after_import(magnitudes)
 
 
-def _matrices(target: Target, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
-    up, down = up.flatten(1).double(), down.flatten(1).double()
-    if up.shape[0] != target.rows or down.shape[1] != target.columns or up.shape[1] != down.shape[0]:
-        raise UserError(f"the LoRA does not fit {target.name}: its pair is {tuple(up.shape)} and {tuple(down.shape)}, "
-                        f"the layer is {target.rows} x {target.columns}; it may be for another model")
-    return up, down
+def check(targets: Sequence[Target], dora: bool, pairs: Mapping[str, tuple[Tensor, Tensor, Tensor | None]]) -> None:
+    """Raise UserError unless every pair has its layer, of its sizes, and a place for its magnitude."""
+    known = {target.name: target for target in targets}
+    unknown = sorted(set(pairs) - set(known))
+    if unknown:
+        raise UserError(f"the LoRA has layers that this run does not train, such as {unknown[0]} "
+                        f"({len(unknown)} in all): add them to adapter.targets")
+    for name, (up, down, magnitude) in pairs.items():
+        target, sizes = known[name], (up.flatten(1).shape, down.flatten(1).shape)
+        (rows, rank), (other, columns) = sizes
+        if (rows, columns) != (target.rows, target.columns) or rank != other:
+            raise UserError(f"the LoRA does not fit {name}: its pair is {tuple(sizes[0])} and {tuple(sizes[1])}, "
+                            f"the layer is {target.rows} x {target.columns}; it may be for another model")
+        if magnitude is None:
+            continue
+        if not dora:
+            raise UserError(f"the LoRA has DoRA magnitudes ({name}): set adapter.dora = true to continue it")
+        if magnitude.numel() != target.inputs:
+            raise UserError(f"the LoRA's DoRA magnitudes of {name} are {magnitude.numel()}, and the layer has "
+                            f"{target.inputs} inputs: they are of the output axis, which is not read here")
 
 
 def _at_rank(up: Tensor, down: Tensor, rank: int) -> tuple[Tensor, Tensor]:
