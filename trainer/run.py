@@ -21,6 +21,7 @@ from trainer.preset import write_atomic
 Request = Literal["stop", "pause", "save", "sample"]
 ONCE: tuple[Request, ...] = ("stop", "save", "sample")  # taken once; "pause" lasts while its file exists
 SILENCE = 300.0  # seconds without an event after which a living run counts as stuck
+PROBE = 0.04  # seconds: another one that only looks has let go of the lock long before
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._-]{0,99}")
 RESERVED = {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(10))}  # on Windows
 
@@ -78,7 +79,7 @@ class Run:
             return False
         lock = FileLock(self._lock)
         try:
-            lock.acquire(timeout=0)
+            lock.acquire(timeout=PROBE, poll_interval=PROBE / 8)
         except Timeout:
             return True
         except OSError:  # a read-only folder: nobody trains there
