@@ -12,6 +12,7 @@ from trainer.adapters.layout import Layout
 from trainer.adapters.lora import LoRA, Stacks
 from trainer.adapters.stella import StelLA
 from trainer.adapters.step_rule import StepRule
+from trainer.manifold import orthonormalize
 
 
 class Adapter:
@@ -161,8 +162,13 @@ class Adapter:
             self.ema[key].lerp_(stack, weight.to(stack.dtype))
 
     def _present_start(self) -> Stacks:
-        """The trained pair, coarsely: only the drift of the subspaces is measured from it."""
-        return {key: stack.to(torch.bfloat16) for key, stack in self.method.pair(self.leaves).items()}
+        """Orthonormal bases of the factors, coarsely: only the drift of the subspaces is measured from them."""
+        fixed, bases = self.on_manifold(), {}
+        for key, leaf in self.leaves.items():
+            if key.split(".")[0] not in ("core", "magnitude"):
+                basis = leaf if key in fixed or not leaf.any() else orthonormalize(leaf)
+                bases[key] = (basis * (leaf.abs().amax((1, 2), keepdim=True) > 0)).to(torch.bfloat16)
+        return bases
 
     def _averaged(self) -> Stacks:
         magnitudes = {key: leaf for key, leaf in self.leaves.items() if key.startswith("magnitude.")}

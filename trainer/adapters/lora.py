@@ -30,6 +30,10 @@ class LoRA:
         """The stacks of the forward pair, differentiable in the leaves."""
         return {key: leaves[key] for key in self.layout.pair_shapes()}
 
+    def factors(self, leaves: Stacks) -> Stacks:
+        """The two factors as `up.<m>` and `down.<n>`."""
+        return self.pair(leaves)
+
     def start(self, leaves: Stacks, init: str, generator: torch.Generator) -> Stacks | None:
         """Fill the leaves; returns the frozen pair that the start subtracts, if it has one."""
         if init == "default":
