@@ -56,21 +56,67 @@ def _one_holdout(sections: Mapping[str, Any]) -> list[Problem]:
     return [Problem("evaluate.holdout", "evaluate.folder already names the held-out images; keep one of them")]
 
 
+def _rank_target(sections: Mapping[str, Any]) -> list[Problem]:
+    adapter = sections.get("adapter")
+    if adapter is None or not adapter.rank_target or 1 <= adapter.rank_target < adapter.rank:
+        return []
+    return [Problem("adapter.rank_target", f"should be at least 1 and less than adapter.rank ({adapter.rank}), "
+                    f"not {adapter.rank_target:g}")]
+
+
 def _no_effect(sections: Mapping[str, Any]) -> list[Problem]:
     """Settings that would have no effect are faults, not silence."""
-    data, train = sections.get("data"), sections.get("train")
-    idle: list[tuple[str, Any, str]] = []
+    data, train, adapter = sections.get("data"), sections.get("train"), sections.get("adapter")
+    idle: list[tuple[str, str]] = []  # setting, when it has none
     if data is not None and data.crop == "center":
-        idle.append(("data.crop_variants", data.crop_variants, "with data.crop = 'center'"))
+        idle.append(("data.crop_variants", "with data.crop = 'center'"))
     if data is not None and not data.shuffle_tags:
-        idle.append(("data.caption_variants", data.caption_variants, "without data.shuffle_tags"))
+        idle.append(("data.caption_variants", "without data.shuffle_tags"))
     if train is not None and train.loss == "mse":
-        idle.append(("train.huber_delta", train.huber_delta, "with train.loss = 'mse'"))
-    return [Problem(where, f"has no effect {when}; take it out") for where, value, when in idle
-            if value != schema.fields(where.split(".")[0])[where.split(".")[1]].default]
+        idle.append(("train.huber_delta", "with train.loss = 'mse'"))
+    if adapter is not None:
+        idle += _idle_in_method(adapter)
+    if adapter is not None and train is not None:
+        idle += _idle_in_optimizer(adapter, train)
+    problems = []
+    for where, when in dict(idle).items():
+        section, key = where.split(".")
+        if getattr(sections[section], key) != schema.fields(section)[key].default:
+            problems.append(Problem(where, f"has no effect {when}; take it out"))
+    return problems
+
+
+def _idle_in_method(adapter: schema.Adapter) -> list[tuple[str, str]]:
+    idle, method = [], f"with adapter.method = {adapter.method!r}"
+    if not adapter.diagonal:
+        idle.append(("adapter.rank_target", "without adapter.diagonal"))
+    if not adapter.gradient_scaling:
+        idle.append(("adapter.scale_dim", "without adapter.gradient_scaling"))
+    if adapter.start_from:
+        idle.append(("adapter.init", "with adapter.start_from"))
+    if adapter.method not in ("stella", "trilora"):
+        idle.append(("adapter.diagonal", method))
+    if adapter.method != "stella":
+        idle += [("adapter.gradient_scaling", method), ("adapter.scale_dim", method)]
+    return idle
+
+
+def _idle_in_optimizer(adapter: schema.Adapter, train: schema.Train) -> list[tuple[str, str]]:
+    optimizer = schema.METHOD_OPTIMIZER[adapter.method] if train.optimizer == "auto" else train.optimizer
+    idle, with_it = [], f"with train.optimizer = {optimizer!r}"
+    if adapter.method != "lora":
+        idle.append(("train.up_lr_ratio", f"with adapter.method = {adapter.method!r}"))
+    if "adamw" not in optimizer:
+        idle += [("train.beta1", with_it), ("train.beta2", with_it)]
+    if optimizer not in ("sgd", "stiefel"):
+        idle.append(("train.momentum", with_it))
+    if train.weight_decay == 0:
+        idle.append(("train.cautious", "without train.weight_decay"))
+    if optimizer != "stiefel":
+        idle += [("train.cautious", with_it), ("train.gradient_weight", with_it)]
+    return idle
 
 
 RULES: tuple[Callable[[Mapping[str, Any]], list[Problem]], ...] = (
-    _length_of_training, _method_choices, _dora_methods, _weights_with_ema, _one_holdout,
-    _no_effect,
+    _length_of_training, _method_choices, _dora_methods, _rank_target, _weights_with_ema, _one_holdout, _no_effect,
 )

@@ -103,9 +103,18 @@ class Adapter(Section):
                          advanced=True)
     retraction: Literal["default", "polar", "exponential", "qr"] = setting(
         "default", "How a factor returns to the manifold. stella: polar or exponential. stiefel: qr.", advanced=True)
-    targets: list[Literal["attention", "feed_forward", "projection", "text_encoder"]] = setting(
+    targets: list[Literal["attention", "feed_forward", "projection", "convolution", "text_encoder"]] = setting(
         ["attention"], "Which layers get an adapter.", min_length=1)
     dropout: Fraction = setting(0.0, "Share of an adapter's inputs dropped while training.", advanced=True)
+    diagonal: bool = setting(False, "stella, trilora: S is diagonal, r numbers instead of r × r.", advanced=True)
+    gradient_scaling: bool = setting(True, "stella: scale updates so that columns of every size turn alike, by about "
+                                     "lr·√d a step.", advanced=True)
+    scale_dim: float = setting(0.0, "The d of gradient scaling; 0: the median size of the trained layers.",
+                               advanced=True, ge=0.0, le=1e6)
+    rank_target: float = setting(0.0, "With a diagonal S: cut the smallest singular values until the average rank is "
+                                 "this; 0: never.", advanced=True, ge=0.0, le=512.0)
+    start_from: str = setting("", "Continue from this LoRA file (.safetensors), whatever method made it.", path=True,
+                              advanced=True)
 
 
 class Train(Section):
@@ -113,15 +122,24 @@ class Train(Section):
     epochs: int | None = setting(None, "Or: times through the data set.", ge=1, le=1_000_000)
     batch_size: int = setting(1, "Images per forward pass.", ge=1, le=1024)
     grad_accum: int = setting(1, "Forward passes per optimizer step.", advanced=True, ge=1, le=1024)
-    optimizer: Literal["auto", "adamw", "adamw8bit", "sgd", "stiefel"] = setting(
-        "auto", "auto: the method's own.", advanced=True)
+    optimizer: Literal["auto", "adamw", "adamw8bit", "scaled_adamw", "sgd", "stiefel"] = setting(
+        "auto", "auto: the method's own. scaled_adamw: lora's gradients, each preconditioned by the other factor.",
+        advanced=True)
+    beta1: Fraction = setting(0.9, "AdamW's average of gradients.", advanced=True)
+    beta2: Fraction = setting(0.999, "AdamW's average of squared gradients.", advanced=True)
+    momentum: Fraction | None = setting(None, "Of sgd (left out: 0.9) and stiefel (0.95).", advanced=True)
+    gradient_weight: float = setting(0.0, "stiefel: add this much of the present gradient to the momentum (Simplified "
+                                     "AdEMAMix); 0 is none.", advanced=True, ge=0.0, le=1e4)
     lr: Rate | dict[Method, Rate] | None = setting(
         None, "Learning rate: a number, or one for each method as { lora = 1e-4, stella = 8e-4 }. "
         "Left out: the method's own.")
     lr_scheduler: Literal["constant", "cosine", "linear"] = setting("cosine", "How the learning rate falls.")
     warmup_steps: int = setting(0, "Steps over which the learning rate rises.", ge=0)
+    up_lr_ratio: float = setting(1.0, "lora: learning rate of up over that of down (LoRA+; 16 is usual).",
+                                 advanced=True, gt=0.0, le=1000.0)
     weight_decay: float = setting(0.0, "Weight decay; on the manifold only the free factors have any.", advanced=True,
                                   ge=0.0, le=10.0)
+    cautious: bool = setting(False, "stiefel: decay only where the step and the weight agree in sign.", advanced=True)
     max_grad_norm: float = setting(1.0, "Gradient clipping; 0 is none.", advanced=True, ge=0.0)
     loss: Literal["mse", "huber"] = setting("mse", "Huber is kinder to outliers.", advanced=True)
     huber_delta: float = setting(0.1, "Where Huber turns from square to straight.", advanced=True, gt=0.0)
@@ -229,7 +247,7 @@ METHOD_RETRACTIONS = {
     "stiefel": ("default", "qr"), "stella": ("default", "polar", "exponential"),
 }
 METHOD_OPTIMIZERS = {
-    "lora": ("adamw", "adamw8bit", "sgd"), "trilora": ("adamw", "adamw8bit", "sgd"),
+    "lora": ("adamw", "adamw8bit", "scaled_adamw", "sgd"), "trilora": ("adamw", "adamw8bit", "sgd"),
     "stella": ("adamw", "adamw8bit", "sgd"), "stiefel": ("stiefel", "adamw", "adamw8bit", "sgd"),
 }
 

@@ -15,11 +15,13 @@ from torch import Tensor, nn
 
 from trainer import adapters, checkpoint, families, optim
 from trainer.adapters import Adapter
+from trainer.adapters.stella import rank_budget
 from trainer.checkpoint import Progress
 from trainer.data.cache import Cache
 from trainer.data.order import Draw, Order
 from trainer.data.store import LatentStore, TextStore
 from trainer.errors import UserError
+from trainer.export import reader
 from trainer.material import Material, noise_seeds, to_device
 from trainer.metrics.features import find_weights
 from trainer.objective import Objective, per_sample_loss
@@ -100,6 +102,12 @@ class Session:
         """Let the model run with the adapter's "raw" or "ema" weights, or without it ("off")."""
         self.adapter.refresh(weights, self.dtype)
 
+    def shrink(self) -> None:
+        """Cut singular values down to the rank that the step just made leaves, if the preset wants a lower one."""
+        chosen = self.preset.adapter
+        if chosen.rank_target:
+            self.adapter.prune(rank_budget(self.progress.step, self.steps, chosen.rank, chosen.rank_target))
+
     @property
     def shown_weights(self) -> str:
         """The weights that exports, samples and validation use."""
@@ -140,8 +148,11 @@ def set_up(run: Run, preset: Preset, device: torch.device, workspace: Path, reco
     denoiser = family.load_denoiser(base, device, dtype)
     family.set_gradient_checkpointing(denoiser, preset.memory.gradient_checkpointing)
     adapter = build_adapter(preset, family, denoiser, text_encoder, device)
-    optimizer = optim.build_optimizer(preset.train.optimizer, adapter, lr=preset.train.lr,
-                                      weight_decay=preset.train.weight_decay)
+    if preset.adapter.start_from and run.last_step() == 0:
+        pairs = reader.read(Path(preset.adapter.start_from), family=preset.model.family)
+        adapter.load_pairs(pairs)
+        recorder.note(0, f"continues {preset.adapter.start_from}: {describe_start(pairs, adapter)}")
+    optimizer = build_optimizer(preset, adapter)
     schedule = optim.build_schedule(preset.train.lr_scheduler, steps, preset.train.warmup_steps)
     session = Session(run, preset, recorder, guard, device, dtype, family, base, cache, material,
                       [material.train_captions(item) for item in latents.items], latents, held, texts, text_encoder,
@@ -159,9 +170,25 @@ def build_adapter(preset: Preset, family: ModuleType, denoiser: nn.Module, text_
     targets = family.adapter_targets(models, chosen.targets)
     adapter = adapters.build(targets, method=chosen.method, rank=chosen.rank, init=chosen.init, dora=chosen.dora,
                              retraction=chosen.retraction, dropout=chosen.dropout, seed=preset.train.seed,
-                             device=device, ema_decay=preset.train.ema_decay or None)
+                             device=device, ema_decay=preset.train.ema_decay or None, diagonal_s=chosen.diagonal,
+                             scale_dim=(chosen.scale_dim or None) if chosen.gradient_scaling else 0.0)
     adapter.install()
     return adapter
+
+
+def describe_start(pairs: reader.Pairs, adapter: Adapter) -> str:
+    """What is taken over from another LoRA file, in words."""
+    rank, own = max(down.shape[0] for _, down, _ in pairs.values()), adapter.layout.rank
+    change = "" if rank == own else f", filled up to {own}" if rank < own else f", cut to {own} by the SVD"
+    return f"{len(pairs)} of {len(adapter.layout.targets)} layers, rank {rank}{change}"
+
+
+def build_optimizer(preset: Preset, adapter: Adapter) -> torch.optim.Optimizer:
+    """The optimizer of a preset over its adapter."""
+    train = preset.train
+    return optim.build_optimizer(train.optimizer, adapter, lr=train.lr, weight_decay=train.weight_decay,
+                                 betas=(train.beta1, train.beta2), momentum=train.momentum, cautious=train.cautious,
+                                 gradient_weight=train.gradient_weight or None, up_lr_ratio=train.up_lr_ratio)
 
 
 def open_base(preset: Preset) -> Any:
