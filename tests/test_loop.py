@@ -44,12 +44,17 @@ def assert_same_weights(one: Path, other: Path) -> None:
         assert torch.equal(tensor, second[key]), key
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_a_resumed_run_equals_an_unbroken_one_to_the_bit(tiny_project: Path, tmp_path: Path, method: str) -> None:
+RANDOM = ["adapter.dropout=0.2", "adapter.dora=true", 'adapter.targets=["attention", "text_encoder"]',
+          "train.grad_accum=2", "train.offset_noise=0.1", "train.snr_gamma=5", "train.warmup_steps=4",
+          "data.buckets=false", "data.crop=random", "data.caption_dropout=0.4"]
+
+
+@pytest.mark.parametrize("chosen", [*([f"adapter.method={method}"] for method in METHODS), RANDOM],
+                         ids=[*METHODS, "all that is random"])
+def test_a_resumed_run_equals_an_unbroken_one_to_the_bit(tiny_project: Path, tmp_path: Path, chosen: list[str]) -> None:
     # A step's learning rate depends on the planned steps, so the broken run is stopped, not planned shorter.
-    chosen = f"adapter.method={method}"
-    whole = start(tiny_project, tmp_path, "whole", chosen)
-    preset = presets.load(tiny_project, [chosen])
+    whole = start(tiny_project, tmp_path, "whole", *chosen)
+    preset = presets.load(tiny_project, chosen)
     broken = runs.create(tmp_path, "broken", presets.dumps(preset))
     stop_at(broken, 3)
     run_training(broken, preset, tmp_path)
@@ -233,3 +238,4 @@ def test_training_a_text_encoder_goes_without_the_text_cache(tiny_project: Path,
     keys = load_file(run.result)
     assert any(key.startswith("lora_te_text_model_encoder_layers_0_self_attn_q_proj") for key in keys)
     assert events(run, "export")[-1]["unmatched"] == []
+    assert events(run, "export")[-1]["zero"] == []  # gradients reach the encoder's layers too
