@@ -46,6 +46,45 @@ FAULTS = {
         "has no effect without data.shuffle_tags; take it out"),
     "delta without Huber": (
         {"train": {"huber_delta": 0.2}}, "train.huber_delta", "has no effect with train.loss = 'mse'; take it out"),
+    "a diagonal without S": (
+        {"adapter": {"method": "lora", "diagonal": True}}, "adapter.diagonal",
+        "has no effect with adapter.method = 'lora'; take it out"),
+    "gradient scaling off without a manifold": (
+        {"adapter": {"method": "trilora", "gradient_scaling": False}}, "adapter.gradient_scaling",
+        "has no effect with adapter.method = 'trilora'; take it out"),
+    "d of another method": (
+        {"adapter": {"method": "stiefel", "scale_dim": 320}}, "adapter.scale_dim",
+        "has no effect with adapter.method = 'stiefel'; take it out"),
+    "d without gradient scaling": (
+        {"adapter": {"gradient_scaling": False, "scale_dim": 320}}, "adapter.scale_dim",
+        "has no effect without adapter.gradient_scaling; take it out"),
+    "a rank target without a diagonal": (
+        {"adapter": {"rank_target": 4}}, "adapter.rank_target", "has no effect without adapter.diagonal; take it out"),
+    "a rank target above the rank": (
+        {"adapter": {"diagonal": True, "rank": 8, "rank_target": 8}}, "adapter.rank_target",
+        "should be at least 1 and less than adapter.rank (8), not 8"),
+    "a rank target below one": (
+        {"adapter": {"diagonal": True, "rank_target": 0.5}}, "adapter.rank_target",
+        "should be at least 1 and less than adapter.rank (16), not 0.5"),
+    "a start beside a file": (
+        {"adapter": {"start_from": "a.safetensors", "init": "zero"}}, "adapter.init",
+        "has no effect with adapter.start_from; take it out"),
+    "a rate of up without up": (
+        {"train": {"up_lr_ratio": 16}}, "train.up_lr_ratio", "has no effect with adapter.method = 'stella'; take it out"),
+    "betas of another optimizer": (
+        {"adapter": {"method": "stiefel"}, "train": {"beta2": 0.99}}, "train.beta2",
+        "has no effect with train.optimizer = 'stiefel'; take it out"),
+    "momentum of another optimizer": (
+        {"train": {"momentum": 0.9}}, "train.momentum", "has no effect with train.optimizer = 'adamw'; take it out"),
+    "cautious without decay": (
+        {"adapter": {"method": "stiefel"}, "train": {"cautious": True}}, "train.cautious",
+        "has no effect without train.weight_decay; take it out"),
+    "cautious in another optimizer": (
+        {"train": {"cautious": True, "weight_decay": 0.1}}, "train.cautious",
+        "has no effect with train.optimizer = 'adamw'; take it out"),
+    "a gradient's weight in another optimizer": (
+        {"adapter": {"method": "stiefel"}, "train": {"optimizer": "adamw", "gradient_weight": 5}},
+        "train.gradient_weight", "has no effect with train.optimizer = 'adamw'; take it out"),
 }
 
 
@@ -62,6 +101,16 @@ GOOD = {
     "captions that vary": {"data": {"shuffle_tags": True, "caption_variants": 2}},
     "Huber with its delta": {"train": {"loss": "huber", "huber_delta": 0.2}},
     "DoRA over stella": {"adapter": {"method": "stella", "dora": True}},
+    "a diagonal that shrinks": {"adapter": {"method": "stella", "diagonal": True, "rank_target": 4}},
+    "a diagonal without the manifold": {"adapter": {"method": "trilora", "diagonal": True}},
+    "gradient scaling off": {"adapter": {"gradient_scaling": False}},
+    "a d of one's own": {"adapter": {"scale_dim": 320}},
+    "a file to continue": {"adapter": {"start_from": "a.safetensors"}},
+    "ScaledAdamW with LoRA+": {"adapter": {"method": "lora"},
+                               "train": {"optimizer": "scaled_adamw", "up_lr_ratio": 4, "beta1": 0.8}},
+    "every option of stiefel": {"adapter": {"method": "stiefel"}, "train": {
+        "momentum": 0.9, "gradient_weight": 100, "weight_decay": 0.1, "cautious": True}},
+    "the momentum of sgd": {"train": {"optimizer": "sgd", "momentum": 0.5}},
 }
 
 
@@ -96,3 +145,14 @@ def test_a_rule_tells_the_line_of_the_setting_it_blames():
             '[adapter]\nmethod = "lora"\n')
     with pytest.raises(UserError, match="^mine.toml:8: train.optimizer: 'stiefel' does not go with"):
         preset.parse(text, "mine.toml")
+
+
+def test_settings_of_another_family_are_refused():
+    where, text = told(model={"text_encoder_2": "/x"})[0]
+    assert (where, text) == ("model.text_encoder_2", "has no effect with model.family = 'sd15'; take it out")
+    assert told(model={"family": "sdxl", "text_encoder_2": "/x"}) == []
+
+
+def test_a_target_pattern_must_be_a_regular_expression():
+    (where, text), = told(adapter={"target_pattern": "attn("})
+    assert where == "adapter.target_pattern" and text.startswith("is no regular expression: ")

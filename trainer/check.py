@@ -13,9 +13,12 @@ import psutil
 import torch
 
 from trainer import families, speed
+from trainer.adapters import median_size
 from trainer.adapters.target import check_targets, matching
+from trainer.adapters.transfer import check_pairs
 from trainer.data.cache import Cache
 from trainer.errors import UserError
+from trainer.export import reader
 from trainer.material import Material
 from trainer.metrics.features import find_weights
 from trainer.record import clock
@@ -24,7 +27,7 @@ from trainer.session import LATENT_DTYPE, open_base, pick_device, pick_dtype
 
 OVERHEAD = 0.4  # GiB that CUDA and its libraries hold beside tensors
 BYTES = {torch.float32: 4, torch.bfloat16: 2, torch.float16: 2}
-OPTIMIZER_BYTES = {"adamw": 8, "adamw8bit": 2, "sgd": 4, "stiefel": 4}  # state per trained number
+OPTIMIZER_BYTES = {"adamw": 8, "adamw8bit": 2, "scaled_adamw": 8, "sgd": 4, "stiefel": 4}  # state per trained number
 COLUMN = 22  # width of the first column of the report
 
 
@@ -124,11 +127,18 @@ def _adapter(preset: Preset, base: Any, report: Report) -> int:
     if "text_encoder" in chosen.targets:
         models["text_encoder"] = family.load_text_encoder(base, torch.device("meta"), torch.float32)
     targets = matching(family.adapter_targets(models, chosen.targets), chosen.target_pattern)
-    per_layer = {"lora": 0, "stiefel": 0, "stella": chosen.rank**2, "trilora": chosen.rank**2}[chosen.method]
-    trained = sum(chosen.rank * (target.rows + target.columns) + per_layer + (target.columns if chosen.dora else 0)
+    core = 0 if chosen.method in ("lora", "stiefel") else chosen.rank if chosen.diagonal else chosen.rank**2
+    trained = sum(chosen.rank * (target.rows + target.columns) + core + (target.inputs if chosen.dora else 0)
                   for target in targets)
     report.facts["adapter"] = f"{chosen.method}, rank {chosen.rank}, {len(targets)} layers, {trained:,} parameters"
     check_targets(targets, chosen.rank)
+    if chosen.method == "stella" and chosen.gradient_scaling:
+        d = chosen.scale_dim or median_size(targets)
+        report.facts["gradient scaling"] = f"d = {d:g}, lr·√d = {preset.train.lr * d**0.5:.3g}"
+    if chosen.start_from:
+        pairs = reader.read(Path(chosen.start_from), family=preset.model.family)
+        check_pairs(targets, chosen.dora, pairs)
+        report.facts["continues"] = f"{chosen.start_from}, {len(pairs)} layers"
     return trained
 
 

@@ -49,7 +49,9 @@ def gram(left: Tensor, right: Tensor, dtype: torch.dtype | None = None) -> Tenso
     if not size:  # a length without a fitting divisor
         return (left.double().mT @ right.double()).to(dtype or left.dtype)
     parts = torch.bmm(left.reshape(-1, size, wide).mT, right.reshape(-1, size, right.shape[2]))
-    return parts.to(dtype or parts.dtype) if size == dim else parts.view(count, dim // size, wide, -1).sum(1, dtype=dtype)
+    if size == dim:
+        return parts.to(dtype or parts.dtype)
+    return parts.view(count, dim // size, wide, -1).sum(1, dtype=dtype)
 
 
 @cache
@@ -231,7 +233,8 @@ def _exponential(inner: Tensor, scale: Tensor, project: bool, dtype: torch.dtype
     step = torch.cat([-sym(inner[:, :rank, rank:]) if project else zero, eye], dim=-2)  # [X sD] step = tangent
     along = inner[:, :rank] @ step  # A = X^T tangent
     normal = step - torch.cat([along, zero], dim=-2)  # [X sD] normal = N
-    turn = torch.cat([torch.cat([along, -(normal.mT @ inner @ normal)], dim=-1), torch.cat([eye, zero], dim=-1)], dim=-2)
+    bend = -(normal.mT @ inner @ normal)
+    turn = torch.cat([torch.cat([along, bend], dim=-1), torch.cat([eye, zero], dim=-1)], dim=-2)
     end = _matrix_exponential(turn)[:, :, :rank]  # L 2r r
     combine = torch.cat([end[:, :rank], zero], dim=-2) + normal @ end[:, rank:]
     f = sym(combine.mT @ inner @ combine) - eye

@@ -188,7 +188,8 @@ class StiefelOptimizer(InPlaceState):
     def _move(self, leaves: Sequence[Tensor], directions: Sequence[Tensor], group: dict) -> None:
         """A free factor; a skipped step has rates of zero."""
         rate = torch.where(self.skip, 0.0, -self.RMS * group["lr"]).to(leaves[0].dtype)
-        decay = torch.where(self.skip, 0.0, -self.decay / self.rank * (group["lr"] / group["initial_lr"])).to(rate.dtype)
+        decay = -self.decay / self.rank * (group["lr"] / group["initial_lr"])
+        decay = torch.where(self.skip, 0.0, decay).to(rate.dtype)
         for leaf, direction in zip(leaves, directions):
             sign = direction.sign()
             if self.decay and group["role"] != "magnitude":

@@ -47,8 +47,9 @@ def before(session: Session) -> None:
 def _tell_scaling(session: Session) -> None:
     """StelLA's learning rate means nothing without its d."""
     if d := session.adapter.describe().get("scale_dim"):
-        session.recorder.note(0, f"gradient scaling: d = {d:g}, lr·√d = {session.preset.train.lr * d**0.5:.3g}: about so "
-                              "far the columns of U and V turn a step")
+        turn = session.preset.train.lr * d**0.5
+        session.recorder.note(0, f"gradient scaling: d = {d:g}, lr·√d = {turn:.3g}: about so far the columns of U and V "
+                              "turn a step")
 
 
 def due_after(session: Session, since_save: float, requests: Requests) -> set[str]:

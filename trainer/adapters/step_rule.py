@@ -11,6 +11,7 @@ from torch import Tensor
 from trainer import manifold
 from trainer.adapters.layout import Layout
 
+
 class StepRule(Protocol):
     """Both parts run on the device alone."""
 

@@ -69,7 +69,7 @@ def load(adapter: Adapter, pairs: Mapping[str, tuple[Tensor, Tensor, Tensor | No
     alpha must already be folded into `up`. A lower rank is filled up, a higher one cut to the leading singular
     values. Raises UserError for names or shapes that do not fit.
     """
-    check(adapter.layout.targets, adapter.magnitude is not None, pairs)
+    check_pairs(adapter.layout.targets, adapter.magnitude is not None, pairs)
     adapter.frozen = None
     magnitudes: dict[int, Tensor] = {}
     device = adapter.parameters()[0].device
@@ -83,7 +83,8 @@ def load(adapter: Adapter, pairs: Mapping[str, tuple[Tensor, Tensor, Tensor | No
     adapter.reset_after_import(magnitudes)
 
 
-def check(targets: Sequence[Target], dora: bool, pairs: Mapping[str, tuple[Tensor, Tensor, Tensor | None]]) -> None:
+def check_pairs(targets: Sequence[Target], dora: bool,
+                pairs: Mapping[str, tuple[Tensor, Tensor, Tensor | None]]) -> None:
     """Raise UserError unless every pair has its layer, of its sizes, and a place for its magnitude."""
     known = {target.name: target for target in targets}
     unknown = sorted(set(pairs) - set(known))
