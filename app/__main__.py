@@ -19,8 +19,6 @@ def options(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--host", default="127.0.0.1", help="the address to listen on; default: this machine only")
     parser.add_argument("--workspace", type=Path, default=Path("workspace"),
                         help="where runs, presets and data sets are kept; default: workspace")
-    parser.add_argument("--root", type=Path, action="append", default=[], metavar="DIR",
-                        help="a folder with data sets that the app may look into; may be given again")
     parser.add_argument("--open", action="store_true", help="open a browser window")
     parser.add_argument("--listen", action="store_true", help="be reachable from other machines (needs a password)")
     parser.add_argument("--share", action="store_true", help="a public link through Gradio (needs a password)")
@@ -47,7 +45,7 @@ def serve(chosen: argparse.Namespace) -> None:
     from app.jobs import Jobs
     from app.paths import Places
 
-    places = Places(workspace, tuple(root.expanduser().resolve() for root in [*chosen.root, workspace]))
+    places = Places(workspace)
     workspace.mkdir(parents=True, exist_ok=True)
     host = "0.0.0.0" if chosen.listen and chosen.host in LOOPBACK else chosen.host
     try:

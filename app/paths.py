@@ -13,10 +13,9 @@ LONGEST = 1000  # letters of a name
 
 @dataclass(frozen=True)
 class Places:
-    """Where the app may look: its workspace, the folders of `--root`, and what the web server hands out."""
+    """Where the app may look: its workspace, and what the web server hands out of it."""
 
     workspace: Path
-    roots: tuple[Path, ...] = ()
     handed_out: list[str] = field(default_factory=list)  # the very list that the web server asks for each file
 
     @property

@@ -362,11 +362,12 @@ def test_no_setup_uses_this_interpreter_and_installs_nothing(copy):
 
 
 def test_folders_of_the_app_are_taken_from_where_the_person_stands(copy, tmp_path):
-    start(copy, "--workspace", "mine", "--root=a", "--root", "/b", "--no-browser", cwd=tmp_path)
-    arguments, folder, _ = records(copy)[-1]
-    mine = ["--workspace", str(tmp_path / "mine"), f"--root={tmp_path / 'a'}", "--root", "/b"]
-    assert arguments == ["-m", "app", *mine]
-    assert folder == str(copy)
+    for given, taken in ((["--workspace", "mine"], ["--workspace", str(tmp_path / "mine")]),
+                         (["--workspace=/b"], ["--workspace=/b"])):
+        start(copy, *given, "--no-browser", cwd=tmp_path)
+        arguments, folder, _ = records(copy)[-1]
+        assert arguments == ["-m", "app", *taken]
+        assert folder == str(copy)
 
 
 def test_the_exit_code_of_the_suite_is_passed_on(copy):

@@ -28,7 +28,8 @@ from trainer.metrics.features import Extractor, load_extractor
 from trainer.objective import per_sample_loss
 from trainer.session import Session, loaded
 
-PIXELS_AT_ONCE = 8 * 512 * 512  # that go through the sampler together
+PIXELS_AT_ONCE = 2 * 512 * 512  # that go through the sampler together, and twice that with guidance
+PICTURES_AT_ONCE = 8  # however small they are
 FEATURES_AT_ONCE = 16
 
 
@@ -107,7 +108,7 @@ def generate(session: Session, texts: Sequence[str], seeds: Sequence[int], weigh
             session.family, session.denoiser, vae, session.objective, conditioning=session.conditioning(texts),
             negative=session.conditioning([settings.negative]), seeds=seeds, steps=settings.steps,
             guidance=settings.guidance, width=width, height=height, device=session.device, dtype=session.dtype,
-            batch_size=max(1, PIXELS_AT_ONCE // (width * height)), should_stop=session.guard)
+            batch_size=min(PICTURES_AT_ONCE, max(1, PIXELS_AT_ONCE // (width * height))), should_stop=session.guard)
         for picture in drawn:
             pictures.append(picture)
             session.recorder.phase(phase, len(pictures), len(texts))

@@ -22,6 +22,7 @@ from trainer.errors import UserError
 
 FORMAT = 1  # of the entries: raise it when what is stored, or how pixels are made, changes
 MEMORY = 2 << 30  # bytes a store keeps in memory; what is beyond is read from the disk each time
+PIXELS = 2 * 512 * 512  # that go through an encoder together: in fp32 a VAE takes about 2 GiB for them
 
 Progress = Callable[[int, int], None]
 
@@ -102,7 +103,7 @@ class LatentStore:
 
     def fill(self, encode: Callable[[Tensor], Tensor], batch_size: int, progress: Progress,
              should_stop: Callable[[], bool], on_skip: Callable[[str, str], None]) -> bool:
-        """Encode what is missing; False when `should_stop` ended it early.
+        """Encode what is missing, at most `batch_size` images at a time; False when `should_stop` ended it early.
 
         `encode` takes pixels in [-1, 1]  # b 3 h w  and gives latents  # b c h' w'.  An image that breaks
         while decoding is told to `on_skip(file, reason)` and left out.  Raises `UserError` when all are.
@@ -143,7 +144,8 @@ class LatentStore:
                     if job.key not in seen:
                         seen.add(job.key)
                         grouped.setdefault(size, []).append(job)
-        yield from _cut(grouped.values(), batch_size)
+        for (width, height), jobs in grouped.items():
+            yield from _cut([jobs], min(batch_size, max(1, PIXELS // (width * height))))
 
     def _decoded(self, batches: Sequence[Batch[Job]],
                  on_skip: Callable[[str, str], None]) -> Iterator[tuple[list[Job], list[Tensor]]]:
