@@ -94,6 +94,19 @@ def plain_draw(item: int) -> Draw:
     return Draw(item=item, index=item, crop=0, flip=False, caption=0)
 
 
+def framing(store: LatentStore, draws: Sequence[Draw]) -> Tensor:
+    """How each draw's picture lies in its image, for SDXL: original height and width, the crop's top and left, target
+    height and width (b 6, fp32); the crop as it lies in the resized, and mirrored, image."""
+    rows = []
+    for draw in draws:
+        item, size = store.items[draw.item], store.sizes[draw.item]
+        left, top = store.offsets[draw.item][draw.crop]
+        if draw.flip:
+            left = buckets.cover(item.width, item.height, size)[0] - size[0] - left
+        rows.append([item.height, item.width, top, left, size[1], size[0]])
+    return torch.tensor(rows, dtype=torch.float32)
+
+
 def noise_seeds(draws: Sequence[Draw], seed: int) -> list[int]:
     """One seed a sample, for its noise and timestep."""
     return [stream(seed, draw.index, "noise") for draw in draws]

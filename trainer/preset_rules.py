@@ -5,6 +5,7 @@ Each rule sees the sections that are right in themselves.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -117,6 +118,27 @@ def _idle_in_optimizer(adapter: schema.Adapter, train: schema.Train) -> list[tup
     return idle
 
 
+def _family_model(sections: Mapping[str, Any]) -> list[Problem]:
+    """Settings of the base model that its family does not have."""
+    model = sections.get("model")
+    if model is None:
+        return []
+    known = {"family", "base", *schema.FAMILY_MODEL[model.family]}
+    return [Problem(f"model.{key}", f"has no effect with model.family = {model.family!r}; take it out")
+            for key, field in schema.fields("model").items()
+            if key not in known and getattr(model, key) != field.default]
+
+
+def _target_pattern(sections: Mapping[str, Any]) -> list[Problem]:
+    adapter = sections.get("adapter")
+    try:
+        re.compile(adapter.target_pattern if adapter is not None else "")
+    except re.error as error:
+        return [Problem("adapter.target_pattern", f"is no regular expression: {error}")]
+    return []
+
+
 RULES: tuple[Callable[[Mapping[str, Any]], list[Problem]], ...] = (
-    _length_of_training, _method_choices, _dora_methods, _rank_target, _weights_with_ema, _one_holdout, _no_effect,
+    _family_model, _target_pattern, _length_of_training, _method_choices, _dora_methods, _rank_target,
+    _weights_with_ema, _one_holdout, _no_effect,
 )

@@ -56,17 +56,22 @@ Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 class Model(Section):
-    family: Literal["sd15"] = setting(..., "The kind of base model.")
+    family: Literal["sd15", "sdxl"] = setting(..., "The kind of base model.")
     base: str = setting(..., "The base model: a diffusers folder, a single .safetensors file, or a hub id.",
                         path=True, min_length=1)
     vae: str = setting("", "Another VAE: folder or .safetensors file. Empty: the base's own.", path=True, advanced=True)
     text_encoder: str = setting("", "Another text encoder: folder or .safetensors file. Empty: the base's own.",
                                 path=True, advanced=True)
+    text_encoder_2: str = setting("", "Another second text encoder (SDXL: CLIP bigG). Empty: the base's own.",
+                                  path=True, advanced=True)
     tokenizer: str = setting("", "A tokenizer folder. Empty: the base's own, else the CLIP tokenizer that ships.",
                              path=True, advanced=True)
+    tokenizer_2: str = setting("", "A tokenizer folder for the second text encoder. Empty: as above.", path=True,
+                               advanced=True)
     prediction: Literal["auto", "epsilon", "v_prediction"] = setting(
         "auto", "What the base predicts. auto: read from the base, as far as it says.", advanced=True)
-    clip_skip: int = setting(1, "Which of CLIP's last layers feeds the model: 1 the last, 2 the one before.",
+    clip_skip: int = setting(1, "Which of CLIP's last layers feeds the model: 1 the last, 2 the one before. "
+                             "SDXL counts from its own, the one before the last.",
                              advanced=True, ge=1, le=4)
 
 
@@ -103,8 +108,10 @@ class Adapter(Section):
                          advanced=True)
     retraction: Literal["default", "polar", "exponential", "qr"] = setting(
         "default", "How a factor returns to the manifold. stella: polar or exponential. stiefel: qr.", advanced=True)
-    targets: list[Literal["attention", "feed_forward", "projection", "convolution", "text_encoder"]] = setting(
-        ["attention"], "Which layers get an adapter.", min_length=1)
+    targets: list[Literal["attention", "feed_forward", "projection", "convolution", "text_encoder", "all"]] = setting(
+        ["attention"], "Which layers get an adapter. all: every group of the denoiser.", min_length=1)
+    target_pattern: str = setting("", "A regular expression: of these layers only those whose name it finds.",
+                                  advanced=True)
     dropout: Fraction = setting(0.0, "Share of an adapter's inputs dropped while training.", advanced=True)
     diagonal: bool = setting(False, "stella, trilora: S is diagonal, r numbers instead of r × r.", advanced=True)
     gradient_scaling: bool = setting(True, "stella: scale updates so that columns of every size turn alike, by about "
@@ -249,6 +256,12 @@ METHOD_RETRACTIONS = {
 METHOD_OPTIMIZERS = {
     "lora": ("adamw", "adamw8bit", "scaled_adamw", "sgd"), "trilora": ("adamw", "adamw8bit", "sgd"),
     "stella": ("adamw", "adamw8bit", "sgd"), "stiefel": ("stiefel", "adamw", "adamw8bit", "sgd"),
+}
+
+# Settings of the base model that mean something for a family; preset rules refuse the others.
+FAMILY_MODEL = {
+    "sd15": ("vae", "text_encoder", "tokenizer", "prediction", "clip_skip"),
+    "sdxl": ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "prediction", "clip_skip"),
 }
 
 RESUMABLE = {"sample", "evaluate", "log"}  # sections a resume may change, beside train.steps

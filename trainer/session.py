@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from trainer import adapters, checkpoint, families, optim
 from trainer.adapters import Adapter
+from trainer.adapters.target import matching
 from trainer.adapters.stella import rank_budget
 from trainer.checkpoint import Progress
 from trainer.data.cache import Cache
@@ -22,12 +24,12 @@ from trainer.data.order import Draw, Order
 from trainer.data.store import LatentStore, TextStore
 from trainer.errors import UserError
 from trainer.export import reader
-from trainer.material import Material, noise_seeds, to_device
+from trainer.material import Material, framing, noise_seeds, to_device
 from trainer.metrics.features import find_weights
 from trainer.objective import Objective, per_sample_loss
 from trainer.record import Recorder
 from trainer.run import Run
-from trainer.schema import Preset
+from trainer.schema import FAMILY_MODEL, Preset
 
 ENCODE_BATCH = 8  # images or prompts encoded at a time while caching
 LATENT_DTYPE = torch.float32  # noise is added to them at full precision
@@ -64,6 +66,7 @@ class Session:
     steps: int
     progress: Progress
     whole: bool = True  # False inside an optimizer step
+    spectra: tuple[int, Future[dict[str, Any]]] | None = None  # ranks being computed, and of which step
 
     def loss(self, draws: Sequence[Draw]) -> Tensor:
         """Mean training loss of one micro-batch; a function of the draws alone, and of the adapter."""
@@ -72,7 +75,8 @@ class Session:
         noise, timesteps = self.objective.draw(noise_seeds(draws, train.seed), latents.shape[1:], self.device,
                                                latents.dtype, offset_noise=train.offset_noise)
         texts = ["" if draw.caption < 0 else self.captions[draw.item][draw.caption] for draw in draws]
-        prediction = self.predict(latents, noise, timesteps, self.conditioning(texts))
+        conditioning = self.conditioning(texts) | {"framing": framing(self.latents, draws).to(self.device)}
+        prediction = self.predict(latents, noise, timesteps, conditioning)
         target = self.objective.target(latents, noise, timesteps)
         loss = per_sample_loss(prediction, target, kind=train.loss, delta=train.huber_delta)  # b
         return (loss * self.objective.loss_weight(timesteps, train.snr_gamma)).mean()
@@ -166,8 +170,8 @@ def build_adapter(preset: Preset, family: ModuleType, denoiser: nn.Module, text_
                   device: torch.device) -> Adapter:
     """The adapter of a preset on its models, installed."""
     chosen = preset.adapter
-    models = {"unet": denoiser} | ({} if text_encoder is None else {"text_encoder": text_encoder})
-    targets = family.adapter_targets(models, chosen.targets)
+    models = {family.DENOISER: denoiser} | ({} if text_encoder is None else {"text_encoder": text_encoder})
+    targets = matching(family.adapter_targets(models, chosen.targets), chosen.target_pattern)
     adapter = adapters.build(targets, method=chosen.method, rank=chosen.rank, init=chosen.init, dora=chosen.dora,
                              retraction=chosen.retraction, dropout=chosen.dropout, seed=preset.train.seed,
                              device=device, ema_decay=preset.train.ema_decay or None, diagonal_s=chosen.diagonal,
@@ -195,8 +199,7 @@ def open_base(preset: Preset) -> Any:
     """The preset's base model, checked but not loaded."""
     model = preset.model
     return families.get(model.family).open_base(
-        model.base, vae=model.vae, text_encoder=model.text_encoder, tokenizer=model.tokenizer,
-        prediction=model.prediction, clip_skip=model.clip_skip)
+        model.base, **{key: getattr(model, key) for key in FAMILY_MODEL[model.family]})
 
 
 def pick_device(preset: Preset) -> torch.device:

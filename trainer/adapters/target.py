@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,6 +18,12 @@ class Target:
     name: str  # dotted path with the model, such as "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
     module: nn.Module  # Linear or Conv2d, or a quantised layer with the same attributes
     group: str  # for plots, such as "mid.attn1"
+    parts: tuple[nn.Module, ...] = ()  # linears that share one input, whose stacked rows are the matrix; else empty
+
+    @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        """The layers whose rows, one below the other, the adapter changes."""
+        return self.parts or (self.module,)
 
     @property
     def convolution(self) -> bool:
@@ -25,7 +32,7 @@ class Target:
     @property
     def rows(self) -> int:
         """m: output features or channels."""
-        return self.module.out_channels if self.convolution else self.module.out_features
+        return self.module.out_channels if self.convolution else sum(part.out_features for part in self.modules)
 
     @property
     def inputs(self) -> int:
@@ -39,10 +46,16 @@ class Target:
         return self.inputs * area
 
 
+def matching(targets: Sequence[Target], pattern: str) -> list[Target]:
+    """The targets in whose names the regular expression is found; all for an empty one."""
+    return [target for target in targets if re.search(pattern, target.name)]
+
+
 def check_targets(targets: Sequence[Target], rank: int) -> None:
     """Raise UserError unless every layer takes an adapter of this rank."""
     if not targets:
-        raise UserError("no layer was chosen for the adapter: adapter.targets matches nothing in this model")
+        raise UserError("no layer was chosen for the adapter: adapter.targets and adapter.target_pattern match "
+                        "nothing in this model")
     names = [target.name for target in targets]
     if len(set(names)) < len(names):
         raise ValueError("two adapter targets have the same name")

@@ -28,7 +28,10 @@ class Base:
     implementation: str
 
 
-BASES = {"sd15": Base("sd_v1", "stable-diffusion-v1/lora", "diffusers")}
+BASES = {
+    "sd15": Base("sd_v1", "stable-diffusion-v1/lora", "diffusers"),
+    "sdxl": Base("sdxl_base_v1-0", "stable-diffusion-xl-v1-base/lora", "diffusers"),
+}
 PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}
 
 

@@ -6,6 +6,11 @@ import re
 from dataclasses import dataclass
 from functools import cache
 
+_SGM_OUTER = {
+    "conv_in": "input_blocks.0.0", "conv_out": "out.2", "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2", "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+}
 CLIP_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 # A row is (module path, key in the file); `#` stands for a block's number. Rows name whatever the format can
@@ -52,6 +57,37 @@ def _clip() -> list[str]:
     return [f"{layer}.self_attn.{part}" for part in CLIP_ATTENTION] + [f"{layer}.mlp.fc1", f"{layer}.mlp.fc2"]
 
 
+def _sgm(path: str) -> str:
+    """A UNet path (with its block's numbers) by the names of Stability's code; three levels, as SDXL has."""
+    parts = {"conv1": "in_layers.2", "conv2": "out_layers.3", "time_emb_proj": "emb_layers.1",
+             "conv_shortcut": "skip_connection"}
+    if path in _SGM_OUTER:
+        return _SGM_OUTER[path]
+    if match := re.fullmatch(r"mid_block\.(resnets|attentions)\.(\d)\.(.*)", path):
+        kind, j, rest = match.groups()
+        return f"middle_block.{2 * int(j) if kind == 'resnets' else 1}.{parts.get(rest, rest)}"
+    way, i, kind, j, rest = re.fullmatch(r"(down|up)_blocks\.(\d)\.(\w+)\.(\d)\.(.*)", path).groups()
+    place = 3 * int(i) + int(j)
+    if kind == "downsamplers":
+        return f"input_blocks.{place + 3}.0.op"
+    if kind == "upsamplers":
+        return f"output_blocks.{place + 2}.2.conv"
+    place, side = (place + 1, "input_blocks") if way == "down" else (place, "output_blocks")
+    return f"{side}.{place}.{0 if kind == 'resnets' else 1}.{parts.get(rest, rest)}"
+
+
+def _sdxl_unet() -> list[Row]:
+    """Every Linear and Conv2d of SDXL's UNet: its blocks are numbered by arithmetic, so there is a row for each."""
+    places = [(f"down_blocks.{i}", 2) for i in range(3)] + [(f"up_blocks.{i}", 3) for i in range(3)]
+    paths = [*_SGM_OUTER, *_resnet("mid_block.resnets.0"), *_resnet("mid_block.resnets.1"),
+             *_attention("mid_block.attentions.0")]
+    for place, layers in places:
+        for j in range(layers):
+            paths += _resnet(f"{place}.resnets.{j}") + _attention(f"{place}.attentions.{j}")
+        paths.append(f"{place}.{'downsamplers' if place.startswith('down') else 'upsamplers'}.0.conv")
+    return [(f"unet.{path}", f"lora_unet_{_sgm(path)}".replace(".", "_")) for path in paths]
+
+
 def _kohya(component: str, prefix: str, paths: list[str]) -> list[Row]:
     return [(f"{component}.{path}", f"{prefix}_{path}".replace(".", "_")) for path in paths]
 
@@ -59,6 +95,10 @@ def _kohya(component: str, prefix: str, paths: list[str]) -> list[Row]:
 FORMATS: dict[str, Format] = {
     "sd15": Format(
         "U1", tuple(_kohya("unet", "lora_unet", _unet()) + _kohya("text_encoder", "lora_te", _clip())),
+        down=".lora_down.weight", up=".lora_up.weight", alpha=".alpha", dora=".dora_scale", dtype="fp16"),
+    "sdxl": Format(
+        "U2", tuple(_sdxl_unet() + _kohya("text_encoder", "lora_te1", _clip())
+                    + _kohya("text_encoder_2", "lora_te2", _clip())),
         down=".lora_down.weight", up=".lora_up.weight", alpha=".alpha", dora=".dora_scale", dtype="fp16"),
 }
 

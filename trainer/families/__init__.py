@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from types import ModuleType
 
-_MODULES = {"sd15": "trainer.families.sd15"}
+_MODULES = {name: f"trainer.families.{name}" for name in ("sd15", "sdxl")}
 
 
 def get(name: str) -> ModuleType:

@@ -65,14 +65,28 @@ def unet_config(tensors: Mapping[str, TensorInfo], layout: str, template: Mappin
     levels = range(count_numbered(names, r"down_blocks\.(\d+)\."))
     crossed = [any(name.startswith(f"down_blocks.{i}.attentions.") for name in names) for i in levels]
     text = next(tensor for name, tensor in names.items() if name.endswith("attn2.to_k.weight"))
-    return dict(template) | {
-        "block_out_channels": [names[f"down_blocks.{i}.resnets.0.conv1.weight"].shape[0] for i in levels],
+    widths = [names[f"down_blocks.{i}.resnets.0.conv1.weight"].shape[0] for i in levels]
+    config = dict(template) | {
+        "block_out_channels": widths,
         "down_block_types": ["CrossAttnDownBlock2D" if yes else "DownBlock2D" for yes in crossed],
         "up_block_types": ["CrossAttnUpBlock2D" if yes else "UpBlock2D" for yes in reversed(crossed)],
         "layers_per_block": count_numbered(names, r"down_blocks\.0\.resnets\.(\d+)\."),
         "cross_attention_dim": text.shape[1],
         "in_channels": names["conv_in.weight"].shape[1],
         "out_channels": names["conv_out.weight"].shape[0],
+    }
+    added = names.get("add_embedding.linear_1.weight")
+    return config if added is None else config | _xl_config(names, widths, added.shape[1])
+
+
+def _xl_config(names: Mapping[str, Tensor], widths: list[int], added: int) -> dict[str, Any]:
+    """What SDXL's shapes tell beside: depths, and heads, which are 64 wide."""
+    depths = [count_numbered(names, rf"down_blocks\.{i}\.attentions\.0\.transformer_blocks\.(\d+)\.")
+              for i in range(len(widths))]
+    return {
+        "attention_head_dim": [max(1, width // 64) for width in widths],
+        "transformer_layers_per_block": [max(1, depth) for depth in depths],
+        "projection_class_embeddings_input_dim": added,
     }
 
 
