@@ -67,7 +67,7 @@ def test_a_measure_that_fails_is_a_note(tiny_project, tmp_path, monkeypatch) -> 
         raise RuntimeError("no number today")
 
     monkeypatch.setattr(tend.evaluation, "validate", fail)
-    monkeypatch.setattr(tend.effective_rank, "measure", fail)
+    monkeypatch.setattr(tend.effective_rank, "summarize", fail)
     run = trained(tiny_project, tmp_path, "train.steps=1")
     assert run.state().word == "done"
     told = {note["text"].split(" failed")[0] for note in events(run, "note")}

@@ -97,6 +97,7 @@ def train(session: Session, requests: Requests) -> str:
         progress.seconds += time.perf_counter() - started
 
         readback.push(progress.step, loss, grad_norm, session.adapter.skip, lr)
+        tend.collect_rank(session, wait=False)
         if readback.bad_in_row >= MAX_BAD_STEPS:
             raise diverged(progress.step, session.run.last_step(), session.dtype, MAX_BAD_STEPS)
         due = tend.due_after(session, time.monotonic() - saved_at, requests)
@@ -120,6 +121,7 @@ def _wait(recorder: Recorder, requests: Requests) -> None:
 def _finish(session: Session) -> str:
     """Leave a checkpoint, the last pictures and distances, and the file to use."""
     run, progress = session.run, session.progress
+    tend.collect_rank(session)
     done = progress.step >= session.steps
     if not run.checkpoint(progress.step).exists() and progress.step and not tend.save(session):
         raise UserError(f"{run.path}: the last checkpoint could not be written ({run.log} says why); free some "

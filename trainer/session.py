@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,6 +67,7 @@ class Session:
     steps: int
     progress: Progress
     whole: bool = True  # False inside an optimizer step
+    spectra: tuple[int, Future[dict[str, Any]]] | None = None  # ranks being computed, and of which step
     spectra: tuple[int, Future[dict[str, Any]]] | None = None  # ranks being computed, and of which step
 
     def loss(self, draws: Sequence[Draw]) -> Tensor:

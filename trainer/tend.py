@@ -7,6 +7,7 @@ import shutil
 import time
 import traceback
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 from trainer import checkpoint, evaluation
 from trainer.adapters import effective_rank
@@ -17,6 +18,7 @@ from trainer.publish import publish
 from trainer.session import Session
 
 DISK_RESERVE = 2  # free space wanted before a checkpoint, as a multiple of the last one's size
+SPECTRA = ThreadPoolExecutor(1, "spectra")
 PAUSE_POLL = 0.2  # seconds between two looks while paused
 
 
@@ -101,6 +103,7 @@ def _answer(session: Session) -> bool:
 def _pause(session: Session, requests: Requests) -> None:
     """Wait while `control/pause` exists; the model stays loaded, and samples can be drawn."""
     step = session.progress.step
+    collect_rank(session)
     session.recorder.event("paused", step=step, text="paused")
     session.recorder.say(f"paused at step {step}; it goes on when {requests.run.control / 'pause'} is deleted")
     while requests.run.asked("pause") and not requests.stop_asked():
@@ -113,6 +116,7 @@ def _pause(session: Session, requests: Requests) -> None:
 def save(session: Session) -> bool:
     """Write a checkpoint and its export, and let go of old ones; a full disk is told, and training goes on."""
     run, progress, recorder = session.run, session.progress, session.recorder
+    collect_rank(session)  # a checkpoint stands for everything up to its step
     started = time.perf_counter()
     last = checkpoint.size(run.checkpoint(run.last_step())) if run.last_step() else 0
     free = shutil.disk_usage(run.path).free
@@ -155,11 +159,26 @@ def _measure(session: Session, due: set[str]) -> None:
 
 
 def _measure_rank(session: Session) -> None:
+    """Take what the spectra follow from; another thread computes them while training goes on."""
     if session.preset.log.rank_every == 0:
         return
-    facts = effective_rank.measure(session.adapter)
-    session.recorder.event("rank", step=session.progress.step, rank=session.preset.adapter.rank, **facts)
-    session.recorder.scalars(session.progress.step, {f"rank/{group}": value for group, value in facts["erank"].items()})
+    collect_rank(session)
+    sample = effective_rank.take(session.adapter)
+    session.spectra = session.progress.step, SPECTRA.submit(effective_rank.summarize, sample)
+
+
+def collect_rank(session: Session, wait: bool = True) -> None:
+    """Write down the ranks that were last measured, when they are computed."""
+    if session.spectra is None or not (wait or session.spectra[1].done()):
+        return
+    (step, computed), session.spectra = session.spectra, None
+
+    def write() -> None:
+        facts = computed.result()
+        session.recorder.event("rank", step=step, rank=session.preset.adapter.rank, **facts)
+        session.recorder.scalars(step, {f"rank/{group}": value for group, value in facts["erank"].items()})
+
+    attempt(session, "measuring the effective rank", write)
 
 
 def attempt(session: Session, what: str, act: Callable[[], object]) -> None:

@@ -1,4 +1,7 @@
-"""Times an optimizer step of every method beside the published way: `python -m tests.bench.methods [--device cuda]`."""
+"""Times an optimizer step of every method beside the published way: `python -m tests.bench.methods [--device cuda]`.
+
+With --profile, where a step's time goes instead: by phase, launches and kernels (or operators, on a CPU).
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,12 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
+from torch.profiler import ProfilerActivity, profile, record_function
 
 from tests.bench import published
 from trainer.adapters import Target, build
 from trainer.manifold import orthogonality_error
-from trainer.optim import build_optimizer
+from trainer.optim import build_optimizer, clip_grad_norm
 from trainer.update import Update
 
 LR = 5e-4
@@ -60,20 +64,57 @@ SETS = {"SD1.5 attention": sd15_attention, "SDXL attention": sdxl_attention, "kl
         "Flux attention": flux_attention, "Flux all": flux_all}
 
 
-def measure_ours(sizes: list[tuple[int, int]], rank: int, row: str, device: torch.device, steps: int,
-                 checked_steps: int) -> tuple[float, float]:
-    """Milliseconds a step, and max |X^T X - I| after `checked_steps` with random gradients."""
+def make(sizes: list[tuple[int, int]], rank: int, row: str, device: torch.device) -> Update:
+    """The whole optimizer step of a row's method over adapters of these sizes."""
     method, optimizer, retraction = OURS[row]
     targets = [Target(f"layer{i}", nn.Linear(n, m, bias=False, device="meta"), "all") for i, (m, n) in enumerate(sizes)]
     adapter = build(targets, method=method, rank=rank, retraction=retraction, device=device)
-    update = Update(adapter, build_optimizer(optimizer, adapter, lr=LR), 1.0)
-    loss = torch.zeros((), device=device)
+    return Update(adapter, build_optimizer(optimizer, adapter, lr=LR), 1.0)
+
+
+def measure_ours(update: Update, device: torch.device, steps: int, checked_steps: int) -> tuple[float, float]:
+    """Milliseconds a step, and max |X^T X - I| after `checked_steps` with random gradients."""
+    adapter, loss = update.adapter, torch.zeros((), device=device)
     for _ in range(checked_steps):
         for leaf in adapter.parameters():
             leaf.grad.normal_()
         update(loss)
     errors = [orthogonality_error(leaf.detach()).item() for leaf in adapter.on_manifold().values()]
     return timed(lambda: update(loss), device, steps), max(errors, default=float("nan"))
+
+
+def profiled(update: Update, device: torch.device, steps: int = 5) -> Iterable[str]:
+    """Microseconds a step and launches by phase, then the ten longest kernels; eager, so that phases have names."""
+    adapter, on_gpu = update.adapter, device.type == "cuda"
+    phases = {"clip": lambda: clip_grad_norm(adapter.parameters(), 1.0), "guard": lambda: adapter.guard(update.loss),
+              "before": adapter.before_step, "optimizer": update.optimizer.step, "after": adapter.after_step,
+              "zero": adapter.zero_grad}
+
+    def step() -> None:
+        for leaf in adapter.parameters():
+            leaf.grad.normal_()
+        for name, phase in phases.items():
+            with record_function(f"phase {name}"):
+                phase()
+
+    for _ in range(3):
+        step()
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    with profile(activities=activities) as trace:
+        for _ in range(steps):
+            step()
+    events, host = trace.key_averages(), torch.autograd.DeviceType.CPU
+    for event in events:
+        if event.key.startswith("phase ") and event.device_type == host:
+            micros = (event.device_time_total if on_gpu else event.cpu_time_total) / steps
+            yield f"    {event.key.removeprefix('phase '):10} {micros:9.0f} us"
+    kernels = [event for event in events if (event.device_type != host) == on_gpu
+               and not event.key.startswith(("phase ", "Optimizer."))]
+    spent = {event.key: (event.self_device_time_total if on_gpu else event.self_cpu_time_total) for event in kernels}
+    count = sum(event.count for event in kernels) // steps
+    yield f"    {count} {'launches' if on_gpu else 'operators'} a step, the longest:"
+    for event in sorted(kernels, key=lambda event: -spent[event.key])[:10]:
+        yield f"    {spent[event.key] / steps:9.0f} us  {event.count // steps:4} x  {event.key[:100]}"
 
 
 def measure_published(sizes: list[tuple[int, int]], rank: int, row: str, device: torch.device, steps: int) -> float:
@@ -105,10 +146,16 @@ def timed(step: Callable[[], object], device: torch.device, steps: int) -> float
 def rows(sizes: list[tuple[int, int]], rank: int, device: torch.device, options: argparse.Namespace) -> Iterable[str]:
     plain = None
     for row in OURS:
-        ours, error = measure_ours(sizes, rank, row, device, options.steps, options.checked)
+        update = make(sizes, rank, row, device)
+        if options.profile:
+            yield f"{row}, rank {rank}"
+            yield from profiled(update, device)
+            continue
+        ours, error = measure_ours(update, device, options.steps, options.checked)
         plain = ours if plain is None else plain
         orthogonality = "" if error != error else f"{error:.1e}"
         yield f"| {rank} | {row} | {ours:.2f} | {ours - plain:+.2f} | | {orthogonality} |"
+        del update
         if row in PUBLISHED and not options.ours:
             theirs = measure_published(sizes, rank, row, device, max(1, options.steps // 10))
             yield f"| {rank} | {PUBLISHED[row]} | {theirs:.2f} | {theirs - plain:+.2f} | {theirs / ours:.1f} | |"
@@ -123,14 +170,16 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50, help="timed steps a row (a tenth of it for the published way)")
     parser.add_argument("--checked", type=int, default=1000, help="steps before orthogonality is measured")
     parser.add_argument("--ours", action="store_true", help="leave out the published way")
+    parser.add_argument("--profile", action="store_true", help="where the time of a step goes, by phase and kernel")
     options = parser.parse_args()
     device = torch.device(options.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} thread(s)"
     print(f"torch {torch.__version__}, {name}; {options.checked} steps, then the median of {options.steps} timed ones")
     for title in options.sets:
         sizes = SETS[title]()
-        print(f"\n### {title}: {len(sizes)} layers\n\n| rank | method | ms a step | over LoRA | times ours "
-              "| max abs XᵀX−I |\n|---|---|---|---|---|---|")
+        print(f"\n### {title}: {len(sizes)} layers\n")
+        if not options.profile:
+            print("| rank | method | ms a step | over LoRA | times ours | max abs XᵀX−I |\n|---|---|---|---|---|---|")
         for rank in options.ranks:
             for line in rows(sizes, rank, device, options):
                 print(line, flush=True)
