@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +16,8 @@ from torch import Tensor, nn
 
 from trainer import adapters, checkpoint, families, optim
 from trainer.adapters import Adapter
-from trainer.adapters.target import matching
 from trainer.adapters.stella import rank_budget
+from trainer.adapters.target import matching
 from trainer.checkpoint import Progress
 from trainer.data.cache import Cache
 from trainer.data.order import Draw, Order
@@ -67,7 +66,6 @@ class Session:
     steps: int
     progress: Progress
     whole: bool = True  # False inside an optimizer step
-    spectra: tuple[int, Future[dict[str, Any]]] | None = None  # ranks being computed, and of which step
     spectra: tuple[int, Future[dict[str, Any]]] | None = None  # ranks being computed, and of which step
 
     def loss(self, draws: Sequence[Draw]) -> Tensor:
