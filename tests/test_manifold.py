@@ -152,6 +152,16 @@ def test_ten_thousand_steps_do_not_drift_from_the_manifold():
     assert manifold.orthogonality_error(x) <= 1e-6
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("step, dim, rank", [("polar", 320, 16), ("polar", 320, 64), ("polar", 192, 128),
+                                             ("qr", 320, 64), ("exponential", 320, 16)])
+def test_ten_thousand_steps_at_high_ranks_do_not_drift_either(step, dim, rank):
+    x, generator = point(dim, rank, torch.float32, count=1), torch.Generator().manual_seed(0)
+    for _ in range(10_000):
+        x, = walk([x], [x + 2e-3 * torch.randn(x.shape, generator=generator)], [1.0], step)
+    assert manifold.orthogonality_error(x) <= 1e-6
+
+
 @pytest.mark.parametrize("step", STEPS)
 def test_rank_128_stays_on_the_manifold(step):
     x, generator = point(640, 128, torch.float32, count=1), torch.Generator().manual_seed(0)

@@ -50,8 +50,8 @@ def _tell_scaling(session: Session) -> None:
     """StelLA's learning rate means nothing without its d."""
     if d := session.adapter.describe().get("scale_dim"):
         turn = session.preset.train.lr * d**0.5
-        session.recorder.note(0, f"gradient scaling: d = {d:g}, lr·√d = {turn:.3g}: about so far the columns of U and V "
-                              "turn a step")
+        session.recorder.note(0, f"gradient scaling: d = {d:g}, lr·√d = {turn:.3g}: about so far the columns of U "
+                              "and V turn a step")
 
 
 def due_after(session: Session, since_save: float, requests: Requests) -> set[str]:
