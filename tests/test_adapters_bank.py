@@ -167,7 +167,7 @@ def test_rank_one_trains(method):
 
 
 def test_no_targets_and_grouped_convolutions_are_plain_errors():
-    with pytest.raises(UserError, match="adapter.targets matches nothing"):
+    with pytest.raises(UserError, match="adapter.target_pattern match nothing"):
         build([], method="lora", rank=2)
     grouped = Target("net.depthwise", nn.Conv2d(8, 8, 3, groups=8), "conv")
     with pytest.raises(UserError, match="net.depthwise is a convolution with groups"):

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from tests import golden
@@ -26,8 +29,6 @@ def test_every_published_case_is_replayed():
 
 
 def test_the_command_says_which_case_is_off(tmp_path, capsys):
-    from safetensors import safe_open
-
     tensors = load_file(FILES[1])
     with safe_open(FILES[1], "pt") as trace:
         settings = trace.metadata()
@@ -89,3 +90,15 @@ def own_stella_trace(folder: Path) -> Path:
 def test_a_trace_of_other_sizes_rank_and_scale_is_followed_too(tmp_path, capsys):
     assert golden.main([str(own_stella_trace(tmp_path))]) == 0
     assert "limit 1e-12  ok" in capsys.readouterr().out
+
+
+def test_the_command_ends_with_0_or_1(tmp_path):
+    tensors, off = load_file(FILES[1]), tmp_path / "off.safetensors"
+    with safe_open(FILES[1], "pt") as trace:
+        settings = trace.metadata()
+    tensors["v1_dora/step5/param/B"] += 1e-4
+    save_file(tensors, off, metadata=settings)
+    for file, code in ((FILES[0], 0), (off, 1)):
+        done = subprocess.run([sys.executable, "-m", "tests.golden", str(file)], capture_output=True, text=True,
+                              cwd=Path(golden.__file__).parent.parent)
+        assert done.returncode == code, done.stdout + done.stderr

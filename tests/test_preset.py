@@ -223,7 +223,7 @@ def test_a_preset_survives_being_written_and_read():
 def test_a_written_preset_says_every_value():
     written = tomlkit.parse(preset.dumps(preset.complete(preset.parse(GOOD, "p"), Path("/")))).unwrap()
     silent = {(name, key) for name in schema.SECTIONS for key in schema.fields(name) if key not in written[name]}
-    assert silent == {("train", "epochs")}
+    assert silent == {("train", "epochs"), ("train", "momentum")}  # AdamW has none
 
 
 def test_equal_values_change_no_byte():
@@ -337,6 +337,7 @@ def test_what_is_left_out_is_the_methods_own(tmp_path, method):
     path.write_text(GOOD)
     train = preset.load(path, [f"adapter.method={method}"]).train
     assert (train.optimizer, train.lr) == (schema.METHOD_OPTIMIZER[method], schema.METHOD_LR[method])
+    assert train.momentum == (0.95 if method == "stiefel" else None)
 
 
 def test_a_table_of_rates_gives_each_method_its_own(tmp_path):

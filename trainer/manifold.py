@@ -114,12 +114,14 @@ def advance(talls: Stacks, step: Step, retraction: str, project: bool = True) ->
     be used [L, 1, 1]; elsewhere (non-finite, or X far off the manifold) the matrix should stay. One read and one
     write of the tall stacks; all r x r work runs as one batch, and nothing waits for the device.
     """
-    rank = talls[0].shape[2] // 2
+    halves = [tall.chunk(2, dim=-1) for tall in talls]
     with exact_arithmetic(talls[0].device):
-        inner = torch.cat([gram(tall, tall, torch.float64) for tall in talls])  # L 2r 2r
-        norm = _diagonal(inner[:, rank:, rank:]).sum(-1).sqrt()[:, None, None]
+        error = torch.cat([gram(x, x, torch.float64) for x, _ in halves])  # L r r, the only one that needs fp64
+        _diagonal(error).sub_(1)
+        along, square = torch.cat([gram(tall, d) for tall, (_, d) in zip(talls, halves)]).chunk(2, dim=1)  # L r r each
+        norm = _diagonal(square).sum(-1, dtype=torch.float64).sqrt()[:, None, None]
         scale = torch.minimum(step(norm), TRUST_RADIUS / norm)
-        combine, fine = RETRACTIONS[retraction](inner, scale, project, talls[0].dtype)
+        combine, fine = RETRACTIONS[retraction](error.to(along.dtype), along, square, scale, project)
         counts = [len(tall) for tall in talls]
         return [tall @ part for tall, part in zip(talls, combine.split(counts))], list(fine.split(counts))
 
@@ -148,25 +150,23 @@ def orthogonality_error(x: Tensor) -> Tensor:
         return inner.abs().amax()
 
 
-# -- r x r work, [L, r, r] or [L, 2r, 2r]; every function below is free of host synchronisation ----------------------
+# -- r x r work, [L, r, r]; every function below is free of host synchronisation --------------------------------------
 #
 # A step is written as a small change of the identity, so that fp32 is enough for fp32 factors: with [X sD]^T [X sD] =
 # [[I + E, V], [V^T, N]] and S = sym(V), the projected end X + s D - X S has the Gram matrix I + F,
 # F = E + N - (S Q + Q^T S), Q = E + V - (S + E S) / 2, where no number near 1 is left to cancel.
+# The arguments are E, X^T D, D^T D and s.
 
 
 def _diagonal(a: Tensor) -> Tensor:
     return a.diagonal(dim1=-2, dim2=-1)
 
 
-def _near_identity(inner: Tensor, scale: Tensor, project: bool, dtype: torch.dtype,
+def _near_identity(e: Tensor, along: Tensor, square: Tensor, scale: Tensor, project: bool,
                    normalize: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
     """Coefficients [(I - S)(I + W); s (I + W)] of [X D], W = normalize(F), and where F is small enough."""
-    rank = inner.shape[-1] // 2
-    _diagonal(inner[:, :rank, :rank]).sub_(1)
-    inner, scale = inner.to(dtype), scale.to(dtype)
-    e, v = inner[:, :rank, :rank], inner[:, :rank, rank:] * scale
-    f = torch.addcmul(e, inner[:, rank:, rank:], scale * scale)
+    rank, scale = e.shape[-1], scale.to(e.dtype)
+    v, f = along * scale, torch.addcmul(e, square, scale * scale)
     s = sym(v)
     if project:
         q = (e + v).sub_(s, alpha=0.5).baddbmm_(e, s, alpha=-0.5)
@@ -175,7 +175,7 @@ def _near_identity(inner: Tensor, scale: Tensor, project: bool, dtype: torch.dty
     else:
         f = f.add_(s, alpha=2.0)
     w = normalize(f)
-    combine = torch.empty(len(f), 2 * rank, rank, dtype=dtype, device=f.device)
+    combine = f.new_empty(len(f), 2 * rank, rank)
     combine[:, :rank] = torch.baddbmm(w - s, s, w, alpha=-1) if project else w
     _diagonal(combine[:, :rank]).add_(1)
     _diagonal(w).add_(1)
@@ -183,12 +183,12 @@ def _near_identity(inner: Tensor, scale: Tensor, project: bool, dtype: torch.dty
     return combine, torch.linalg.matrix_norm(f, keepdim=True) < DOMAIN  # false for NaN as well
 
 
-def _polar(inner: Tensor, scale: Tensor, project: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    return _near_identity(inner, scale, project, dtype, _inverse_sqrt)
+def _polar(e: Tensor, along: Tensor, square: Tensor, scale: Tensor, project: bool) -> tuple[Tensor, Tensor]:
+    return _near_identity(e, along, square, scale, project, _inverse_sqrt)
 
 
-def _qr(inner: Tensor, scale: Tensor, project: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    return _near_identity(inner, scale, project, dtype, _inverse_cholesky)
+def _qr(e: Tensor, along: Tensor, square: Tensor, scale: Tensor, project: bool) -> tuple[Tensor, Tensor]:
+    return _near_identity(e, along, square, scale, project, _inverse_cholesky)
 
 
 def _inverse_sqrt(f: Tensor) -> Tensor:
@@ -223,14 +223,13 @@ def _inverse_cholesky(f: Tensor) -> Tensor:
     return u
 
 
-def _exponential(inner: Tensor, scale: Tensor, project: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _exponential(e: Tensor, along: Tensor, square: Tensor, scale: Tensor, project: bool) -> tuple[Tensor, Tensor]:
     """Coefficients of the geodesic's end in terms of [X D], normalised as the polar factor; in fp64 throughout."""
-    rank = inner.shape[-1] // 2
-    inner[:, :, rank:] *= scale
-    inner[:, rank:] *= scale
-    eye = torch.eye(rank, dtype=inner.dtype, device=inner.device).expand(len(inner), -1, -1)
+    rank, v = e.shape[-1], along.double() * scale
+    eye = torch.eye(rank, dtype=v.dtype, device=v.device).expand_as(v)
     zero = torch.zeros_like(eye)
-    step = torch.cat([-sym(inner[:, :rank, rank:]) if project else zero, eye], dim=-2)  # [X sD] step = tangent
+    inner = torch.cat([torch.cat([e.double() + eye, v], -1), torch.cat([v.mT, square.double() * scale**2], -1)], -2)
+    step = torch.cat([-sym(v) if project else zero, eye], dim=-2)  # [X sD] step = tangent
     along = inner[:, :rank] @ step  # A = X^T tangent
     normal = step - torch.cat([along, zero], dim=-2)  # [X sD] normal = N
     bend = -(normal.mT @ inner @ normal)
@@ -240,7 +239,7 @@ def _exponential(inner: Tensor, scale: Tensor, project: bool, dtype: torch.dtype
     f = sym(combine.mT @ inner @ combine) - eye
     combine = torch.baddbmm(combine, combine, _inverse_sqrt(f))
     combine[:, rank:] *= scale
-    return combine.to(dtype), torch.linalg.matrix_norm(f, keepdim=True) < DOMAIN
+    return combine.to(e.dtype), torch.linalg.matrix_norm(f, keepdim=True) < DOMAIN
 
 
 def _matrix_exponential(a: Tensor, halvings: int = 3, order: int = 10) -> Tensor:

@@ -205,8 +205,9 @@ class StiefelOptimizer(InPlaceState):
                 torch.baddbmm(direction, leaf, inner, beta=-1, out=tall.chunk(2, dim=-1)[1])
         ends, fine = manifold.advance(self.talls, lambda norm: self.lengths * group["lr"] / norm.clamp_min(1e-12), "qr",
                                       project=False)
+        taken = ~self.skip
         for leaf, start, end, good in zip(leaves, starts, ends, fine):
-            torch.where(good & ~self.skip, end, start, out=leaf)
+            torch.where(good & taken, end, start, out=leaf)
 
 
 # -- learning rate and clipping --------------------------------------------------------------------------------------

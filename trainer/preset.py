@@ -103,13 +103,12 @@ def migrate(data: dict[str, Any]) -> dict[str, Any]:
 def complete(preset: Preset, folder: Path) -> Preset:
     """Fill in what follows from the rest: the method's own optimizer and rate, absolute paths."""
     method = preset.adapter.method
-    lr, optimizer = preset.train.lr, preset.train.optimizer
+    lr, optimizer, momentum = preset.train.lr, preset.train.optimizer, preset.train.momentum
     if not isinstance(lr, float):
         lr = (lr or {}).get(method, schema.METHOD_LR[method])
-    updates: dict[str, dict[str, Any]] = {
-        "train": {"lr": lr,
-                  "optimizer": schema.METHOD_OPTIMIZER[method] if optimizer == "auto" else optimizer},
-    }
+    optimizer = schema.METHOD_OPTIMIZER[method] if optimizer == "auto" else optimizer
+    momentum = schema.OPTIMIZER_MOMENTUM.get(optimizer) if momentum is None else momentum
+    updates: dict[str, dict[str, Any]] = {"train": {"lr": lr, "optimizer": optimizer, "momentum": momentum}}
     for section, model in schema.SECTIONS.items():
         for key in model.model_fields:
             if schema.has_path(section, key):

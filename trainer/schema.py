@@ -243,6 +243,7 @@ SECTIONS: dict[str, type[Section]] = {
 # stella: the paper's for SD1.5 (algorithms: AdamW, 8e-4); stiefel: its authors' 1e-4; lora: the field's usual.
 METHOD_OPTIMIZER = {"lora": "adamw", "stiefel": "stiefel", "stella": "adamw", "trilora": "adamw"}
 METHOD_LR = {"lora": 1e-4, "stiefel": 1e-4, "stella": 8e-4, "trilora": 8e-4}
+OPTIMIZER_MOMENTUM = {"sgd": 0.9, "stiefel": 0.95}  # the others have none
 METHOD_INITS = {
     "lora": ("default", "pissa", "olora"),
     "stiefel": ("default",),

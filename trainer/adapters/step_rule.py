@@ -52,8 +52,9 @@ class ManifoldRule:
         for leaf, start, update in zip(self.leaves, self.starts, self.updates):
             torch.sub(leaf, start, out=update)
         ends, fine = manifold.advance(self.talls, lambda norm: self.scales, self.retraction)
+        taken = ~skip
         for leaf, start, end, good in zip(self.leaves, self.starts, ends, fine):
-            torch.where(good & ~skip, end, start, out=leaf)
+            torch.where(good & taken, end, start, out=leaf)
 
 
 class PairPreconditioner:
