@@ -70,7 +70,8 @@ FAULTS = {
         {"adapter": {"start_from": "a.safetensors", "init": "zero"}}, "adapter.init",
         "has no effect with adapter.start_from; take it out"),
     "a rate of up without up": (
-        {"train": {"up_lr_ratio": 16}}, "train.up_lr_ratio", "has no effect with adapter.method = 'stella'; take it out"),
+        {"train": {"up_lr_ratio": 16}}, "train.up_lr_ratio",
+        "has no effect with adapter.method = 'stella'; take it out"),
     "betas of another optimizer": (
         {"adapter": {"method": "stiefel"}, "train": {"beta2": 0.99}}, "train.beta2",
         "has no effect with train.optimizer = 'stiefel'; take it out"),
