@@ -99,7 +99,7 @@ FAULTS = {
     "not one of the words, in a list": (
         put("adapter", 'targets = ["attention", "atention"]'),
         "mine.toml:11: adapter.targets: should be 'attention', 'feed_forward', 'projection', 'convolution', "
-        "'text_encoder' or 'all' (item 2), not 'atention'. Did you mean attention?"),
+        "'single_blocks', 'text_encoder' or 'all' (item 2), not 'atention'. Did you mean attention?"),
     "below the range": (
         put("train", "lr = -1e-4"), "mine.toml:9: train.lr: should be greater than 0, not -0.0001."),
     "above the range": (

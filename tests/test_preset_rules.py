@@ -157,3 +157,22 @@ def test_settings_of_another_family_are_refused():
 def test_a_target_pattern_must_be_a_regular_expression():
     (where, text), = told(adapter={"target_pattern": "attn("})
     assert where == "adapter.target_pattern" and text.startswith("is no regular expression: ")
+
+
+@pytest.mark.parametrize(("family", "section", "key", "value", "said"), [
+    ("flux1", "train", "snr_gamma", 5.0, "has no effect with model.family = 'flux1'; take it out"),
+    ("sdxl", "train", "timestep_sampling", "uniform", "has no effect with model.family = 'sdxl'; take it out"),
+    ("sd15", "adapter", "fuse_qkv", False, "has no effect with model.family = 'sd15'; take it out"),
+    ("flux2", "adapter", "dora", True, "no file format holds it for flux2; set it to false"),
+    ("flux2", "adapter", "targets", ["text_encoder"], "'text_encoder' is no group of flux2, which has 'attention', "
+     "'feed_forward', 'single_blocks', 'all'"),
+    ("sd15", "adapter", "targets", ["single_blocks"], "'single_blocks' is no group of sd15, which has 'attention', "
+     "'feed_forward', 'projection', 'convolution', 'text_encoder', 'all'"),
+    ("flux1", "data", "resolution", 1000, "must be a multiple of 16 for flux1, not 1000"),
+    ("flux1", "model", "clip_skip", 2, "has no effect with model.family = 'flux1'; take it out"),
+    ("flux1", "train", "timestep_mean", 1.0, "has no effect with train.timestep_sampling = 'auto'; take it out"),
+])
+def test_what_a_family_does_not_have_is_refused(family, section, key, value, said):
+    sections = {"model": {"family": family}}
+    sections[section] = sections.get(section, {}) | {key: value}
+    assert told(**sections) == [(f"{section}.{key}", said)]

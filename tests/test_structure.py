@@ -79,7 +79,7 @@ def light_modules() -> frozenset[str]:
     return frozenset(found)
 
 
-BASE = {"trainer.manifold", "trainer.objective", "trainer.adapters.target"}  # what families stand on
+BASE = {"trainer.manifold", "trainer.objective", "trainer.flow", "trainer.adapters.target"}  # what families stand on
 
 
 def layer(name: str) -> int:

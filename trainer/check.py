@@ -14,7 +14,7 @@ import torch
 
 from trainer import families, speed
 from trainer.adapters import median_size
-from trainer.adapters.target import check_targets, matching
+from trainer.adapters.target import check_targets
 from trainer.adapters.transfer import check_pairs
 from trainer.data.cache import Cache
 from trainer.errors import UserError
@@ -23,7 +23,7 @@ from trainer.material import Material
 from trainer.metrics.features import find_weights
 from trainer.record import clock
 from trainer.schema import Preset
-from trainer.session import LATENT_DTYPE, open_base, pick_device, pick_dtype
+from trainer.session import LATENT_DTYPE, find_targets, open_base, pick_device, pick_dtype
 
 OVERHEAD = 0.4  # GiB that CUDA and its libraries hold beside tensors
 BYTES = {torch.float32: 4, torch.bfloat16: 2, torch.float16: 2}
@@ -126,7 +126,7 @@ def _adapter(preset: Preset, base: Any, report: Report) -> int:
     models = {family.DENOISER: family.load_denoiser(base, torch.device("meta"), torch.float32)}
     if "text_encoder" in chosen.targets:
         models["text_encoder"] = family.load_text_encoder(base, torch.device("meta"), torch.float32)
-    targets = matching(family.adapter_targets(models, chosen.targets), chosen.target_pattern)
+    targets = find_targets(preset, models)
     core = 0 if chosen.method in ("lora", "stiefel") else chosen.rank if chosen.diagonal else chosen.rank**2
     trained = sum(chosen.rank * (target.rows + target.columns) + core + (target.inputs if chosen.dora else 0)
                   for target in targets)

@@ -57,6 +57,7 @@ class Objective:
     prediction_type: Prediction
     scheduler_config: dict[str, Any]
     alphas_cumprod: Tensor  # T, fp32, on the device that trains
+    guidance = "classifier_free"  # how the model is guided when it draws; see `flow.FlowObjective`
 
     @classmethod
     def from_config(cls, scheduler_config: Mapping[str, Any], prediction_type: Prediction) -> Objective:

@@ -129,6 +129,50 @@ def _family_model(sections: Mapping[str, Any]) -> list[Problem]:
             if key not in known and getattr(model, key) != field.default]
 
 
+def _family_adapter(sections: Mapping[str, Any]) -> list[Problem]:
+    """Layers and forms of adapter that a family does not have."""
+    model, adapter = sections.get("model"), sections.get("adapter")
+    if model is None or adapter is None:
+        return []
+    flow = model.family in schema.FLOW_FAMILIES
+    allowed = schema.FLOW_TARGETS if flow else schema.UNET_TARGETS
+    found = [Problem("adapter.targets", f"{group!r} is no group of {model.family}, which has "
+                     + ", ".join(repr(item) for item in allowed))
+             for group in adapter.targets if group not in allowed]
+    if flow and adapter.dora:
+        found.append(Problem("adapter.dora", f"no file format holds it for {model.family}; set it to false"))
+    if not flow and not adapter.fuse_qkv:
+        found.append(Problem("adapter.fuse_qkv", f"has no effect with model.family = {model.family!r}; take it out"))
+    return found
+
+
+def _family_training(sections: Mapping[str, Any]) -> list[Problem]:
+    """Timesteps and loss weights that a family's objective does not know, and sides that its grid does not fit."""
+    model, train = sections.get("model"), sections.get("train")
+    if model is None:
+        return []
+    flow = model.family in schema.FLOW_FAMILIES
+    idle = ["snr_gamma"] if flow else ["timestep_sampling", "timestep_mean", "timestep_scale", "timestep_shift"]
+    found = [Problem(f"train.{key}", f"has no effect with model.family = {model.family!r}; take it out")
+             for key in idle if train is not None and getattr(train, key) != schema.fields("train")[key].default]
+    sides = [("data", "resolution"), ("sample", "width"), ("sample", "height")]
+    found += [Problem(f"{section}.{key}", f"must be a multiple of {schema.FLOW_GRID} for {model.family}, not {side}")
+              for section, key in sides if flow and sections.get(section) is not None
+              and (side := getattr(sections[section], key)) % schema.FLOW_GRID]
+    if flow and train is not None:
+        found += _idle_sampling(train)
+    return found
+
+
+def _idle_sampling(train: Any) -> list[Problem]:  # noqa: ANN401
+    """Settings of the timesteps' distribution that the chosen one does not have."""
+    chosen = train.timestep_sampling
+    idle = [("timestep_mean", train.timestep_mean != 0.0 and chosen != "logit_normal"),
+            ("timestep_scale", train.timestep_scale != 1.0 and chosen == "uniform")]
+    return [Problem(f"train.{key}", f"has no effect with train.timestep_sampling = {chosen!r}; take it out")
+            for key, fault in idle if fault]
+
+
 def _target_pattern(sections: Mapping[str, Any]) -> list[Problem]:
     adapter = sections.get("adapter")
     try:
@@ -139,6 +183,7 @@ def _target_pattern(sections: Mapping[str, Any]) -> list[Problem]:
 
 
 RULES: tuple[Callable[[Mapping[str, Any]], list[Problem]], ...] = (
-    _family_model, _target_pattern, _length_of_training, _method_choices, _dora_methods, _rank_target,
+    _family_model, _family_adapter, _family_training, _target_pattern,
+    _length_of_training, _method_choices, _dora_methods, _rank_target,
     _weights_with_ema, _one_holdout, _no_effect,
 )

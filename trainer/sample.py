@@ -11,6 +11,7 @@ from diffusers import DPMSolverMultistepScheduler, SchedulerMixin
 from PIL import Image
 from torch import Tensor, nn
 
+from trainer.flow import FlowObjective
 from trainer.objective import Objective
 
 
@@ -60,7 +61,7 @@ def sample(
     family: ModuleType,
     denoiser: nn.Module,
     vae: nn.Module,
-    objective: Objective,
+    objective: Objective | FlowObjective,
     *,
     conditioning: Mapping[str, Tensor],
     negative: Mapping[str, Tensor],
@@ -84,13 +85,17 @@ def sample(
     for rows in torch.arange(len(seeds)).split(batch_size):
         prompts = {name: value[rows.to(value.device)].to(device, dtype) for name, value in conditioning.items()}
         away = {name: value.to(device, dtype).expand(len(rows), *value.shape[1:]) for name, value in negative.items()}
-        solver = build_solver(objective, steps, device)
+        solver = (objective.solver(steps, shape, device) if isinstance(objective, FlowObjective)
+                  else build_solver(objective, steps, device))
+        if objective.guidance == "embedded":
+            prompts["guidance"] = torch.full((len(rows),), guidance, device=device)
+        scale = guidance if objective.guidance == "classifier_free" else 1.0
         latents = initial_noise([seeds[row] for row in rows], shape, device) * solver.init_noise_sigma
         for timestep in solver.timesteps:
             if should_stop is not None and should_stop():
                 return
             noisy = solver.scale_model_input(latents, timestep).to(dtype)
-            prediction = guided(partial(family.predict, denoiser), noisy, timestep, prompts, away, guidance)
+            prediction = guided(partial(family.predict, denoiser), noisy, timestep, prompts, away, scale)
             latents = solver.step(prediction, timestep, latents).prev_sample
         for picture in family.decode_latents(vae, latents).cpu().numpy():
             yield Image.fromarray(picture)

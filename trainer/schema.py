@@ -56,18 +56,21 @@ Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 class Model(Section):
-    family: Literal["sd15", "sdxl"] = setting(..., "The kind of base model.")
+    family: Literal["sd15", "sdxl", "flux1", "flux2"] = setting(..., "The kind of base model.")
     base: str = setting(..., "The base model: a diffusers folder, a single .safetensors file, or a hub id.",
                         path=True, min_length=1)
     vae: str = setting("", "Another VAE: folder or .safetensors file. Empty: the base's own.", path=True, advanced=True)
     text_encoder: str = setting("", "Another text encoder: folder or .safetensors file. Empty: the base's own.",
                                 path=True, advanced=True)
-    text_encoder_2: str = setting("", "Another second text encoder (SDXL: CLIP bigG). Empty: the base's own.",
-                                  path=True, advanced=True)
-    tokenizer: str = setting("", "A tokenizer folder. Empty: the base's own, else the CLIP tokenizer that ships.",
+    text_encoder_2: str = setting("", "Another second text encoder (SDXL: CLIP bigG; Flux.1: T5). Empty: the "
+                                  "base's own.", path=True, advanced=True)
+    tokenizer: str = setting("", "A tokenizer folder. Empty: the base's own, else the one that ships (CLIP, Qwen).",
                              path=True, advanced=True)
     tokenizer_2: str = setting("", "A tokenizer folder for the second text encoder. Empty: as above.", path=True,
                                advanced=True)
+    distilled: Literal["auto", "yes", "no"] = setting(
+        "auto", "Flux.2 klein: whether it is the distilled one. auto: read from the base, as far as it says.",
+        advanced=True)
     prediction: Literal["auto", "epsilon", "v_prediction"] = setting(
         "auto", "What the base predicts. auto: read from the base, as far as it says.", advanced=True)
     clip_skip: int = setting(1, "Which of CLIP's last layers feeds the model: 1 the last, 2 the one before. "
@@ -108,8 +111,11 @@ class Adapter(Section):
                          advanced=True)
     retraction: Literal["default", "polar", "exponential", "qr"] = setting(
         "default", "How a factor returns to the manifold. stella: polar or exponential. stiefel: qr.", advanced=True)
-    targets: list[Literal["attention", "feed_forward", "projection", "convolution", "text_encoder", "all"]] = setting(
+    targets: list[Literal["attention", "feed_forward", "projection", "convolution", "single_blocks",
+                          "text_encoder", "all"]] = setting(
         ["attention"], "Which layers get an adapter. all: every group of the denoiser.", min_length=1)
+    fuse_qkv: bool = setting(True, "Flux: one adapter over the stacked rows of q, k and v. false: one for each.",
+                             advanced=True)
     target_pattern: str = setting("", "A regular expression: of these layers only those whose name it finds.",
                                   advanced=True)
     dropout: Fraction = setting(0.0, "Share of an adapter's inputs dropped while training.", advanced=True)
@@ -150,6 +156,14 @@ class Train(Section):
     max_grad_norm: float = setting(1.0, "Gradient clipping; 0 is none.", advanced=True, ge=0.0)
     loss: Literal["mse", "huber"] = setting("mse", "Huber is kinder to outliers.", advanced=True)
     huber_delta: float = setting(0.1, "Where Huber turns from square to straight.", advanced=True, gt=0.0)
+    timestep_sampling: Literal["auto", "uniform", "logit_normal", "sigmoid", "resolution"] = setting(
+        "auto", "Flux: where between picture and noise to train. resolution: logit-normal, moved towards the noise for "
+        "large pictures, as Flux draws them. auto: the family's own.", advanced=True)
+    timestep_mean: float = setting(0.0, "Mean of the normal of logit_normal.", advanced=True, ge=-4.0, le=4.0)
+    timestep_scale: float = setting(1.0, "Width of the normal of sigmoid, logit_normal and resolution.", advanced=True,
+                                    gt=0.0, le=10.0)
+    timestep_shift: float = setting(1.0, "Flux: moves all timesteps towards the noise, as 3 does for SD3; 1 is none.",
+                                    advanced=True, gt=0.0, le=100.0)
     snr_gamma: float = setting(0.0, "Min-SNR weighting; 5 is usual, 0 is none.", advanced=True, ge=0.0)
     offset_noise: float = setting(0.0, "Noise that shifts whole channels; 0.05 helps very dark and bright images.",
                                   advanced=True, ge=0.0, le=1.0)
@@ -263,7 +277,13 @@ METHOD_OPTIMIZERS = {
 FAMILY_MODEL = {
     "sd15": ("vae", "text_encoder", "tokenizer", "prediction", "clip_skip"),
     "sdxl": ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "prediction", "clip_skip"),
+    "flux1": ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"),
+    "flux2": ("vae", "text_encoder", "tokenizer", "distilled"),
 }
+UNET_TARGETS = ("attention", "feed_forward", "projection", "convolution", "text_encoder", "all")
+FLOW_TARGETS = ("attention", "feed_forward", "single_blocks", "all")
+FLOW_FAMILIES = ("flux1", "flux2")
+FLOW_GRID = 16  # pixels of a token: what sides are a multiple of
 
 RESUMABLE = {"sample", "evaluate", "log"}  # sections a resume may change, beside train.steps
 

@@ -17,19 +17,20 @@ from torch import Tensor, nn
 from trainer import adapters, checkpoint, families, optim
 from trainer.adapters import Adapter
 from trainer.adapters.stella import rank_budget
-from trainer.adapters.target import matching
+from trainer.adapters.target import Target, matching
 from trainer.checkpoint import Progress
 from trainer.data.cache import Cache
 from trainer.data.order import Draw, Order
 from trainer.data.store import LatentStore, TextStore
 from trainer.errors import UserError
 from trainer.export import reader
+from trainer.flow import FlowObjective
 from trainer.material import Material, framing, noise_seeds, to_device
 from trainer.metrics.features import find_weights
 from trainer.objective import Objective, per_sample_loss
 from trainer.record import Recorder
 from trainer.run import Run
-from trainer.schema import FAMILY_MODEL, Preset
+from trainer.schema import FAMILY_MODEL, FLOW_FAMILIES, Preset
 
 ENCODE_BATCH = 8  # images or prompts encoded at a time while caching
 LATENT_DTYPE = torch.float32  # noise is added to them at full precision
@@ -57,7 +58,7 @@ class Session:
     held_latents: LatentStore
     texts: TextStore | None
     text_encoder: Any
-    objective: Objective
+    objective: Objective | FlowObjective
     denoiser: nn.Module
     adapter: Adapter
     optimizer: torch.optim.Optimizer  # its state is a flat dict of tensors, restored in place
@@ -160,10 +161,26 @@ def set_up(run: Run, preset: Preset, device: torch.device, workspace: Path, reco
     schedule = optim.build_schedule(preset.train.lr_scheduler, steps, preset.train.warmup_steps)
     session = Session(run, preset, recorder, guard, device, dtype, family, base, cache, material,
                       [material.train_captions(item) for item in latents.items], latents, held, texts, text_encoder,
-                      family.objective(base).to(device), denoiser, adapter, optimizer, schedule, order, steps,
+                      find_objective(preset, base).to(device), denoiser, adapter, optimizer, schedule, order, steps,
                       Progress())
     _resume(session)
     return session
+
+
+def find_targets(preset: Preset, models: dict[str, nn.Module]) -> list[Target]:
+    """The layers that a preset chooses."""
+    family, chosen = families.get(preset.model.family), preset.adapter
+    fuse = {"fuse": chosen.fuse_qkv} if preset.model.family in FLOW_FAMILIES else {}
+    return matching(family.adapter_targets(models, chosen.targets, **fuse), chosen.target_pattern)
+
+
+def find_objective(preset: Preset, base: Any) -> Objective | FlowObjective:
+    """What the base was trained to predict, at the timesteps that the preset chooses."""
+    objective, train = families.get(preset.model.family).objective(base), preset.train
+    if isinstance(objective, FlowObjective):
+        return objective.with_sampling(train.timestep_sampling, train.timestep_mean, train.timestep_scale,
+                                       train.timestep_shift)
+    return objective
 
 
 def build_adapter(preset: Preset, family: ModuleType, denoiser: nn.Module, text_encoder: Any,
@@ -171,7 +188,7 @@ def build_adapter(preset: Preset, family: ModuleType, denoiser: nn.Module, text_
     """The adapter of a preset on its models, installed."""
     chosen = preset.adapter
     models = {family.DENOISER: denoiser} | ({} if text_encoder is None else {"text_encoder": text_encoder})
-    targets = matching(family.adapter_targets(models, chosen.targets), chosen.target_pattern)
+    targets = find_targets(preset, models)
     adapter = adapters.build(targets, method=chosen.method, rank=chosen.rank, init=chosen.init, dora=chosen.dora,
                              retraction=chosen.retraction, dropout=chosen.dropout, seed=preset.train.seed,
                              device=device, ema_decay=preset.train.ema_decay or None, diagonal_s=chosen.diagonal,
@@ -234,9 +251,10 @@ def pick_dtype(preset: Preset, device: torch.device) -> torch.dtype:
 
 
 @contextmanager
-def loaded(load: Callable[..., Any], base: Any, device: torch.device) -> Iterator[Any]:
-    """A part of the base in fp32 on the device, for as long as it is needed; its memory is given back after."""
-    held = [load(base, device, torch.float32)]
+def loaded(load: Callable[..., Any], base: Any, device: torch.device,
+           dtype: torch.dtype = torch.float32) -> Iterator[Any]:
+    """A part of the base on the device, for as long as it is needed; its memory is given back after."""
+    held = [load(base, device, dtype)]
     try:
         yield held[0]
     finally:
@@ -252,7 +270,7 @@ def fill_texts(texts: TextStore, family: ModuleType, base: Any, device: torch.de
     if not texts.missing():
         return
     recorder.phase("loading the text encoder")
-    with loaded(family.load_text_encoder, base, device) as encoder:
+    with loaded(family.load_text_encoder, base, device, family.TEXT_DTYPE) as encoder:
 
         def encode(prompts: list[str]) -> dict[str, Tensor]:
             guard()

@@ -62,7 +62,7 @@ class Adapter:
         """
         if weights == "off":
             for target in self.layout.targets:
-                layer.switch(target.module, None, None, None)
+                layer.switch(target, None, None, None)
             return
         stacks = self.pair_stacks(weights)
         cast = {key: stack.to(dtype) for key, stack in stacks.items()}
@@ -71,7 +71,7 @@ class Adapter:
         if self.magnitude is not None:
             gains = self.magnitude.gains(stacks, ups, self.values(weights))
         for target, down, up, gain in zip(self.layout.targets, downs, ups, gains):
-            layer.switch(target.module, down, up, gain)
+            layer.switch(target, down, up, gain)
 
     def pair_stacks(self, weights: str = "raw") -> Stacks:
         """Stacks `up.<m>` [L, m, r'] and `down.<n>` [L, n, r'] of the exported pair, with the frozen start pair."""

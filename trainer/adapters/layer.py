@@ -53,8 +53,12 @@ def adapted_class(kind: type[nn.Module]) -> type[nn.Module]:
 
 
 def install(target: Target, dropout: float) -> None:
-    """Make the target's module an adapted one; its weights are frozen."""
-    module = target.module
+    """Make the target's modules adapted ones; their weights are frozen."""
+    for module in target.modules:
+        _install(target, module, dropout)
+
+
+def _install(target: Target, module: nn.Module, dropout: float) -> None:
     if "forward" in vars(module):
         raise RuntimeError(f"{target.name}: its forward is patched on the instance; install adapters before such hooks")
     if isinstance(module, AdaptedLayer):
@@ -65,16 +69,19 @@ def install(target: Target, dropout: float) -> None:
 
 
 def remove(target: Target) -> None:
-    """Give the target's module its own class back."""
-    module = target.module
-    for name in ("adapter_down", "adapter_up", "adapter_gain", "adapter_dropout", "adapter_convolution"):
-        vars(module).pop(name, None)
-    module.__class__ = type(module).base_kind
+    """Give the target's modules their own classes back."""
+    for module in target.modules:
+        for name in ("adapter_down", "adapter_up", "adapter_gain", "adapter_dropout", "adapter_convolution"):
+            vars(module).pop(name, None)
+        module.__class__ = type(module).base_kind
 
 
-def switch(module: nn.Module, down: Tensor | None, up: Tensor | None, gain: Tensor | None) -> None:
-    """Hand a layer its slices, or None for the base model."""
-    module.adapter_down, module.adapter_up, module.adapter_gain = down, up, gain
+def switch(target: Target, down: Tensor | None, up: Tensor | None, gain: Tensor | None) -> None:
+    """Hand a layer its slices, or None for the base model; stacked layers share `down` and have their rows of `up`."""
+    stacked = target.parts and up is not None
+    ups = up.split([part.out_features for part in target.parts]) if stacked else [up] * len(target.modules)
+    for module, rows in zip(target.modules, ups):
+        module.adapter_down, module.adapter_up, module.adapter_gain = down, rows, gain
 
 
 def readable(module: nn.Module) -> bool:
@@ -84,6 +91,9 @@ def readable(module: nn.Module) -> bool:
 
 def transposed_product(target: Target, up: Tensor) -> Tensor:
     """W^T up: [m, r] -> [n, r]; a layer whose W cannot be read gives it as its input gradient."""
+    if target.parts:
+        rows = up.split([part.out_features for part in target.parts])
+        return sum(transposed_product(target.part(part), piece) for part, piece in zip(target.parts, rows))
     module = target.module
     if readable(module):
         weight = module.weight.detach().flatten(1)
@@ -96,6 +106,8 @@ def transposed_product(target: Target, up: Tensor) -> Tensor:
 
 def base_matrix(target: Target) -> Tensor:
     """W as [m, n], in fp32 or better."""
+    if target.parts:
+        return torch.cat([base_matrix(target.part(part)) for part in target.parts])
     module = target.module
     if not readable(module):
         return transposed_product(target, torch.eye(target.rows, device=module.weight.device)).t()

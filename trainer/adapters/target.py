@@ -25,6 +25,10 @@ class Target:
         """The layers whose rows, one below the other, the adapter changes."""
         return self.parts or (self.module,)
 
+    def part(self, module: nn.Module) -> Target:
+        """One of the stacked layers by itself."""
+        return Target(self.name, module, self.group)
+
     @property
     def convolution(self) -> bool:
         return hasattr(self.module, "kernel_size")

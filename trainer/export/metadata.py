@@ -31,8 +31,10 @@ class Base:
 BASES = {
     "sd15": Base("sd_v1", "stable-diffusion-v1/lora", "diffusers"),
     "sdxl": Base("sdxl_base_v1-0", "stable-diffusion-xl-v1-base/lora", "diffusers"),
+    "flux1": Base("flux1", "flux-1-dev/lora", "https://github.com/black-forest-labs/flux"),
+    "flux2": Base("flux2", "Flux.2/lora", "https://github.com/black-forest-labs/flux2"),
 }
-PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}
+PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v", "flow": "flow"}
 
 
 @dataclass(frozen=True)

@@ -92,6 +92,31 @@ def _kohya(component: str, prefix: str, paths: list[str]) -> list[Row]:
     return [(f"{component}.{path}", f"{prefix}_{path}".replace(".", "_")) for path in paths]
 
 
+def _flux(generation: int) -> list[str]:
+    """Every Linear of diffusers' Flux (1) or Flux2 (2) transformer."""
+    double, single = "transformer_blocks.#", "single_transformer_blocks.#"
+    projections = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+    paths = [f"{double}.attn.{part}" for part in projections]
+    inner = {1: ("net.0.proj", "net.2"), 2: ("linear_in", "linear_out")}[generation]
+    paths += [f"{double}.{ff}.{part}" for ff in ("ff", "ff_context") for part in inner]
+    embed = {1: "time_text_embed", 2: "time_guidance_embed"}[generation]
+    embedders = ("timestep", "guidance", "text")[: 4 - generation]
+    paths += [f"{embed}.{name}_embedder.linear_{i}" for name in embedders for i in (1, 2)]
+    paths += ["x_embedder", "context_embedder", "proj_out", "norm_out.linear"]
+    if generation == 1:
+        paths += [f"{double}.norm1.linear", f"{double}.norm1_context.linear", f"{single}.norm.linear"]
+        return paths + [f"{single}.{part}" for part in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp", "proj_out")]
+    paths += ["double_stream_modulation_img.linear", "double_stream_modulation_txt.linear",
+              "single_stream_modulation.linear"]
+    return paths + [f"{single}.attn.to_qkv_mlp_proj", f"{single}.attn.to_out"]
+
+
+def _peft(generation: int) -> Format:
+    """F1: diffusers' own names, with the scale folded."""
+    rows = tuple((f"transformer.{path}",) * 2 for path in _flux(generation))
+    return Format("F1", rows, down=".lora_A.weight", up=".lora_B.weight", alpha=None, dora=None, dtype="bf16")
+
+
 FORMATS: dict[str, Format] = {
     "sd15": Format(
         "U1", tuple(_kohya("unet", "lora_unet", _unet()) + _kohya("text_encoder", "lora_te", _clip())),
@@ -100,6 +125,8 @@ FORMATS: dict[str, Format] = {
         "U2", tuple(_sdxl_unet() + _kohya("text_encoder", "lora_te1", _clip())
                     + _kohya("text_encoder_2", "lora_te2", _clip())),
         down=".lora_down.weight", up=".lora_up.weight", alpha=".alpha", dora=".dora_scale", dtype="fp16"),
+    "flux1": _peft(1),
+    "flux2": _peft(2),
 }
 
 

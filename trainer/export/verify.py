@@ -13,7 +13,7 @@ from torch import Tensor
 
 from trainer.errors import UserError
 from trainer.export import names
-from trainer.export.writer import Pair
+from trainer.export.stacked import Pair, apart
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def compare(path: Path, pairs: Iterable[Pair], *, family: str) -> Comparison:
 def _compare(file: safe_open, pairs: Iterable[Pair], family: str) -> Comparison:
     stored, unmatched = _index(file, family)
     worst, zero = 0.0, []
-    for name, up, down, magnitude in pairs:
+    for name, up, down, magnitude in apart(pairs):
         key = names.key_of(name, family)
         if key is None or key not in stored:
             unmatched.append(name)

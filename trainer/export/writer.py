@@ -19,8 +19,8 @@ from torch.nn import functional as F
 
 from trainer.errors import UserError
 from trainer.export import names
+from trainer.export.stacked import Pair, apart
 
-Pair = tuple[str, Tensor, Tensor, Tensor | None]  # name, up, down, magnitude
 Parts = tuple[Tensor, Tensor, Tensor | None]
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -110,7 +110,7 @@ def _collect(pairs: Iterable[Pair], family: str, dtype: torch.dtype,
     """Modules by their key, cast and on the CPU; beside them the names that the family's map lacks."""
     modules: dict[str, Parts] = {}
     unmatched: list[str] = []
-    for name, up, down, magnitude in pairs:
+    for name, up, down, magnitude in apart(pairs):
         key = names.key_of(name, family)
         if key is None:
             unmatched.append(name)

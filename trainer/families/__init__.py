@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from types import ModuleType
 
-_MODULES = {name: f"trainer.families.{name}" for name in ("sd15", "sdxl")}
+_MODULES = {name: f"trainer.families.{name}" for name in ("sd15", "sdxl", "flux1", "flux2")}
 
 
 def get(name: str) -> ModuleType:

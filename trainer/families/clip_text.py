@@ -33,7 +33,7 @@ _OWN_NAMES = ("embeddings.", "encoder.", "final_layer_norm.", "text_projection."
 PREFIXES = ("cond_stage_model.transformer.", "text_encoders.clip_l.transformer.", "clip_l.transformer.")
 
 
-def _printable_bytes() -> list[str]:
+def printable_bytes() -> list[str]:
     """The characters that stand for the 256 bytes in byte-level BPE, in the order of OpenAI's vocabulary."""
     plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     return [chr(byte) for byte in plain] + [chr(256 + i) for i in range(256 - len(plain))]
@@ -43,7 +43,7 @@ def _printable_bytes() -> list[str]:
 def _bundled_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
     lines = gzip.decompress(_MERGES.read_bytes()).decode().splitlines()
     merges = [tuple(line.split()) for line in lines]
-    letters = _printable_bytes()
+    letters = printable_bytes()
     tokens = [
         *letters,
         *(letter + "</w>" for letter in letters),

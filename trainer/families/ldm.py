@@ -32,7 +32,9 @@ def convert_vae(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A VAE's tensors by diffusers' names, from LDM names without prefix."""
     levels = count_numbered(tensors, r"encoder\.down\.(\d+)\.")
     config = {"down_block_types": [""] * levels, "up_block_types": [""] * levels}
-    return convert_ldm_vae_checkpoint({VAE_PREFIX + name: tensor for name, tensor in tensors.items()}, config)
+    converted = convert_ldm_vae_checkpoint({VAE_PREFIX + name: tensor for name, tensor in tensors.items()}, config)
+    statistics = {name: tensor for name, tensor in tensors.items() if name.startswith("bn.")}  # of Flux.2's latents
+    return converted | statistics
 
 
 def mend_vae(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -101,4 +103,6 @@ def vae_config(tensors: Mapping[str, TensorInfo], layout: str, template: Mapping
         "up_block_types": ["UpDecoderBlock2D"] * len(levels),
         "layers_per_block": count_numbered(names, r"encoder\.down_blocks\.0\.resnets\.(\d+)\."),
         "latent_channels": names["decoder.conv_in.weight"].shape[1],
+        "use_quant_conv": "quant_conv.weight" in names,
+        "use_post_quant_conv": "post_quant_conv.weight" in names,
     }

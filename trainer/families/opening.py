@@ -77,7 +77,7 @@ def vae_part(file: Path, tensors: Mapping[str, TensorInfo], template: Mapping[st
     names = {
         name: info
         for name, info in tensors.items()
-        if name.startswith(("encoder.", "decoder.", "quant_conv.", "post_quant_conv."))
+        if name.startswith(("encoder.", "decoder.", "quant_conv.", "post_quant_conv.", "bn."))
     }
     try:
         return Part(file, vae_config(names, layout, template), names, layout)

@@ -19,6 +19,7 @@ from trainer.families.opening import unet_part, vae_part
 from trainer.families.tensors import Header, Part, without_prefix
 from trainer.families.unet import DENOISER as DENOISER
 from trainer.families.unet import EXPORT_DTYPE as EXPORT_DTYPE
+from trainer.families.unet import TEXT_DTYPE as TEXT_DTYPE
 from trainer.families.unet import bucket_step as bucket_step
 from trainer.families.unet import decode_latents as decode_latents
 from trainer.families.unet import encode_images as encode_images

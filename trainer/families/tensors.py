@@ -182,11 +182,21 @@ def fill(
                 f"{source}: {name} has the shape {tuple(weights[name].shape)} instead of "
                 f"{tuple(tensor.shape)}: it is not of this kind of model"
             )
-    state = {name: _moved(weights[name], device, dtype) for name in expected}
+    state = {name: _moved(weights[name], device, dtype, _scale(weights, name)) for name in expected}
     module.load_state_dict(state, assign=True)
     module.to(device)  # buffers that are not stored
     return module.requires_grad_(False).eval()
 
 
-def _moved(tensor: Tensor, device: torch.device | str, dtype: torch.dtype) -> Tensor:
+def _scale(weights: Mapping[str, Tensor], name: str) -> Tensor | None:
+    """The scale of an fp8 weight, as ComfyUI keeps it beside: `scale_weight` or `weight_scale`."""
+    module = name.removesuffix("weight")
+    return next((weights[key] for key in (f"{module}scale_weight", f"{name}_scale") if key in weights), None)
+
+
+def _moved(tensor: Tensor, device: torch.device | str, dtype: torch.dtype, scale: Tensor | None) -> Tensor:
+    if scale is not None:
+        scale = scale.to(device, torch.float32)
+        scale = scale if scale.ndim == 0 or scale.ndim == tensor.ndim else scale.view(-1, *[1] * (tensor.ndim - 1))
+        return (tensor.to(device, torch.float32) * scale).to(dtype)
     return tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype, copy=True)

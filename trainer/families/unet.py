@@ -29,6 +29,8 @@ LATENT_CHANNELS = 4
 EXPORT_DTYPE = "fp16"
 DENOISER = "unet"  # its name among the base's parts, and at the beginning of its layers' names
 
+TEXT_DTYPE = torch.float32  # of text encoders while captions are encoded: they are small
+
 _UNET_LAYERS = {  # end of a module's path: group in adapter.targets
     re.compile(r".*\.(attn[12])\.to_(?:q|k|v|out\.0)"): "attention",
     re.compile(r".*\.(ff)\.net\.(?:0\.proj|2)"): "feed_forward",
