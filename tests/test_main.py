@@ -35,7 +35,7 @@ def test_a_preset_with_only_what_it_must_have_trains(tiny_project, tmp_path, tra
         "[train]\nsteps = 2\n", "utf-8")
     outcome = trainer("--preset", tmp_path / "least.toml", "--workspace", tmp_path)
     run = Run(tmp_path / "runs" / "least")
-    assert outcome == (0, "", "") and run.state().word == "done" and run.result.is_file()
+    assert outcome.code == 0 and run.state().word == "done" and run.result.is_file()
     assert "failed" not in run.log.read_text("utf-8")
 
 
@@ -49,9 +49,9 @@ def test_a_preset_of_the_workspace_is_found_by_its_name_and_set_changes_it(tiny_
     assert (stored.adapter.rank, stored.adapter.method, stored.train.optimizer) == (2, "stella", "adamw")
 
 
-def test_what_is_printed_goes_to_the_log_and_a_shell_stays_quiet(tiny_project, tmp_path, trainer) -> None:
+def test_what_is_printed_goes_to_the_log_and_a_pipe_gets_one_line(tiny_project, tmp_path, trainer) -> None:
     outcome = trainer("--preset", tiny_project, "--workspace", tmp_path, *SHORT)
-    assert outcome == (0, "", "")
+    assert outcome == (0, "", f"done at step 2: {tmp_path / 'runs' / 'tiny'}\n")
     log = Run(tmp_path / "runs" / "tiny").log.read_text("utf-8")
     line = r"step 2/2  loss \d\.\d{4}  \d+\.\d\d s/it  ETA 0 s  \d\.\d GiB"
     assert re.search(rf"caching latents\n(.*\n)*{line}\n(.*\n)*done at step 2", log)

@@ -271,6 +271,7 @@ def step_saved(run: Run, step: int) -> Path:
 RESUMES = {
     "a changed method": (
         ["--set=adapter.method=stella"], r"a resume may change only train\.steps.* not adapter\.method"),
+    "another share held out": (["--set=evaluate.folder=", "--set=evaluate.holdout=0.3"], r"not evaluate\.holdout;"),
     "changed images": (["--set=data.folder=/nowhere"], r"not data\.folder; start a new run"),
     "fewer steps than made": (["--set=train.steps=2"], r"train\.steps=2: this run is already at step 3; give as many"),
     "a new name": (["--name=dog"], r"--name goes with --preset; a resumed run keeps its name"),

@@ -112,6 +112,8 @@ def _train(run: Run, preset: Preset, workspace: Path) -> int:
             from trainer.loop import run_training  # late: torch takes seconds, and a faulty preset none
 
             run_training(run, preset, workspace, stderr if stderr.isatty() else None)
+            if not stderr.isatty():  # the progress went to the log
+                print(f"{run.state().text}: {run.path}", file=stderr, flush=True)
         except UserError as error:
             print(error, file=stderr, flush=True)
             with suppress(OSError):  # the disk may be full

@@ -13,9 +13,9 @@ from typing import TextIO
 
 import torch
 
-from trainer import evaluation, gpu, optim, speed, tend
+from trainer import evaluation, gpu, housekeeping, optim, speed
 from trainer.control import Requests, Stopped
-from trainer.data.order import stream
+from trainer.data.order import share, stream
 from trainer.errors import UserError
 from trainer.faults import Diverged, as_user_error, describe, diverged
 from trainer.publish import publish
@@ -55,7 +55,8 @@ def _run(run: Run, preset: Preset, workspace: Path, terminal: TextIO | None) -> 
             with gpu.turn(workspace, device, lambda: _wait(recorder, requests)):
                 session = set_up(run, preset, device, workspace, recorder, requests.guard)
                 reason = train(session, requests)
-            recorder.event("end", step=session.progress.step, reason=reason)
+            recorder.event("end", step=session.progress.step, reason=reason,
+                           trained_sec=round(session.progress.seconds, 1))
             recorder.say(f"{reason} at step {session.progress.step}: {run.result}")
         except Stopped:
             recorder.event("end", step=session.progress.step if session else run.last_step(), reason="stopped")
@@ -73,7 +74,7 @@ def train(session: Session, requests: Requests) -> str:
     update = Update(session.adapter, session.optimizer, preset.train.max_grad_norm)
     readback = Readback(session.recorder, session.steps, session.device, preset.log.every)
     saved_at = time.monotonic()
-    tend.before(session)
+    housekeeping.before(session)
     readback.restart_clock()
     while progress.step < session.steps and not requests.stop_asked():
         started = time.perf_counter()
@@ -83,9 +84,9 @@ def train(session: Session, requests: Requests) -> str:
 
         loss = torch.zeros((), device=session.device)
         draws = session.order.batch(progress.step)
-        for start in range(0, len(draws), preset.train.batch_size):  # equal micro-batches: their means can be averaged
+        for number in range(preset.train.grad_accum):  # equal micro-batches: their means can be averaged
             session.use("raw")
-            micro = session.loss(draws[start : start + preset.train.batch_size]) / preset.train.grad_accum
+            micro = session.loss(share(draws, 0, 1, number, preset.train.grad_accum)) / preset.train.grad_accum
             session.backward(micro)
             loss += micro.detach()
 
@@ -97,19 +98,19 @@ def train(session: Session, requests: Requests) -> str:
         progress.seconds += time.perf_counter() - started
 
         readback.push(progress.step, loss, grad_norm, session.adapter.skip, lr)
-        tend.collect_rank(session, wait=False)
+        housekeeping.collect_rank(session, wait=False)
         if readback.bad_in_row >= MAX_BAD_STEPS:
             raise diverged(progress.step, session.run.last_step(), session.dtype, MAX_BAD_STEPS)
-        due = tend.due_after(session, time.monotonic() - saved_at, requests)
+        due = housekeeping.due_after(session, time.monotonic() - saved_at, requests)
         if due:
             readback.drain()
             with suppress(Stopped):  # asked for while measuring or drawing: the step itself is whole, and is kept
-                tend.tend(session, due, requests)
+                housekeeping.keep_house(session, due, requests)
             saved_at = time.monotonic() if "save" in due else saved_at
             readback.restart_clock()
     readback.drain()
     reason = _finish(session)
-    tend.attempt(session, "noting down the speed", lambda: speed.remember(session))
+    housekeeping.attempt(session, "noting down the speed", lambda: speed.remember(session))
     return reason
 
 
@@ -121,20 +122,20 @@ def _wait(recorder: Recorder, requests: Requests) -> None:
 def _finish(session: Session) -> str:
     """Leave a checkpoint, the last pictures and distances, and the file to use."""
     run, progress = session.run, session.progress
-    tend.collect_rank(session)
+    housekeeping.collect_rank(session)
     done = progress.step >= session.steps
-    if not run.checkpoint(progress.step).exists() and progress.step and not tend.save(session):
+    if not run.checkpoint(progress.step).exists() and progress.step and not housekeeping.save(session):
         raise UserError(f"{run.path}: the last checkpoint could not be written ({run.log} says why); free some "
                         "space, then resume")
     if progress.step:
         publish(session, run.result)
     if done:
-        told = tend.told(session)
+        told = housekeeping.told(session)
         if "sample" not in told:
-            tend.attempt(session, "drawing samples",
+            housekeeping.attempt(session, "drawing samples",
                  lambda: evaluation.draw_samples(session, progress.step, session.shown_weights))
         if "distance" not in told:
-            tend.attempt(session, "measuring KID and FID", lambda: evaluation.measure_distance(session, progress.step))
+            housekeeping.attempt(session, "measuring KID and FID", lambda: evaluation.measure_distance(session, progress.step))
     return "done" if done else "stopped"
 
 
@@ -143,7 +144,7 @@ def _rescue(run: Run, session: Session | None, recorder: Recorder, error: BaseEx
     try:
         if (session is not None and session.whole and not isinstance(error, Diverged)
                 and session.progress.step > run.last_step()):
-            tend.save(session)
+            housekeeping.save(session)
         step = session.progress.step if session else run.last_step()
         recorder.event("end", step=step, reason="error", error=describe(error))
     except Exception:  # the first fault is the one to tell

@@ -22,6 +22,7 @@ from trainer.schema import Preset, Problem
 Sections = dict[str, dict[str, Any]]
 SHIPPED = Path(__file__).resolve().parent.parent / "presets"
 LENGTH = {("train", "steps"), ("train", "epochs")}
+HOLDOUT = ("evaluate", "holdout")  # it takes images out of training: not for a resume to change
 ALPHA_REASON = ("the scale alpha/rank would change what the learning rate means, and both manifold methods "
                 "need scale 1")
 TYPES = {"int": "a whole number", "float": "a number", "bool": "true or false", "string": "a text in quotes",
@@ -180,10 +181,9 @@ def check_resume(before: Preset, after: Preset) -> None:
     changed = []
     for name in schema.SECTIONS:
         old, new = getattr(before, name), getattr(after, name)
-        if name in schema.RESUMABLE:
-            continue
         changed += [f"{name}.{key}" for key in type(old).model_fields
-                    if getattr(old, key) != getattr(new, key) and (name, key) not in LENGTH]
+                    if getattr(old, key) != getattr(new, key) and (name, key) not in LENGTH
+                    and (name not in schema.RESUMABLE or (name, key) == HOLDOUT)]
     if changed:
         raise UserError(f"a resume may change only train.steps, sample, evaluate and log, not {', '.join(changed)}; "
                         "start a new run with the changed preset instead")

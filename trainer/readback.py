@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections import deque
 from dataclasses import dataclass
@@ -32,7 +31,6 @@ class Readback:
     def __init__(self, recorder: Recorder, steps: int, device: torch.device, every: int) -> None:
         self.recorder, self.steps, self.device, self.every = recorder, steps, device, every
         self.bad_in_row = 0  # non-finite steps, as far as is known
-        self.last_loss = math.nan
         self._pending: deque[_Pending] = deque()
         self._began = time.perf_counter()
         self._process = psutil.Process()
@@ -66,7 +64,6 @@ class Readback:
                 item.arrived.synchronize()
             loss, grad_norm, skipped = item.numbers.tolist()
             self.bad_in_row = self.bad_in_row + 1 if skipped else 0
-            self.last_loss = loss
             if skipped:
                 self.recorder.note(item.step, f"step {item.step} was skipped: the loss or its gradient was not finite")
             if item.wanted:

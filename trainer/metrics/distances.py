@@ -9,8 +9,8 @@ from trainer.errors import UserError
 from trainer.metrics.features import Extractor
 
 # torchmetrics' FrechetInceptionDistance and KernelInceptionDistance give the same numbers (the tests hold it)
-# but take eigenvalues of d×d matrices (seconds for d = 2048) and offer neither an interval nor a floor; hence
-# the forms below, which for n pictures work on n×n.
+# but take eigenvalues of d×d matrices (seconds for d = 2048), take sets of one size, and offer neither an interval
+# nor a floor; hence the forms below, which for n pictures work on n×n.
 SMALLEST = 3  # a jackknife leaves one out, and the variance of what is left needs two
 FLOOR_SPLITS = 8
 Z_95 = 1.96

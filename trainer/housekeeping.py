@@ -71,7 +71,7 @@ def due_after(session: Session, since_save: float, requests: Requests) -> set[st
     return due | {f"asked {name}" for name in ("save", "sample", "pause") if run.asked(name)}
 
 
-def tend(session: Session, due: set[str], requests: Requests) -> None:
+def keep_house(session: Session, due: set[str], requests: Requests) -> None:
     """Between two steps: measure, save, draw."""
     step, run = session.progress.step, session.run
     _measure(session, due)

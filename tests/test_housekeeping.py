@@ -15,7 +15,7 @@ import pytest
 from tests import projects
 from trainer import preset as presets
 from trainer import run as runs
-from trainer import tend
+from trainer import housekeeping
 from trainer.events import Event, EventReader
 from trainer.loop import run_training
 from trainer.run import Run
@@ -45,7 +45,7 @@ def test_the_best_of_the_saved_stays_whatever_was_measured_in_between(session) -
     for step in (1, 3, 4, 5):
         session.progress.step = step
         session.progress.validation = {str(at): loss for at, loss in losses.items() if at <= step}
-        assert tend.save(session)
+        assert housekeeping.save(session)
     assert session.run.checkpoint_steps() == [4, 5]
     assert sorted(path.name for path in session.run.exports.iterdir()) == [
         "run-000004.safetensors", "run-000005.safetensors"]
@@ -53,11 +53,11 @@ def test_the_best_of_the_saved_stays_whatever_was_measured_in_between(session) -
 
 def test_a_disk_that_is_nearly_full_is_told_and_nothing_is_written(session, monkeypatch) -> None:
     session.progress.step = 1
-    assert tend.save(session)
+    assert housekeeping.save(session)
     full = shutil.disk_usage(session.run.path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
     session.progress.step = 2
-    assert not tend.save(session)
+    assert not housekeeping.save(session)
     assert session.run.checkpoint_steps() == [1]
     assert events(session.run, "note")[-1]["text"].startswith("no checkpoint at step 2: the disk of")
 
@@ -66,8 +66,8 @@ def test_a_measure_that_fails_is_a_note(tiny_project, tmp_path, monkeypatch) -> 
     def fail(*_arguments: object) -> None:
         raise RuntimeError("no number today")
 
-    monkeypatch.setattr(tend.evaluation, "validate", fail)
-    monkeypatch.setattr(tend.effective_rank, "summarize", fail)
+    monkeypatch.setattr(housekeeping.evaluation, "validate", fail)
+    monkeypatch.setattr(housekeeping.effective_rank, "summarize", fail)
     run = trained(tiny_project, tmp_path, "train.steps=1")
     assert run.state().word == "done"
     told = {note["text"].split(" failed")[0] for note in events(run, "note")}
