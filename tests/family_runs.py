@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -50,10 +51,11 @@ def assert_resume_is_exact(run: Run) -> None:
 
 
 def assert_diffusers_has_our_weights(run: Run, preset_file: Path, base: Path, component: str, *overrides: str,
-                                     layers: int) -> DiffusionPipeline:
+                                     layers: int, without: Sequence[str] = ()) -> DiffusionPipeline:
     """The run's file, loaded and fused by the base's own pipeline, changes every trained layer exactly as trained."""
     session = projects.session(preset_file, run.path.parent.parent, *SMALL, *overrides, name=run.name)
-    pipe = DiffusionPipeline.from_pretrained(base, torch_dtype=torch.float32, local_files_only=True)
+    pipe = DiffusionPipeline.from_pretrained(base, torch_dtype=torch.float32, local_files_only=True,
+                                             **{name: None for name in without})
     pipe.set_progress_bar_config(disable=True)
     model = getattr(pipe, component)
     before = {path: weight.clone() for path, weight in model.state_dict().items()}

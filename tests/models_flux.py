@@ -19,6 +19,8 @@ from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
 from transformers import (
     CLIPTextModel,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
     Qwen2Tokenizer,
     Qwen3Config,
     Qwen3ForCausalLM,
@@ -111,6 +113,29 @@ def klein_folder(path: Path, distilled: bool | None = False) -> Path:
         "text_encoder": ["transformers", "Qwen3ForCausalLM"], "tokenizer": ["transformers", "Qwen2Tokenizer"],
         "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
     } | ({} if distilled is None else {"is_distilled": distilled})))
+    return path
+
+
+def dev_folder(path: Path) -> Path:
+    """A diffusers folder of the tiny Flux.2 dev: guidance embedded, Mistral inside a model that also sees."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        flux2_transformer(path, 48, guidance=True)
+        flux2_vae(path)
+        sizes = dict(hidden_size=16, intermediate_size=32, num_attention_heads=2, head_dim=8)
+        text = dict(sizes, model_type="mistral", vocab_size=264, num_hidden_layers=31, num_key_value_heads=1)
+        vision = dict(sizes, model_type="pixtral", num_hidden_layers=1, image_size=32, patch_size=16)
+        Mistral3ForConditionalGeneration(Mistral3Config(text_config=text, vision_config=vision, image_token_index=10)
+                                         ).save_pretrained(path / "text_encoder")
+    tokenizer = qwen_tokenizer()
+    tokenizer.chat_template = ("{% for message in messages %}[{{ message.role }}]{% for part in message.content %}"
+                               "{{ part.text }}{% endfor %}{% endfor %}")
+    tokenizer.save_pretrained(path / "tokenizer")
+    (path / "model_index.json").write_text(json.dumps({
+        "_class_name": "Flux2Pipeline", "_diffusers_version": "0.42.1",
+        "transformer": ["diffusers", "Flux2Transformer2DModel"], "vae": ["diffusers", "AutoencoderKLFlux2"],
+        "text_encoder": ["transformers", "Mistral3ForConditionalGeneration"], "tokenizer": [None, None],
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"]}))
     return path
 
 

@@ -10,7 +10,7 @@ from diffusers import Flux2Transformer2DModel, FluxTransformer2DModel
 from safetensors.torch import load_file
 
 from trainer.export import names, verify, writer
-from trainer.export.stacked import apart
+from trainer.export.stacked import apart, together
 from trainer.families import flux1, flux2
 
 GOLDEN = Path(__file__).parent / "golden" / "comfyui_keys.json.gz"
@@ -45,6 +45,24 @@ def test_a_written_file_has_folded_pairs_at_the_same_rank_and_reads_back(tmp_pat
     assert comparison.unmatched == [] and comparison.worst_rel_error < 1e-6
     other = [(name, up + 1, down, None) for name, up, down, _ in pairs]
     assert verify.compare(tmp_path / "a.safetensors", other, family="flux1").worst_rel_error > 0.1
+
+
+def test_a_file_comes_together_as_it_came_apart():
+    name, up, down, _ = pair(f"{BLOCK}.attn.to_qkv_mlp", 56)
+    other = pair(f"{BLOCK}.proj_out", 8, 40)
+    modules = {part: tuple(rest) for part, *rest in apart([(name, up, down, None), other])}
+    found = together(modules, {name: [8, 8, 8, 32], f"{BLOCK}.attn.to_qkv": [8, 8, 8]})
+    assert found.keys() == {name, other[0]}
+    assert torch.equal(found[name][0], up) and torch.equal(found[name][1], down)
+
+
+def test_parts_of_their_own_ranks_come_together_with_the_same_change():
+    name, parts = f"{BLOCK}.attn.to_qkv", ("to_q", "to_v")
+    modules = {f"{BLOCK}.attn.{part}": pair("", 8)[1:] for part in parts}
+    (up, down, _), = together(modules, {name: [8, 8, 8]}).values()
+    q, v = (modules[f"{BLOCK}.attn.{part}"] for part in parts)
+    torch.testing.assert_close(up @ down, torch.cat([q[0] @ q[1], torch.zeros(8, 8), v[0] @ v[1]]))
+    assert up.shape == (24, 4)
 
 
 KLEIN = {"guidance_embeds": False}

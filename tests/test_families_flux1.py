@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
 from safetensors.torch import load_file, save_file
 from transformers import T5Config, T5EncoderModel
 
-from tests import family_runs, models_flux
+from tests import family_runs, models_flux, projects
 from trainer import sample
 from trainer.errors import UserError
 from trainer.families import flux1, transformer
@@ -161,4 +161,11 @@ def test_a_run_trains_resumes_exactly_samples_and_fits_diffusers(preset, workspa
     run = family_runs.train(preset, workspace, method, *overrides)
     family_runs.assert_finished(run)
     family_runs.assert_resume_is_exact(run)
+    if method == "stella":
+        start = projects.session(preset, workspace, *family_runs.SMALL, *overrides,
+                                 f"adapter.start_from={run.result.as_posix()}", name="continued").adapter
+        trained = projects.session(preset, workspace, *family_runs.SMALL, *overrides, name=run.name).adapter
+        for target in start.layout.targets:
+            torch.testing.assert_close(start.delta(target.name), trained.delta(target.name, "ema"), atol=1e-5,
+                                       rtol=1e-3)
     family_runs.assert_diffusers_has_our_weights(run, preset, folder, "transformer", *overrides, layers=34)

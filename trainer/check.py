@@ -14,11 +14,12 @@ import torch
 
 from trainer import families, speed
 from trainer.adapters import median_size
-from trainer.adapters.target import check_targets
+from trainer.adapters.target import check_targets, part_rows
 from trainer.adapters.transfer import check_pairs
 from trainer.data.cache import Cache
 from trainer.errors import UserError
 from trainer.export import reader
+from trainer.export.stacked import together
 from trainer.material import Material
 from trainer.metrics.features import find_weights
 from trainer.record import clock
@@ -136,7 +137,7 @@ def _adapter(preset: Preset, base: Any, report: Report) -> int:
         d = chosen.scale_dim or median_size(targets)
         report.facts["gradient scaling"] = f"d = {d:g}, lr·√d = {preset.train.lr * d**0.5:.3g}"
     if chosen.start_from:
-        pairs = reader.read(Path(chosen.start_from), family=preset.model.family)
+        pairs = together(reader.read(Path(chosen.start_from), family=preset.model.family), part_rows(targets))
         check_pairs(targets, chosen.dora, pairs)
         report.facts["continues"] = f"{chosen.start_from}, {len(pairs)} layers"
     return trained

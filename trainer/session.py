@@ -17,13 +17,14 @@ from torch import Tensor, nn
 from trainer import adapters, checkpoint, families, optim
 from trainer.adapters import Adapter
 from trainer.adapters.stella import rank_budget
-from trainer.adapters.target import Target, matching
+from trainer.adapters.target import Target, matching, part_rows
 from trainer.checkpoint import Progress
 from trainer.data.cache import Cache
 from trainer.data.order import Draw, Order
 from trainer.data.store import LatentStore, TextStore
 from trainer.errors import UserError
 from trainer.export import reader
+from trainer.export.stacked import together
 from trainer.flow import FlowObjective
 from trainer.material import Material, framing, noise_seeds, to_device
 from trainer.metrics.features import find_weights
@@ -154,7 +155,8 @@ def set_up(run: Run, preset: Preset, device: torch.device, workspace: Path, reco
     family.set_gradient_checkpointing(denoiser, preset.memory.gradient_checkpointing)
     adapter = build_adapter(preset, family, denoiser, text_encoder, device)
     if preset.adapter.start_from and run.last_step() == 0:
-        pairs = reader.read(Path(preset.adapter.start_from), family=preset.model.family)
+        pairs = together(reader.read(Path(preset.adapter.start_from), family=preset.model.family),
+                         part_rows(adapter.layout.targets))
         adapter.load_pairs(pairs)
         recorder.note(0, f"continues {preset.adapter.start_from}: {describe_start(pairs, adapter)}")
     optimizer = build_optimizer(preset, adapter)

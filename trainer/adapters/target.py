@@ -55,6 +55,11 @@ def matching(targets: Sequence[Target], pattern: str) -> list[Target]:
     return [target for target in targets if re.search(pattern, target.name)]
 
 
+def part_rows(targets: Sequence[Target]) -> dict[str, list[int]]:
+    """Rows of each target's stacked parts, by its name; none for those that are one layer."""
+    return {target.name: [part.out_features for part in target.parts] for target in targets if target.parts}
+
+
 def check_targets(targets: Sequence[Target], rank: int) -> None:
     """Raise UserError unless every layer takes an adapter of this rank."""
     if not targets:

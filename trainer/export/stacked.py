@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 Pair = tuple[str, Tensor, Tensor, Tensor | None]  # name, up, down, magnitude
+Module = tuple[Tensor, Tensor, Tensor | None]
 
 _PARTS = {
     ".attn.to_qkv": (".attn.to_q", ".attn.to_k", ".attn.to_v"),
@@ -29,3 +31,36 @@ def apart(pairs: Iterable[Pair]) -> Iterator[Pair]:
         rows = [width] * 3 + ([up.shape[0] - 3 * width] if len(parts) == 4 else [])
         for part, piece in zip(parts, up.split(rows)):
             yield name.removesuffix(ending) + part, piece, down, magnitude
+
+
+def together(pairs: Mapping[str, Module], targets: Mapping[str, Sequence[int]]) -> dict[str, Module]:
+    """A file's pairs by module as an adapter over stacked rows wants them, ΔW unchanged.
+
+    targets: name of each adapted layer -> rows of its parts. Parts that share `down`, as `apart` writes them, keep
+    their rank; others are put side by side, at the sum of their ranks.
+    """
+    found = dict(pairs)
+    for name, rows in targets.items():
+        ending = next((ending for ending in _PARTS if name.endswith(ending)), None)
+        if ending is None:
+            continue
+        parts = [found.pop(name.removesuffix(ending) + part, None) for part in _PARTS[ending]]
+        if any(parts):
+            found[name] = _stacked(parts, rows)
+    return found
+
+
+def _stacked(parts: Sequence[Module | None], rows: Sequence[int]) -> Module:
+    there = [part for part in parts if part is not None]
+    first = there[0][1]
+    if all(down.shape == first.shape and torch.equal(down, first) for _, down, _ in there):
+        ups = [part[0] if part is not None else first.new_zeros(count, len(first)) for part, count in zip(parts, rows)]
+        return torch.cat(ups), first, None
+    up = first.new_zeros(sum(rows), sum(len(down) for _, down, _ in there))
+    row, column = 0, 0
+    for part, count in zip(parts, rows):
+        if part is not None:
+            up[row : row + count, column : column + len(part[1])] = part[0]
+            column += len(part[1])
+        row += count
+    return up, torch.cat([down for _, down, _ in there]), None

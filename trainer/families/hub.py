@@ -20,7 +20,7 @@ from huggingface_hub.hf_api import RepoSibling
 from trainer.errors import UserError
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_TEXT_FILES = (".json", ".txt", ".model")
+_TEXT_FILES = (".json", ".txt", ".model", ".jinja")
 
 
 def is_hub_id(base: str) -> bool:
