@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from tests import projects
+from trainer import housekeeping
 from trainer import preset as presets
 from trainer import run as runs
-from trainer import housekeeping
 from trainer.events import Event, EventReader
 from trainer.loop import run_training
 from trainer.run import Run

@@ -135,7 +135,8 @@ def _finish(session: Session) -> str:
             housekeeping.attempt(session, "drawing samples",
                  lambda: evaluation.draw_samples(session, progress.step, session.shown_weights))
         if "distance" not in told:
-            housekeeping.attempt(session, "measuring KID and FID", lambda: evaluation.measure_distance(session, progress.step))
+            housekeeping.attempt(session, "measuring KID and FID",
+                                 lambda: evaluation.measure_distance(session, progress.step))
     return "done" if done else "stopped"
 
 
