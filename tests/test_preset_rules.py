@@ -1,5 +1,7 @@
 """Settings that are right by themselves and wrong together."""
 
+from pathlib import Path
+
 import pytest
 
 from trainer import preset, schema
@@ -176,3 +178,11 @@ def test_what_a_family_does_not_have_is_refused(family, section, key, value, sai
     sections = {"model": {"family": family}}
     sections[section] = sections.get(section, {}) | {key: value}
     assert told(**sections) == [(f"{section}.{key}", said)]
+
+
+def test_guidance_left_out_is_the_familys_own():
+    for family, expected in schema.FAMILY_GUIDANCE.items():
+        sections = {"model": {"family": family, "base": "b"}, "data": {"folder": "d"}, "train": {"steps": 10}}
+        for given, guidance in (({}, expected), ({"guidance": 0.0}, 0.0)):
+            checked, problems = preset.check(sections | {"sample": given})
+            assert preset.complete(checked, Path("/")).sample.guidance == guidance, problems

@@ -102,14 +102,17 @@ def migrate(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def complete(preset: Preset, folder: Path) -> Preset:
-    """Fill in what follows from the rest: the method's own optimizer and rate, absolute paths."""
+    """Fill in what follows from the rest: the method's optimizer and rate, the family's guidance, absolute paths."""
     method = preset.adapter.method
     lr, optimizer, momentum = preset.train.lr, preset.train.optimizer, preset.train.momentum
     if not isinstance(lr, float):
         lr = (lr or {}).get(method, schema.METHOD_LR[method])
     optimizer = schema.METHOD_OPTIMIZER[method] if optimizer == "auto" else optimizer
     momentum = schema.OPTIMIZER_MOMENTUM.get(optimizer) if momentum is None else momentum
-    updates: dict[str, dict[str, Any]] = {"train": {"lr": lr, "optimizer": optimizer, "momentum": momentum}}
+    guidance = preset.sample.guidance
+    guidance = schema.FAMILY_GUIDANCE[preset.model.family] if guidance is None else guidance
+    updates: dict[str, dict[str, Any]] = {
+        "train": {"lr": lr, "optimizer": optimizer, "momentum": momentum}, "sample": {"guidance": guidance}}
     for section, model in schema.SECTIONS.items():
         for key in model.model_fields:
             if schema.has_path(section, key):

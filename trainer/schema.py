@@ -189,7 +189,9 @@ class Sample(Section):
     before: bool = setting(True, "Draw once before training, to compare with.", advanced=True)
     seed: int = setting(1, "Seed of the first prompt; the next ones count up.", advanced=True, ge=0, le=2**32 - 1)
     steps: int = setting(20, "Sampler steps.", advanced=True, ge=1, le=200)
-    guidance: float = setting(5.0, "Classifier-free guidance.", advanced=True, ge=0.0, le=50.0)
+    guidance: Annotated[float, Field(ge=0.0, le=50.0)] | None = setting(
+        None, "Guidance: with a negative prompt, or embedded (Flux.1 dev, Flux.2 dev). Left out: the family's own.",
+        advanced=True)
     width: int = setting(0, "Width in pixels; 0: data.resolution.", advanced=True, ge=0, le=4096, multiple_of=8)
     height: int = setting(0, "Height in pixels; 0: data.resolution.", advanced=True, ge=0, le=4096, multiple_of=8)
 
@@ -282,6 +284,7 @@ FAMILY_MODEL = {
 }
 UNET_TARGETS = ("attention", "feed_forward", "projection", "convolution", "text_encoder", "all")
 FLOW_TARGETS = ("attention", "feed_forward", "single_blocks", "all")
+FAMILY_GUIDANCE = {"sd15": 5.0, "sdxl": 5.0, "flux1": 3.5, "flux2": 4.0}  # when a preset leaves it out
 FLOW_FAMILIES = ("flux1", "flux2")
 FLOW_GRID = 16  # pixels of a token: what sides are a multiple of
 
