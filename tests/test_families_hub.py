@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from huggingface_hub import constants
 from huggingface_hub.hf_api import RepoSibling
 
@@ -98,6 +99,17 @@ def test_a_hub_id_is_downloaded_once_and_then_found_without_the_hub(small_hub, t
     small_hub.asked.clear()
     again = sd15.open_base(REPO)
     assert again.denoiser_id == base.denoiser_id and not small_hub.asked
+
+
+def test_a_tokenizer_can_come_from_the_hub_by_itself(small_hub, tmp_path):
+    file = models.sd15_file(tmp_path / "tiny.safetensors", small_hub.folder)
+    with pytest.raises(UserError, match="someone/tiny on the hub has no tokenizer at its top"):
+        sd15.open_base(str(file), tokenizer=REPO)
+    small_hub.folder = small_hub.folder / "tokenizer"
+    base = sd15.open_base(str(file), tokenizer=REPO)
+    assert len(sd15.load_text_encoder(base, "cpu", torch.float32).tokenizer) == 514
+    small_hub.asked.clear()
+    assert sd15.open_base(str(file), tokenizer=REPO).tokenizer == base.tokenizer and not small_hub.asked
 
 
 def test_a_download_that_was_cut_off_is_completed(small_hub):

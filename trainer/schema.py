@@ -64,9 +64,10 @@ class Model(Section):
                                 path=True, advanced=True)
     text_encoder_2: str = setting("", "Another second text encoder (SDXL: CLIP bigG; Flux.1: T5). Empty: the "
                                   "base's own.", path=True, advanced=True)
-    tokenizer: str = setting("", "A tokenizer folder. Empty: the base's own, else the one that ships (CLIP, Qwen).",
+    tokenizer: str = setting("", "A tokenizer: folder or hub id. Empty: the base's own, else the one that ships "
+                             "(CLIP, Qwen).",
                              path=True, advanced=True)
-    tokenizer_2: str = setting("", "A tokenizer folder for the second text encoder. Empty: as above.", path=True,
+    tokenizer_2: str = setting("", "The second text encoder's tokenizer (Flux.1: T5's). Empty: as above.", path=True,
                                advanced=True)
     distilled: Literal["auto", "yes", "no"] = setting(
         "auto", "Flux.2 klein: whether it is the distilled one. auto: read from the base, as far as it says.",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants, snapshot_download
@@ -20,6 +20,7 @@ from huggingface_hub.hf_api import RepoSibling
 from trainer.errors import UserError
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_TOKENIZERS = ("tokenizer.json", "spiece.model", "vocab.json")
 _TEXT_FILES = (".json", ".txt", ".model", ".jinja")
 
 
@@ -45,14 +46,36 @@ def download(repo: str, subfolders: Collection[str]) -> Path:
     huggingface_hub shows the progress. Raises UserError when the model is gated, unknown or out of reach, when it
     has no safetensors, or when the disk has too little room.
     """
-    try:
-        files = HfApi().model_info(repo, files_metadata=True).siblings or []
+
+    def pick(files: Sequence[RepoSibling]) -> list[RepoSibling]:
         wanted = choose(files, subfolders)
         if not any(file.rfilename.endswith(".safetensors") for file in wanted):
             raise UserError(
                 f"{repo} on the hub has no diffusers folders with .safetensors weights: download the "
                 f"file that you want and give its path"
             )
+        return wanted
+
+    return _fetch(repo, pick)
+
+
+def tokenizer(repo: str) -> Path:
+    """The folder of a repository whose top holds a tokenizer: from the cache, else its text files are downloaded."""
+    folder = cached(repo)
+    if folder and any((folder / name).exists() for name in _TOKENIZERS):
+        return folder
+
+    def pick(files: Sequence[RepoSibling]) -> list[RepoSibling]:
+        if not any(file.rfilename in _TOKENIZERS for file in files):
+            raise UserError(f"{repo} on the hub has no tokenizer at its top: download it and give its folder")
+        return [file for file in files if "/" not in file.rfilename and file.rfilename.endswith(_TEXT_FILES)]
+
+    return _fetch(repo, pick)
+
+
+def _fetch(repo: str, pick: Callable[[Sequence[RepoSibling]], list[RepoSibling]]) -> Path:
+    try:
+        wanted = pick(HfApi().model_info(repo, files_metadata=True).siblings or [])
         _check_room(repo, wanted)
         return Path(snapshot_download(repo, allow_patterns=[file.rfilename for file in wanted]))
     except GatedRepoError:

@@ -82,7 +82,7 @@ def check_tokenizer(folder: Path | None) -> None:
     if folder is None or not folder.is_dir() or not _TOKENIZER_FILES & {file.name for file in folder.iterdir()}:
         raise UserError(
             f"T5's tokenizer is missing{f' in {folder}' if folder else ''}: give a folder with tokenizer.json or "
-            "spiece.model as model.tokenizer_2, such as the folder tokenizer_2 of a Flux.1 model"
+            "spiece.model as model.tokenizer_2, such as the folder tokenizer_2 of a Flux.1 model, or a hub id"
         )
 
 

@@ -64,7 +64,9 @@ class Opened:
     scheduler: dict[str, Any] | None
 
     def tokenizer(self, chosen: str, subfolder: str) -> Path | None:
-        """The chosen tokenizer folder, else the base's own, else None."""
+        """The chosen tokenizer, a folder or a hub id, else the base's own, else None."""
+        if chosen and hub.is_hub_id(chosen):
+            return hub.tokenizer(chosen)
         own = self.path / subfolder
         return Path(chosen) if chosen else own if self.path.is_dir() and own.is_dir() else None
 
