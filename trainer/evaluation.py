@@ -22,7 +22,7 @@ from trainer.data.buckets import Size, crop_offsets
 from trainer.data.dataset import Item
 from trainer.data.order import stream
 from trainer.data.store import LatentStore
-from trainer.material import plain_draw
+from trainer.material import framing, plain_draw
 from trainer.metrics import distances
 from trainer.metrics.features import Extractor, load_extractor
 from trainer.objective import per_sample_loss
@@ -60,12 +60,14 @@ def _losses_at(session: Session, chosen: Sequence[int], timestep: float, quantil
         for start in range(0, len(same), batch):
             session.guard()
             part = same[start : start + batch]
-            latents = store.latents([plain_draw(i) for i in part], session.device)
+            draws = [plain_draw(i) for i in part]
+            latents = store.latents(draws, session.device)
             seeds = [stream(session.preset.train.seed, i, f"validation {quantile}") for i in part]
             noise, drawn = session.objective.draw(seeds, latents.shape[1:], session.device, latents.dtype)
             timesteps = torch.full_like(drawn, timestep)
             texts = [session.material.held_caption(store.items[i]) for i in part]
-            prediction = session.predict(latents, noise, timesteps, session.conditioning(texts))
+            conditioning = session.conditioning(texts) | {"framing": framing(store, draws).to(session.device)}
+            prediction = session.predict(latents, noise, timesteps, conditioning)
             target = session.objective.target(latents, noise, timesteps)
             loss = per_sample_loss(prediction, target, kind="mse", delta=1.0)
             losses[part] = loss.float().cpu()
