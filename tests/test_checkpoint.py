@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.tiny import METHODS, OPTIMIZER, adapted, train
-from trainer import checkpoint, preset
+from trainer import checkpoint, files
 from trainer import run as runs
 from trainer.checkpoint import Progress
 from trainer.errors import UserError
@@ -37,7 +37,7 @@ def same_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 def put(run: Run, *steps: int) -> None:
     for step in steps:
         checkpoint.save(run, Progress(step), {"up": torch.full((2, 2), float(step))}, {})
-        preset.write_atomic(run.export_of(step), b"x")
+        files.write_atomic(run.export_of(step), b"x")
 
 
 def everything(run: Run) -> dict[str, bytes]:

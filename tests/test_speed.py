@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from trainer import preset, speed
+from trainer import files, preset, speed
 from trainer import run as runs
 from trainer.data.cache import Cache
 from trainer.record import Recorder
@@ -77,7 +77,7 @@ def test_the_newest_time_counts(tmp_path, remember):
 
 @pytest.mark.parametrize("content", [b"", b"{oops", b"[1]", b"\xff\xfe"])
 def test_a_damaged_memory_is_no_memory(tmp_path, remember, content):
-    preset.write_atomic(tmp_path / "cache" / "speed.json", content)
+    files.write_atomic(tmp_path / "cache" / "speed.json", content)
     assert recall(tmp_path) is None
     remember([0.5])
     assert recall(tmp_path)["sec"] == 0.5

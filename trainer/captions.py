@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from trainer.errors import UserError
-from trainer.preset import write_atomic
+from trainer.files import write_atomic
 
 
 def sidecar(image: Path) -> Path:

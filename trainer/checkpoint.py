@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from trainer.errors import UserError
+from trainer.files import sync_folder
 from trainer.run import Run
 
 FORMAT = 1
@@ -54,9 +55,9 @@ def save(run: Run, progress: Progress, adapter: Mapping[str, Tensor], optimizer:
         _write_tensors(aside / "adapter.safetensors", adapter)
         _write_tensors(aside / "optimizer.safetensors", optimizer)
         _write_text(aside / "progress.json", json.dumps({"format": FORMAT, **asdict(progress)}))
-        _sync_folder(aside)
+        sync_folder(aside)
         os.replace(aside, target)
-        _sync_folder(run.checkpoints)
+        sync_folder(run.checkpoints)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
@@ -115,17 +116,6 @@ def _write_text(path: Path, text: str) -> None:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename outlive a power cut; Windows has no such call and needs none."""
-    if os.name != "posix":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def size(folder: Path) -> int:

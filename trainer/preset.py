@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import difflib
-import os
 import re
-import tempfile
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -16,6 +14,7 @@ from pydantic import ValidationError
 
 from trainer import schema
 from trainer.errors import UserError
+from trainer.files import write_atomic
 from trainer.preset_rules import RULES
 from trainer.schema import Preset, Problem
 
@@ -161,22 +160,6 @@ def save(path: Path, text: str) -> None:
     """Write a preset's text atomically, after checking it; a faulty one is refused and the file stays."""
     parse(text, path.name)
     write_atomic(path, text.encode())
-
-
-def write_atomic(path: Path, content: bytes) -> None:
-    """Replace a file in one step: a reader, or a kill, sees the old bytes or the new, never half."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, path.stat().st_mode & 0o777 if path.exists() else 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def check_resume(before: Preset, after: Preset) -> None:

@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 
 from trainer.errors import UserError
 from trainer.events import Event, EventReader, last_event
-from trainer.preset import write_atomic
+from trainer.files import write_atomic
 
 Request = Literal["stop", "pause", "save", "sample"]
 ONCE: tuple[Request, ...] = ("stop", "save", "sample")  # taken once; "pause" lasts while its file exists

@@ -7,7 +7,7 @@ import platform
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer.preset import write_atomic
+from trainer.files import write_atomic
 from trainer.schema import Preset
 
 if TYPE_CHECKING:

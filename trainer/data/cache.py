@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from trainer.errors import UserError
-from trainer.preset import write_atomic
+from trainer.files import write_atomic
 
 Part = str | int | float | bool | None
 

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from trainer.errors import UserError
 from trainer.export import names
 from trainer.export.stacked import Pair, apart
+from trainer.files import sync_folder
 
 Parts = tuple[Tensor, Tensor, Tensor | None]
 
@@ -101,7 +102,7 @@ def save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str])
         raise
     finally:
         temporary.unlink(missing_ok=True)
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
     return len(header) + size, digest.hexdigest()
 
 
@@ -191,16 +192,6 @@ def _header(ordered: list[tuple[str, Tensor]], metadata: Mapping[str, str]) -> b
 
 def _bytes(tensor: Tensor) -> memoryview:
     return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name == "nt":  # folders cannot be opened there
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _full(path: Path, size: int) -> UserError:
