@@ -117,6 +117,18 @@ def test_a_large_data_set_keeps_the_header_under_a_megabyte(tmp_path):
         assert file.metadata()["ss_output_name"] == "ink-000500"
 
 
+@pytest.mark.parametrize(("family", "variant", "version", "architecture"), [
+    ("sdxl", "", "sdxl_base_v1-0", "stable-diffusion-xl-v1-base/lora"), ("flux1", "", "flux1", "flux-1-dev/lora"),
+    ("flux1", "schnell", "flux1", "flux-1-schnell/lora"), ("flux2", "", "flux2", "Flux.2/lora"),
+    ("flux2", "klein-4b", "flux2_klein_4b", "Flux.2/lora"), ("flux2", "klein-9b", "flux2_klein_9b", "Flux.2/lora"),
+    ("flux2", "klein", "flux2", "Flux.2/lora")])
+def test_files_say_which_model_of_a_family_they_are_for(family, variant, version, architecture):
+    texts = build(preset=preset.parse(PRESET.replace("sd15", family), "a.toml"), run_name="ink", dataset=Dataset(),
+                  prediction="flow", rank=8, steps=1, epochs=1, global_batch=1, started_at=0.0, finished_at=0.0,
+                  variant=variant)
+    assert (texts["ss_base_model_version"], texts["modelspec.architecture"]) == (version, architecture)
+
+
 @pytest.mark.parametrize("path, name", [("/a/b", "b"), ("/a/b/", "b"), ("C:\\x\\y.safetensors", "y.safetensors"),
                                         ("owner/model", "model"), ("plain", "plain"), ("", "")])
 def test_paths_are_cut_to_their_last_part(path, name):

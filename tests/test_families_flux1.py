@@ -123,7 +123,7 @@ def test_pictures_are_those_of_the_pipeline(tmp_path, guidance):
                              negative=flux1.encode_prompts(encoder, [""]), seeds=[3], steps=3, guidance=3.5, width=64,
                              height=48, device="cpu", dtype=torch.float32)
     assert np.abs(np.asarray(picture) / 255 - expected).max() < 0.01
-    assert bool(base.notes) == (not guidance)
+    assert bool(base.notes) == (not guidance) and base.variant == ("" if guidance else "schnell")
 
 
 @pytest.mark.parametrize(("groups", "fuse", "count", "single"), [

@@ -190,6 +190,7 @@ def test_the_shipped_configs_are_of_the_true_sizes(sizes, params, layers):
     assert sum(weight.numel() for weight in text.parameters()) == pytest.approx(4.022e9, rel=1e-3)
     targets = flux2.adapter_targets({"transformer": model}, ["all"])
     assert len(targets) == 8 * double + 2 * single and layers > len(targets)
+    assert flux2.variant_of(config | {"attention_head_dim": 128}) == {24: "klein-4b", 32: "klein-9b", 48: ""}[heads]
     assert all(re.fullmatch(r"transformer\.(single_)?transformer_blocks\.\d+\..*", target.name) for target in targets)
 
 

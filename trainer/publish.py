@@ -42,9 +42,10 @@ def _header(session: Session, pairs: Sequence[Pair]) -> dict[str, str]:
     progress = session.progress
     return metadata.build(
         preset=session.preset, run_name=session.run.name, dataset=_dataset(session),
-        prediction=session.base.prediction_type, rank=max(down.shape[0] for _, _, down, _ in pairs),
-        steps=progress.step, epochs=progress.step // session.order.steps_per_epoch,
-        global_batch=progress.global_batch, started_at=_started(session), finished_at=time.time())
+        prediction=session.base.prediction_type, variant=session.base.variant,
+        rank=max(down.shape[0] for _, _, down, _ in pairs), steps=progress.step,
+        epochs=progress.step // session.order.steps_per_epoch, global_batch=progress.global_batch,
+        started_at=_started(session), finished_at=time.time())
 
 
 def _dataset(session: Session) -> metadata.Dataset:

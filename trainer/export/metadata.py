@@ -21,18 +21,23 @@ PRESET_KEY = "stiefel_studio_preset"
 
 @dataclass(frozen=True)
 class Base:
-    """What a family is called: by sd-scripts, by Stability's model specification, and whose layout it has."""
+    """What a model is called: by sd-scripts and ai-toolkit, by Stability's specification, and whose layout it has."""
 
     version: str
     architecture: str
     implementation: str
 
 
-BASES = {
+_FLUX2 = "https://github.com/black-forest-labs/flux2"
+BASES = {  # by family, and variant where there are several
     "sd15": Base("sd_v1", "stable-diffusion-v1/lora", "diffusers"),
     "sdxl": Base("sdxl_base_v1-0", "stable-diffusion-xl-v1-base/lora", "diffusers"),
     "flux1": Base("flux1", "flux-1-dev/lora", "https://github.com/black-forest-labs/flux"),
-    "flux2": Base("flux2", "Flux.2/lora", "https://github.com/black-forest-labs/flux2"),
+    "flux1-schnell": Base("flux1", "flux-1-schnell/lora", "https://github.com/black-forest-labs/flux"),
+    "flux2": Base("flux2", "Flux.2/lora", _FLUX2),
+    "flux2-klein": Base("flux2", "Flux.2/lora", _FLUX2),
+    "flux2-klein-4b": Base("flux2_klein_4b", "Flux.2/lora", _FLUX2),
+    "flux2-klein-9b": Base("flux2_klein_9b", "Flux.2/lora", _FLUX2),
 }
 PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v", "flow": "flow"}
 
@@ -47,15 +52,15 @@ class Dataset:
 
 
 def build(*, preset: Preset, run_name: str, dataset: Dataset, prediction: str, rank: int, steps: int,
-          epochs: int, global_batch: int, started_at: float, finished_at: float) -> dict[str, str]:
+          epochs: int, global_batch: int, started_at: float, finished_at: float, variant: str = "") -> dict[str, str]:
     """The metadata of a file, all strings: sd-scripts' `ss_*`, `modelspec.*` 1.0.1, and the preset as TOML.
 
     preset: as the run keeps it, complete; prediction: what the base was found to predict, "epsilon" or
-    "v_prediction"; rank: of the file; steps and epochs done; times in seconds since 1970. `writer.save` adds
-    what depends on the file: `ss_output_name` and the hashes.
+    "v_prediction"; variant: which of its family's models it is; rank: of the file; steps and epochs done; times in
+    seconds since 1970. `writer.save` adds what depends on the file: `ss_output_name` and the hashes.
     """
     texts = {
-        **_training(preset, rank),
+        **_training(preset, rank, variant),
         "ss_training_started_at": str(started_at),
         "ss_training_finished_at": str(finished_at),
         "ss_steps": str(steps),
@@ -71,9 +76,9 @@ def build(*, preset: Preset, run_name: str, dataset: Dataset, prediction: str, r
     return {key: value for key, value in texts.items() if value}
 
 
-def _training(preset: Preset, rank: int) -> dict[str, str]:
-    """What the preset alone says."""
-    base = BASES[preset.model.family]
+def _training(preset: Preset, rank: int, variant: str) -> dict[str, str]:
+    """What the preset says, and which model it was."""
+    base = BASES["-".join(filter(None, (preset.model.family, variant)))]
     side, dora = preset.data.resolution, preset.adapter.dora
     options = {"method": preset.adapter.method} | ({"dora_wd": "True", "wd_on_out": "False"} if dora else {})
     return {

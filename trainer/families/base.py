@@ -28,6 +28,7 @@ class Base:
     denoiser_id: str  # for caches of the base's own images: and with prediction type and schedule
     model_hash: str  # A1111's short hash of a single file, else ""
     tokenizer_2: Path | None = None  # of a second text encoder
+    variant: str = ""  # which of a family's models, where files call them apart: "schnell", "klein-4b"
     distilled: bool = False  # a model that draws in few steps and trains badly
     notes: tuple[str, ...] = field(default=())  # worth telling the user
 

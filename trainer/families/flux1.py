@@ -77,7 +77,8 @@ def open_base(
     dev = opened.parts["transformer"].config["guidance_embeds"]
     notes = () if dev else ("this is Flux.1 schnell, which is distilled to draw in four steps: training wears that "
                             "off. Flux.1 dev is the better base for a LoRA",)
-    return transformer.describe(opened, [first, second], str(T5_PLACES[dev]).encode(), notes=notes)
+    return transformer.describe(opened, [first, second], str(T5_PLACES[dev]).encode(), notes=notes,
+                                variant="" if dev else "schnell")
 
 
 def _template(part: str) -> dict[str, Any]:

@@ -69,7 +69,14 @@ def open_base(base: str, *, vae: str = "", text_encoder: str = "", tokenizer: st
         raise UserError(f"the text encoder of {text.source} has a vocabulary of its own ({vocabulary} tokens): give "
                         "its tokenizer's folder as model.tokenizer")
     told, notes = decide_distilled(opened, distilled)
-    return transformer.describe(opened, [folder], b"", distilled=told, notes=notes)
+    return transformer.describe(opened, [folder], b"", distilled=told, notes=notes,
+                                variant=variant_of(opened.parts["transformer"].config))
+
+
+def variant_of(config: Mapping[str, Any]) -> str:
+    """Which Flux.2 a transformer is: "klein-4b", "klein-9b", "klein" of another size, or "" for dev."""
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    return "" if config["guidance_embeds"] else {3072: "klein-4b", 4096: "klein-9b"}.get(width, "klein")
 
 
 def decide_distilled(opened: unet.Opened, chosen: str) -> tuple[bool, tuple[str, ...]]:
