@@ -125,7 +125,7 @@ FAULTS = {
         put("adapter", 'alpha = "rank"'),
         "mine.toml:11: adapter.alpha: alpha must equal rank (16), not 'rank'" + ALPHA),
     "later version": (
-        "version = 99\n" + GOOD, "mine.toml:1: version: this preset has version 99, and this program knows 1 to 1; "
+        "version = 99\n" + GOOD, "mine.toml:1: version: this preset has version 99, and this program knows 1 to 2; "
         "update the program, or take the line out"),
     "broken TOML": ('[train]\nsteps 3\n', "mine.toml:2: not valid TOML: Expected '=' after a key in a key/value pair"),
     "broken TOML at the end": ('[train]\nlr = "x', "mine.toml:2: not valid TOML: Unterminated string"),
@@ -222,6 +222,19 @@ def test_a_written_preset_says_every_value():
     written = tomlkit.parse(preset.dumps(preset.complete(preset.parse(GOOD, "p"), Path("/")))).unwrap()
     silent = {(name, key) for name in schema.SECTIONS for key in schema.fields(name) if key not in written[name]}
     assert silent == {("train", "epochs"), ("train", "momentum")}  # AdamW has none
+
+
+@pytest.mark.parametrize("version", ["version = 1\n", ""])
+@pytest.mark.parametrize("old, new", [("true", "full"), ("false", "none"), ('"auto"', "auto")])
+def test_an_older_preset_is_brought_up_to_date(version, old, new):
+    got = preset.parse(version + put("memory", f"gradient_checkpointing = {old}"), "old.toml")
+    assert (got.memory.gradient_checkpointing, got.version) == (new, schema.SCHEMA_VERSION)
+    assert preset.parse(preset.dumps(got), "new.toml") == got
+
+
+def test_the_present_version_is_not_migrated():
+    assert refusal("version = 2\n" + put("memory", "gradient_checkpointing = true")) == (
+        "mine.toml:12: memory.gradient_checkpointing: should be 'auto', 'none' or 'full', not True.")
 
 
 def test_equal_values_change_no_byte():

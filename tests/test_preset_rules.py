@@ -88,6 +88,23 @@ FAULTS = {
     "a gradient's weight in another optimizer": (
         {"adapter": {"method": "stiefel"}, "train": {"optimizer": "adamw", "gradient_weight": 5}},
         "train.gradient_weight", "has no effect with train.optimizer = 'adamw'; take it out"),
+    "a warm-up without an end": (
+        {"train": {"warmup_steps": 10}}, "train.warmup_steps",
+        "should be less than train.steps (10), not 10: the learning rate would never be reached"),
+    "a budget of a GPU on a CPU": (
+        {"memory": {"device": "cpu", "budget_gb": 8}}, "memory.budget_gb",
+        "has no effect with memory.device = 'cpu'; take it out"),
+    "blocks offloaded from a CPU": (
+        {"memory": {"device": "cpu", "offload_blocks": 2}}, "memory.offload_blocks",
+        "has no effect with memory.device = 'cpu'; take it out"),
+    "blocks offloaded and kept": (
+        {"memory": {"gradient_checkpointing": "none", "offload_blocks": 2}}, "memory.offload_blocks",
+        "needs memory.gradient_checkpointing = 'full' (or 'auto'): without it every block's weights stay on the GPU "
+        "until the backward pass"),
+    "a trained text encoder in few bits": (
+        {"adapter": {"targets": ["text_encoder"]}, "memory": {"quantize_text_encoder": "nf4"}},
+        "memory.quantize_text_encoder", "does not go with 'text_encoder' in adapter.targets, which trains it; "
+        "take it out"),
 }
 
 
@@ -113,6 +130,9 @@ GOOD = {
                                "train": {"optimizer": "scaled_adamw", "up_lr_ratio": 4, "beta1": 0.8}},
     "every option of stiefel": {"adapter": {"method": "stiefel"}, "train": {
         "momentum": 0.9, "gradient_weight": 100, "weight_decay": 0.1, "cautious": True}},
+    "a warm-up that ends": {"train": {"warmup_steps": 9}},
+    "blocks offloaded": {"memory": {"offload_blocks": 2, "budget_gb": 8, "quantize_text_encoder": "nf4"}},
+    "nothing offloaded from a CPU": {"memory": {"device": "cpu", "offload_blocks": 0}},
     "the momentum of sgd": {"train": {"optimizer": "sgd", "momentum": 0.5}},
 }
 

@@ -55,7 +55,7 @@ def test_the_same_work_is_recalled_whatever_does_not_change_its_speed(tmp_path, 
 @pytest.mark.parametrize("override", [
     "model.base=owner/other", "data.resolution=768", "train.batch_size=2", "train.grad_accum=2", "train.precision=bf16",
     "adapter.method=lora", "adapter.rank=8", "adapter.dora=true", 'adapter.targets=["feed_forward"]',
-    "memory.gradient_checkpointing=true"])
+    "memory.gradient_checkpointing=full"])
 def test_other_work_is_not(tmp_path, remember, override):
     remember([0.5])
     assert recall(tmp_path, override) is None

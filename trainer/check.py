@@ -76,7 +76,7 @@ def memory(preset: Preset, params: dict[str, int], trained: int, device: torch.d
     if "text_encoder" in preset.adapter.targets:
         weights += sum(count for name, count in params.items() if name.startswith("text_encoder")) * width
     adapter = trained * (4 + 4 + width + OPTIMIZER_BYTES[train.optimizer] + (4 if train.ema_decay else 0))
-    per_pixel = family.ACTIVATION_BYTES[preset.memory.gradient_checkpointing] * width / 2
+    per_pixel = family.ACTIVATION_BYTES[preset.memory.gradient_checkpointing == "full"] * width / 2
     activations = per_pixel * preset.data.resolution**2 * train.batch_size
     return weights + adapter + activations + (OVERHEAD * 2**30 if device.type == "cuda" else 0)
 
@@ -88,7 +88,7 @@ def _memory(needed: float, device: torch.device, report: Report) -> None:
     report.facts["memory"] = f"about {needed / 2**30:.1f} of {there / 2**30:.1f} GiB"
     if needed > there:
         report.warnings.append("this will hardly fit: make train.batch_size or data.resolution smaller, "
-                               "or set memory.gradient_checkpointing = true")
+                               "or set memory.gradient_checkpointing = 'full'")
 
 
 def _base(preset: Preset, report: Report) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,7 @@ def parse(text: str, name: str, overrides: Iterable[str] = ()) -> Preset:
         data = migrate(data)
     except UserError as error:
         raise UserError(_line(Problem(".version", str(error)), text, name, typed)) from None
-    version = data.pop("version", schema.SCHEMA_VERSION)
+    data.pop("version")
     sections = {key: dict(value) for key, value in data.items() if isinstance(value, dict)}
     for (section, key), value in given.items():
         sections.setdefault(section, {})[key] = value
@@ -72,7 +72,7 @@ def parse(text: str, name: str, overrides: Iterable[str] = ()) -> Preset:
     problems += found
     if problems or preset is None:
         raise UserError("\n".join(_line(problem, text, name, typed) for problem in problems))
-    return preset.model_copy(update={"version": version})
+    return preset
 
 
 def check(sections: Mapping[str, Mapping[str, Any]]) -> tuple[Preset | None, list[Problem]]:
@@ -92,12 +92,30 @@ def check(sections: Mapping[str, Mapping[str, Any]]) -> tuple[Preset | None, lis
 
 
 def migrate(data: dict[str, Any]) -> dict[str, Any]:
-    """Bring the data of an older schema up to date; refuse one from the future."""
+    """Bring the data of an older schema up to date; refuse one from the future.
+
+    A preset without a version may be of any: it goes through all migrations, which leave newer spellings alone.
+    """
     version = data.get("version", schema.SCHEMA_VERSION)
     if not isinstance(version, int) or not 1 <= version <= schema.SCHEMA_VERSION:
         raise UserError(f"this preset has version {version!r}, and this program knows 1 to "
                         f"{schema.SCHEMA_VERSION}; update the program, or take the line out")
-    return dict(data)
+    for change in MIGRATIONS[(version if "version" in data else 1) - 1:]:
+        data = change(data)
+    return data | {"version": schema.SCHEMA_VERSION}
+
+
+def _checkpointing_has_names(data: dict[str, Any]) -> dict[str, Any]:
+    """1 -> 2: memory.gradient_checkpointing was true or false."""
+    memory = data.get("memory")
+    old = memory.get("gradient_checkpointing") if isinstance(memory, dict) else None
+    if not isinstance(old, bool):
+        return data
+    return data | {"memory": memory | {"gradient_checkpointing": "full" if old else "none"}}
+
+
+# One function for each version of the schema but the last: it makes data of the next version of it.
+MIGRATIONS: tuple[Callable[[dict[str, Any]], dict[str, Any]], ...] = (_checkpointing_has_names,)
 
 
 def complete(preset: Preset, folder: Path) -> Preset:

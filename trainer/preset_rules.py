@@ -173,6 +173,35 @@ def _idle_sampling(train: Any) -> list[Problem]:  # noqa: ANN401
             for key, fault in idle if fault]
 
 
+def _warm_up(sections: Mapping[str, Any]) -> list[Problem]:
+    """A warm-up as long as the training would never reach the learning rate."""
+    train = sections.get("train")
+    if train is None or train.steps is None or train.warmup_steps < train.steps:
+        return []
+    return [Problem("train.warmup_steps", f"should be less than train.steps ({train.steps}), not "
+                    f"{train.warmup_steps}: the learning rate would never be reached")]
+
+
+def _memory(sections: Mapping[str, Any]) -> list[Problem]:
+    """Ways to save memory that the device does not have, or that need one another."""
+    memory, adapter = sections.get("memory"), sections.get("adapter")
+    if memory is None:
+        return []
+    found = []
+    if memory.device == "cpu":
+        found += [Problem(f"memory.{key}", "has no effect with memory.device = 'cpu'; take it out")
+                  for key, given in (("budget_gb", memory.budget_gb > 0), ("offload_blocks", memory.offload_blocks > 0))
+                  if given]
+    if memory.offload_blocks > 0 and memory.gradient_checkpointing == "none":
+        found.append(Problem("memory.offload_blocks", "needs memory.gradient_checkpointing = 'full' (or 'auto'): "
+                             "without it every block's weights stay on the GPU until the backward pass"))
+    if (adapter is not None and "text_encoder" in adapter.targets
+            and memory.quantize_text_encoder not in ("auto", "none")):
+        found.append(Problem("memory.quantize_text_encoder", "does not go with 'text_encoder' in adapter.targets, "
+                             "which trains it; take it out"))
+    return found
+
+
 def _target_pattern(sections: Mapping[str, Any]) -> list[Problem]:
     adapter = sections.get("adapter")
     try:
@@ -183,7 +212,7 @@ def _target_pattern(sections: Mapping[str, Any]) -> list[Problem]:
 
 
 RULES: tuple[Callable[[Mapping[str, Any]], list[Problem]], ...] = (
-    _family_model, _family_adapter, _family_training, _target_pattern,
+    _family_model, _family_adapter, _family_training, _target_pattern, _warm_up, _memory,
     _length_of_training, _method_choices, _dora_methods, _rank_target,
     _weights_with_ema, _one_holdout, _no_effect,
 )

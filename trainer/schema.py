@@ -8,12 +8,12 @@ A field's `json_schema_extra` may carry `advanced` (folded away in the form), `f
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # `preset.MIGRATIONS` brings older presets here
 
 
 def setting(default: Any, help: str, *, advanced: bool = False, kind: str = "", path: bool = False,
@@ -43,7 +43,8 @@ class Section(BaseModel):
     @classmethod
     def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
         """pydantic would take true for 1."""
-        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        if isinstance(value, bool) and annotation is not bool and get_origin(annotation) is not Literal:
             raise PydanticCustomError("no_switch", "should not be true or false")
         return value
 
@@ -53,6 +54,7 @@ Folders = Name | Annotated[list[Name], Field(min_length=1)]
 Method = Literal["lora", "stiefel", "stella", "trilora"]
 Rate = Annotated[float, Field(gt=0.0, le=10.0)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+Quantize = Literal["auto", "none", "fp8", "int8", "nf4"]
 
 
 class Model(Section):
@@ -180,7 +182,16 @@ class Train(Section):
 class Memory(Section):
     device: str = setting("auto", "auto, cpu, cuda, or one of several GPUs as cuda:1.", advanced=True,
                           pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
-    gradient_checkpointing: bool = setting(False, "Less memory, about a third more time.")
+    budget_gb: float = setting(0.0, "GPU memory that the run may take, in GiB; 0: what the GPU has. What is left to "
+                               "auto below is chosen to fit.", ge=0.0, le=1024.0)
+    quantize: Quantize = setting("auto", "The frozen model in fewer bits: half of 16 (fp8, int8) or about a quarter "
+                                 "(nf4). auto: only as far as the budget needs.")
+    quantize_text_encoder: Quantize = setting("auto", "The same for the text encoder while it encodes the captions.",
+                                              advanced=True)
+    gradient_checkpointing: Literal["auto", "none", "full"] = setting(
+        "auto", "full: less memory, about a third more time. auto: when the budget needs it.")
+    offload_blocks: int = setting(-1, "Blocks of the model kept in the computer's memory and fetched when needed: less "
+                                  "GPU memory, more time. -1: as the budget needs.", advanced=True, ge=-1, le=1000)
 
 
 class Sample(Section):

@@ -152,7 +152,7 @@ def set_up(run: Run, preset: Preset, device: torch.device, workspace: Path, reco
     recorder.phase("loading the denoiser")
     guard()
     denoiser = family.load_denoiser(base, device, dtype)
-    family.set_gradient_checkpointing(denoiser, preset.memory.gradient_checkpointing)
+    family.set_gradient_checkpointing(denoiser, preset.memory.gradient_checkpointing == "full")
     adapter = build_adapter(preset, family, denoiser, text_encoder, device)
     if preset.adapter.start_from and run.last_step() == 0:
         pairs = together(reader.read(Path(preset.adapter.start_from), family=preset.model.family),

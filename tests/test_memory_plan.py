@@ -1,0 +1,54 @@
+"""The ladder of plans: in what order memory is saved, and what a preset keeps out of it."""
+
+import pytest
+
+from trainer.errors import UserError
+from trainer.memory.plan import Plan, plain, rungs, text_rungs
+from trainer.schema import Memory
+
+NF4 = [Plan("nf4", "full", count) for count in (8, 16, 23)]
+
+
+def test_everything_left_open_goes_from_the_fastest_to_the_most_sparing() -> None:
+    assert rungs(Memory(), 24) == [Plan(), Plan(checkpointing="full"), Plan("fp8", "full"), Plan("nf4", "full"), *NF4]
+
+
+@pytest.mark.parametrize(("fixed", "ladder"), [
+    ({"quantize": "none"}, [Plan(), *(Plan("none", "full", count) for count in (0, 8, 16, 23))]),
+    ({"quantize": "int8", "offload_blocks": 0}, [Plan("int8"), Plan("int8", "full")]),
+    ({"gradient_checkpointing": "none"}, [Plan(), Plan("fp8"), Plan("nf4")]),
+    ({"gradient_checkpointing": "full"}, [Plan("none", "full"), Plan("fp8", "full"), Plan("nf4", "full"), *NF4]),
+    ({"offload_blocks": 5}, [Plan(mode, "full", 5) for mode in ("none", "fp8", "nf4")]),
+    ({"quantize": "fp8", "gradient_checkpointing": "full", "offload_blocks": 2}, [Plan("fp8", "full", 2)]),
+    ({"quantize": "nf4", "gradient_checkpointing": "none", "offload_blocks": 0}, [Plan("nf4")]),
+])
+def test_what_a_preset_fixes_stays_fixed(fixed: dict, ladder: list[Plan]) -> None:
+    assert rungs(Memory(**fixed), 24) == ladder
+
+
+def test_a_small_model_has_fewer_rungs() -> None:
+    assert [plan.offload_blocks for plan in rungs(Memory(), 2)[4:]] == [1]
+    assert rungs(Memory(), 0)[-1] == rungs(Memory(), 1)[-1] == Plan("nf4", "full")
+
+
+@pytest.mark.parametrize("count", [24, 25, 500])
+def test_more_blocks_than_can_be_offloaded_are_refused(count: int) -> None:
+    with pytest.raises(UserError, match=f"memory.offload_blocks = {count}: this model has 24 blocks, of which at most "
+                                        "23 can"):
+        rungs(Memory(offload_blocks=count), 24)
+    assert rungs(Memory(offload_blocks=23), 24)[0].offload_blocks == 23
+
+
+def test_without_a_budget_nothing_is_done_that_was_not_asked_for() -> None:
+    assert plain(Memory(), 24) == Plan()
+    assert plain(Memory(quantize="nf4", gradient_checkpointing="full"), 24) == Plan("nf4", "full")
+
+
+def test_the_text_encoder_has_a_ladder_of_its_own() -> None:
+    assert text_rungs(Memory()) == ["none", "fp8", "nf4"]
+    assert text_rungs(Memory(quantize_text_encoder="int8", quantize="nf4")) == ["int8"]
+
+
+def test_a_plan_is_told_in_words() -> None:
+    assert Plan("nf4", "full", 8).in_words(24) == "NF4, checkpointing, 8 of 24 blocks in system memory"
+    assert Plan().in_words(24) == "unquantised, no checkpointing"

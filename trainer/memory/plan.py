@@ -1,0 +1,69 @@
+"""The ladder from the fastest to the most sparing way to hold a model: what the budget of a run chooses from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from trainer.errors import UserError
+from trainer.schema import Memory
+
+WORDS = {"none": "unquantised", "fp8": "FP8", "int8": "INT8", "nf4": "NF4"}
+CHECKPOINTING = {"none": "no checkpointing", "full": "checkpointing"}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a run holds its model in memory."""
+
+    quantize: str = "none"  # none, fp8, int8, nf4: the frozen weights
+    checkpointing: str = "none"  # none, full
+    offload_blocks: int = 0  # blocks whose weights stay in the host's memory
+
+    def in_words(self, blocks: int) -> str:
+        """For a person: "NF4, checkpointing, 8 of 24 blocks in system memory"."""
+        parts = [WORDS[self.quantize], CHECKPOINTING[self.checkpointing]]
+        if self.offload_blocks:
+            parts.append(f"{self.offload_blocks} of {blocks} blocks in system memory")
+        return ", ".join(parts)
+
+
+def rungs(memory: Memory, blocks: int) -> list[Plan]:
+    """The plans that a preset leaves open for a model of so many blocks, from the fastest to the most sparing.
+
+    The pictures come first: what changes only the time (checkpointing) goes before what changes the weights. FP8 with
+    a scale a row is close to 16 bits; NF4 halves once more. INT8 holds as much as FP8 and is slower, so it is taken
+    only when asked for. Offloading comes last, since it can cost many times the step, and over NF4, of which the
+    least has to travel. What the preset fixes stays fixed. Raises `UserError` for more blocks than there are.
+    """
+    if memory.offload_blocks >= max(blocks, 1):
+        raise UserError(f"memory.offload_blocks = {memory.offload_blocks}: this model has {blocks} blocks, of which at "
+                        f"most {max(blocks - 1, 0)} can be kept in system memory; make it smaller, or -1 for as the "
+                        "budget needs")
+    ladder = [Plan(), Plan(checkpointing="full"), Plan("fp8", "full"), Plan("nf4", "full"),
+              *(Plan("nf4", "full", count) for count in (blocks // 3, 2 * blocks // 3, blocks - 1) if count > 0)]
+    return list(dict.fromkeys(_fixed(plan, memory) for plan in ladder if _possible(plan, memory)))
+
+
+def plain(memory: Memory, blocks: int) -> Plan:
+    """The plan of a device without a budget, such as a CPU: what the preset asks for, and nothing else."""
+    return rungs(memory, blocks)[0]
+
+
+def text_rungs(memory: Memory) -> list[str]:
+    """The same for the text encoder, which only encodes: how it may be quantised."""
+    return ["none", "fp8", "nf4"] if memory.quantize_text_encoder == "auto" else [memory.quantize_text_encoder]
+
+
+def _fixed(plan: Plan, memory: Memory) -> Plan:
+    """The plan with what the preset says itself."""
+    return Plan(plan.quantize if memory.quantize == "auto" else memory.quantize,
+                plan.checkpointing if memory.gradient_checkpointing == "auto" else memory.gradient_checkpointing,
+                plan.offload_blocks if memory.offload_blocks < 0 else memory.offload_blocks)
+
+
+def _possible(plan: Plan, memory: Memory) -> bool:
+    """A block that leaves the GPU must be run again in the backward pass, so offloading needs checkpointing."""
+    keeps = plan.checkpointing == "none" if memory.gradient_checkpointing == "auto" else (
+        memory.gradient_checkpointing == "none")
+    offloads = plan.offload_blocks > 0 if memory.offload_blocks < 0 else memory.offload_blocks > 0
+    return not (keeps and offloads)
