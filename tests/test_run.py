@@ -14,6 +14,7 @@ from trainer import run as runs
 from trainer.errors import UserError
 from trainer.events import EventWriter
 from trainer.run import Run, State
+from trainer.workfolder import ONCE
 
 HOLDER = """
 import sys, time
@@ -189,7 +190,7 @@ def test_a_trainer_starts_without_old_requests_but_stays_paused(run):
         assert run.asked("stop")
 
 
-@pytest.mark.parametrize("request_", runs.ONCE)
+@pytest.mark.parametrize("request_", ONCE)
 def test_a_request_is_taken_once(run, request_):
     assert run.take(request_) is None
     run.request(request_)

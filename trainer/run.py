@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
-
-from filelock import FileLock, Timeout
+from typing import Literal
 
 from trainer.errors import UserError
 from trainer.events import Event, EventReader, last_event
 from trainer.files import write_atomic
+from trainer.workfolder import WorkFolder
 
-Request = Literal["stop", "pause", "save", "sample"]
-ONCE: tuple[Request, ...] = ("stop", "save", "sample")  # taken once; "pause" lasts while its file exists
 SILENCE = 300.0  # seconds without an event after which a living run counts as stuck
-PROBE = 0.04  # seconds: another one that only looks has let go of the lock long before
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._-]{0,99}")
 RESERVED = {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(10))}  # on Windows
 
@@ -37,60 +30,19 @@ class State:
     alive: bool = False
 
 
-class Run:
-    """The files of one run; see the architecture page for the layout.  Knows paths, holds nothing open."""
+class Run(WorkFolder):
+    """The files of one run; see the architecture page for the layout."""
+
+    work = "trained"
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self.name = path.name
+        super().__init__(path, "trainer.log")
         self.preset = path / "preset.toml"
-        self.events = path / "events.jsonl"
-        self.log = path / "trainer.log"
-        self.control = path / "control"
         self.checkpoints = path / "checkpoints"
         self.samples = path / "samples"
         self.exports = path / "exports"
         self.tensorboard = path / "tensorboard"
         self.result = path / f"{path.name}.safetensors"
-        self._lock = path / "lock"
-
-    @contextmanager
-    def hold(self, patience: float = 2.0) -> Iterator[None]:
-        """Be the one trainer of this run until the block ends; the system lets go of the lock if we are killed.
-
-        Waits `patience` seconds, since a reader that looks whether a run lives holds the lock for an instant.
-        Raises `UserError` when another process trains it.
-        """
-        lock = FileLock(self._lock)
-        try:
-            lock.acquire(timeout=patience, poll_interval=0.05)
-        except Timeout:
-            raise self.busy() from None
-        try:
-            for request in ONCE:
-                self._request_file(request).unlink(missing_ok=True)
-            yield
-        finally:
-            lock.release()
-
-    def is_held(self) -> bool:
-        """Whether a trainer is alive on this run."""
-        if not self._lock.exists():
-            return False
-        lock = FileLock(self._lock)
-        try:
-            lock.acquire(timeout=PROBE, poll_interval=PROBE / 8)
-        except Timeout:
-            return True
-        except OSError:  # a read-only folder: nobody trains there
-            return False
-        lock.release()
-        return False
-
-    def busy(self) -> UserError:
-        """What a second trainer is told."""
-        return UserError(f"{self.path} is being trained by another process; stop that one first, "
-                         "or wait for it to end")
 
     def never_began(self) -> bool:
         """Whether a fault, or a kill while the folder was made, came before the first step: nothing is lost with it."""
@@ -100,32 +52,6 @@ class Run:
         last = last_event(self.events) or {}
         return (last.get("kind") == "end" and last.get("reason") == "error" and not last.get("step")
                 and not any(self.path.rglob("*.safetensors")) and not self.is_held())
-
-    def request(self, request: Request, content: dict[str, Any] | None = None) -> None:
-        """Ask the trainer for something; `content` is for "sample" (prompts)."""
-        write_atomic(self._request_file(request), json.dumps(content).encode() if content else b"")
-
-    def withdraw(self, request: Request) -> None:
-        """Take a request back: how a paused run goes on."""
-        self._request_file(request).unlink(missing_ok=True)
-
-    def asked(self, request: Request) -> bool:
-        """Whether a request is waiting; a few microseconds."""
-        return self._request_file(request).exists()
-
-    def take(self, request: Request) -> dict[str, Any] | None:
-        """Take a one-time request: its content ({} when it has none), or None when nobody asked."""
-        file = self._request_file(request)
-        try:
-            content = file.read_bytes()
-            file.unlink()
-        except OSError:
-            return None
-        try:
-            data = json.loads(content) if content.strip() else {}
-        except ValueError:
-            return {}
-        return data if isinstance(data, dict) else {}
 
     def state(self, now: float | None = None) -> State:
         """The state after the table of the architecture page: is the lock held, and what was said last?"""
@@ -159,20 +85,6 @@ class Run:
     def last_step(self) -> int:
         """The step a resume would start from; 0 before any checkpoint."""
         return max(self.checkpoint_steps(), default=0)
-
-    def log_tail(self, lines: int = 30) -> str:
-        """The end of `trainer.log`."""
-        try:
-            with open(self.log, "rb") as file:
-                size = file.seek(0, 2)
-                file.seek(max(0, size - 65536))
-                text = file.read().decode("utf-8", "replace")
-        except OSError:
-            return ""
-        return "\n".join(text.splitlines()[-lines:])
-
-    def _request_file(self, request: Request) -> Path:
-        return self.control / request
 
 
 def create(workspace: Path, name: str, preset_text: str) -> Run:
