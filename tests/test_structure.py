@@ -16,7 +16,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 TOPS = ("app", "trainer", "presets", "tests")
-LIGHT = {f"trainer.{name}" for name in ("errors", "preset", "events", "run", "captions")}
+LIGHT = {f"trainer.{name}" for name in ("errors", "preset", "events", "run", "captions", "data.folders", "data.buckets",
+                                         "data.order")}
 HEAVY = {"torch", "diffusers", "transformers", "accelerate", "peft", "bitsandbytes", "torchmetrics"}
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +17,10 @@ from torch import Tensor
 from trainer import captions
 from trainer.data import images
 from trainer.data.buckets import Size, cover
+from trainer.data.folders import find_images
 from trainer.data.images import ImageError
 from trainer.errors import UserError
 
-# Three digits at most: "2024_summer" is a year and not two thousand repeats.
-REPEATS = re.compile(r"(\d{1,3})_")
 READERS = min(8, os.cpu_count() or 1)  # hashing, decoding and resizing run outside Python's lock
 
 
@@ -57,11 +55,11 @@ def scan(folders: Sequence[Path], *, repeats: int = 1, setting: str = "data.fold
     """Every image in the folders and their sub-folders, in the order of its path.
 
     A folder "N_name" gives its images N repeats (the nearest such folder counts), times `repeats`.  Hidden
-    files and masks ("-masklabel.png") are passed over; a broken image is skipped with its reason; equal ones
+    files, masks and excluded images are passed over; a broken image is skipped with its reason; equal ones
     are kept.  `setting` names the folders in messages.  Raises `UserError` for a missing or empty folder,
     nothing readable, and captions that are not UTF-8 (all of them at once).
     """
-    found = [entry for folder in folders for entry in _files(Path(folder), setting)]
+    found = [entry for folder in folders for entry in find_images(Path(folder), setting)]
     items: list[Item] = []
     skipped: list[Skipped] = []
     faults: list[str] = []
@@ -140,44 +138,6 @@ def crop_pixels(image: Image.Image, size: Size, offset: tuple[int, int], flip: b
     pixels = np.asarray(image.crop((left, top, left + width, top + height)), dtype=np.float32)  # h w c
     tensor = torch.from_numpy(pixels).permute(2, 0, 1) / 127.5 - 1.0
     return (tensor.flip(-1) if flip else tensor).contiguous()
-
-
-def _files(folder: Path, setting: str) -> list[tuple[Path, int]]:
-    """Images of a folder with the repeats that its sub-folders' names say."""
-    if not folder.is_dir():
-        state = "a file, not a folder" if folder.exists() else "not there"
-        raise UserError(f"{setting}: {folder} is {state}; give the folder with the images")
-    found = sorted(_walk(folder, setting), key=lambda entry: entry[0].relative_to(folder).as_posix())
-    if not found:
-        raise UserError(f"{setting}: no images in {folder} or its sub-folders "
-                        f"(known types: {', '.join(sorted(s[1:] for s in images.SUFFIXES))})")
-    return found
-
-
-def _walk(folder: Path, setting: str) -> Iterator[tuple[Path, int]]:
-    def fail(error: OSError) -> None:
-        raise UserError(f"{setting}: {error.filename} cannot be read: {error.strerror}")
-
-    inherited = {os.fspath(folder): _repeats(folder.resolve().name, 1)}
-    seen = {os.path.realpath(folder)}  # a link to a folder above would lead round for ever
-    for parent, names, files in os.walk(folder, onerror=fail, followlinks=True):
-        kept = []
-        for name in names:
-            path = os.path.join(parent, name)
-            if not name.startswith(".") and os.path.realpath(path) not in seen:
-                seen.add(os.path.realpath(path))
-                inherited[path] = _repeats(name, inherited[parent])
-                kept.append(name)
-        names[:] = kept
-        for name in files:
-            known = Path(name).suffix.lower() in images.SUFFIXES | images.UNSUPPORTED
-            if known and not name.startswith(".") and not name.lower().endswith("-masklabel.png"):
-                yield Path(parent, name), inherited[parent]
-
-
-def _repeats(name: str, inherited: int) -> int:
-    match = REPEATS.match(name)
-    return int(match.group(1)) if match else inherited
 
 
 def _inspect(path: Path) -> tuple[int, int, str] | str:
