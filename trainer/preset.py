@@ -86,7 +86,7 @@ def check(sections: Mapping[str, Mapping[str, Any]]) -> tuple[Preset | None, lis
         try:
             checked[name] = model.model_validate(values)
         except ValidationError as error:
-            problems += _problems(name, error)
+            problems += found_in(name, model, error)
     problems += [problem for rule in RULES for problem in rule(checked)]
     return (None if problems else Preset(**checked)), list(dict.fromkeys(problems))
 
@@ -237,24 +237,28 @@ def _check_alpha(values: dict[str, Any]) -> list[Problem]:
     return [Problem("adapter.alpha", f"alpha must equal rank ({rank}), not {alpha!r}; leave it out ({ALPHA_REASON})")]
 
 
-def _problems(section: str, error: ValidationError) -> list[Problem]:
-    """One problem a setting.  A union complains once a member: the one that came furthest is what was meant."""
+def found_in(section: str, model: type[schema.Section], error: ValidationError) -> list[Problem]:
+    """The problems of one section, one a setting.
+
+    A union complains once a member: the one that came furthest is what was meant.
+    """
     by_key: dict[Any, list[Any]] = {}
     for item in error.errors():
         by_key.setdefault(item["loc"][:1], []).append(item)
-    return [_problem(section, max(items, key=lambda item: (len(item["loc"]), not item["type"].endswith("_type"))))
-            for items in by_key.values()]
+    furthest = [max(items, key=lambda item: (len(item["loc"]), not item["type"].endswith("_type")))
+                for items in by_key.values()]
+    return [_problem(section, model, item) for item in furthest]
 
 
-def _problem(section: str, item: Any) -> Problem:
+def _problem(section: str, model: type[schema.Section], item: Any) -> Problem:
     key = str(item["loc"][0]) if item["loc"] else ""
     where = f"{section}.{key}" if key else section
     if item["type"] == "extra_forbidden":
-        return Problem(where, "no such key." + _nearest(key, schema.SECTIONS[section].model_fields))
+        return Problem(where, "no such key." + _nearest(key, model.model_fields))
     if item["type"] == "no_switch":
         return Problem(where, item["msg"])
     if item["type"] == "missing":
-        return Problem(where, "is missing. " + (schema.SECTIONS[section].model_fields[key].description or ""))
+        return Problem(where, "is missing. " + (model.model_fields[key].description or ""))
     inner = f" (item {item['loc'][-1] + 1})" if isinstance(item["loc"][-1], int) else ""
     message = re.sub(r"^(Input|List|String) should", "should", item["msg"])
     message = re.sub(r" after validation, not \d+$", "", message)
@@ -262,7 +266,7 @@ def _problem(section: str, item: Any) -> Problem:
     if kind in TYPES and item["type"].endswith(("_type", "_parsing", "_from_float")):
         message = f"should be {TYPES[kind]}"
     if item["type"] == "string_pattern_mismatch":
-        message = f"should be one of these: {schema.SECTIONS[section].model_fields[key].description}".rstrip(".")
+        message = f"should be one of these: {model.model_fields[key].description}".rstrip(".")
     choices = _nearest(item["input"], re.findall(r"'([^']+)'", message)) if item["type"] == "literal_error" else ""
     return Problem(where, f"{message}{inner}, not {item['input']!r}.{choices}")
 
