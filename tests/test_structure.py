@@ -91,7 +91,7 @@ def layer(name: str) -> int:
         return {"app.ui": 3}.get(name, 2 if name.startswith("app.tabs") else 1)
     if name == "trainer" or name in light_modules():
         return 0
-    if name in BASE or name.startswith("trainer.families"):
+    if name in BASE or name.startswith(("trainer.families", "trainer.quantize")):
         return 1
     return 3 if name == "trainer.loop" else 2
 

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from trainer.quantize.linear import QuantizedLinear
+
 AS_IT_IS = nullcontext()
 
 
@@ -30,7 +32,7 @@ class FusedLayer(torch.autograd.Function):
             source = (x if dropped is None else dropped).to(down.dtype)
             hidden = low_rank_hidden(scale_columns(source, gain, layer), down, layer)
             add_low_rank(y, hidden, up, layer)
-        needs_x = dropped is not None and (gain is not None or not plain(layer))
+        needs_x = dropped is not None and (gain is not None or not readable(layer))
         ctx.save_for_backward(source, x if needs_x else None, gain, down, up, hidden)
         ctx.layer, ctx.dropout, ctx.x_dtype = layer, dropped is not None, x.dtype
         ctx.autocast = torch.is_autocast_enabled(kind)
@@ -77,9 +79,11 @@ def composed(x: Tensor, dropped: Tensor | None, gain: Tensor | None, down: Tenso
 # -- the pieces, for [..., n] and for [b, c, h, w] ----------------------------------------------------------------
 
 
-def plain(layer: nn.Module) -> bool:
-    """Whether W can be read as an ordinary matrix, so that the input gradient is one product with it."""
-    return layer.base_kind in (nn.Linear, nn.Conv2d)
+def readable(layer: nn.Module) -> bool:
+    """Whether `weight` is W as an ordinary matrix (our quantised layers make it when asked), so that the input
+    gradient is one product with it; another layer is known by its own class."""
+    kind = getattr(type(layer), "base_kind", type(layer))
+    return kind in (nn.Linear, nn.Conv2d) or issubclass(kind, QuantizedLinear)
 
 
 def scale_columns(x: Tensor, gain: Tensor | None, layer: nn.Module) -> Tensor:
@@ -152,7 +156,7 @@ def add_hidden_gradient(grad_base: Tensor, z: Tensor, grad_hidden: Tensor, down:
 
 def input_gradient(layer: nn.Module, grad: Tensor, x: Tensor) -> Tensor:
     """W^T grad for the frozen layer; a layer whose W cannot be read is run once more under autograd."""
-    if not plain(layer):
+    if not readable(layer):
         with torch.enable_grad():
             x = x.detach().requires_grad_()
             return torch.autograd.grad(layer.base_forward(x), x, grad)[0]

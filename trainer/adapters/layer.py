@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainer.adapters.fused import FusedLayer, composed
+from trainer.adapters.fused import FusedLayer, composed, readable
 from trainer.adapters.target import Target
 
 
@@ -82,11 +82,6 @@ def switch(target: Target, down: Tensor | None, up: Tensor | None, gain: Tensor 
     ups = up.split([part.out_features for part in target.parts]) if stacked else [up] * len(target.modules)
     for module, rows in zip(target.modules, ups):
         module.adapter_down, module.adapter_up, module.adapter_gain = down, rows, gain
-
-
-def readable(module: nn.Module) -> bool:
-    """Whether the weight is an ordinary matrix; a quantised layer is known by its own class."""
-    return getattr(type(module), "base_kind", type(module)) in (nn.Linear, nn.Conv2d)
 
 
 def transposed_product(target: Target, up: Tensor) -> Tensor:

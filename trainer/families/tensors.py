@@ -16,6 +16,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from trainer.errors import UserError
+from trainer.quantize.model import linears_in_blocks, quantised_linear
 
 _PICKLES = {".ckpt", ".pt", ".pth", ".bin", ".pkl"}
 _LARGEST_HEADER = 100 * 2**20  # safetensors' own limit
@@ -162,14 +163,29 @@ def mapped_tensors(part: Part) -> dict[str, Tensor]:
 
 
 def fill(
-    module: nn.Module, weights: Mapping[str, Tensor], device: torch.device | str, dtype: torch.dtype, source: Path
+    module: nn.Module, weights: Mapping[str, Tensor], device: torch.device | str, dtype: torch.dtype, source: Path,
+    quantize: str = "none",
 ) -> nn.Module:
     """Give a module on the meta device its weights, one tensor at a time, frozen and in eval mode.
 
-    The weights are copied, so that a file replaced during a run changes nothing. Raises UserError naming `source`
-    when a weight is missing or has another shape.
+    quantize: "none", or a mode (`trainer.quantize`) that the linears of the module's blocks are turned to, each on
+    `device` as soon as it is there. The weights are copied, so that a file replaced during a run changes nothing.
+    Raises UserError naming `source` when a weight is missing or has another shape.
     """
     expected = module.state_dict()
+    _check(expected, weights, source)
+    linears = {} if quantize == "none" else linears_in_blocks(module)
+    plain = [name for name in expected if name.removesuffix(".weight") not in linears]
+    state = {name: _moved(weights[name], device, dtype, _scale(weights, name)) for name in plain}
+    module.load_state_dict(state, assign=True, strict=False)
+    for path, linear in linears.items():
+        weight, scale = weights[f"{path}.weight"].to(device, copy=True), _scale(weights, f"{path}.weight")
+        module.set_submodule(path, quantised_linear(weight, scale, linear.bias, quantize, dtype))
+    module.to(device)  # buffers that are not stored
+    return module.requires_grad_(False).eval()
+
+
+def _check(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor], source: Path) -> None:
     missing = [name for name in expected if name not in weights]
     if missing:
         raise UserError(
@@ -182,10 +198,6 @@ def fill(
                 f"{source}: {name} has the shape {tuple(weights[name].shape)} instead of "
                 f"{tuple(tensor.shape)}: it is not of this kind of model"
             )
-    state = {name: _moved(weights[name], device, dtype, _scale(weights, name)) for name in expected}
-    module.load_state_dict(state, assign=True)
-    module.to(device)  # buffers that are not stored
-    return module.requires_grad_(False).eval()
 
 
 def _scale(weights: Mapping[str, Tensor], name: str) -> Tensor | None:

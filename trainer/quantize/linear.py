@@ -1,0 +1,116 @@
+"""Frozen linears whose weight is held in 8 or 4 bits, and multiplied at the precision of the model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from trainer.quantize import kernels
+
+FP8 = torch.float8_e4m3fn
+FP8_MAX = torch.finfo(FP8).max  # 448
+NF4_BLOCK, SCALE_BLOCK = 64, 256  # weights that share a scale; scales that share one: QLoRA's (Dettmers et al. 2023)
+
+
+class QuantizedLinear(nn.Module):
+    """x W^T + bias with a frozen W that is stored small; stands in an `nn.Linear`'s place, and takes an adapter.
+
+    Only the storage is quantised: W is made whole in the model's dtype for each product and let go after it, in the
+    forward pass and again for the gradient of the input, which is thus exactly that of the same function. The storage
+    is buffers, so that it moves with the module; none is saved.
+    """
+
+    def __init__(self, shape: torch.Size, bias: Tensor | None, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.out_features, self.in_features = shape
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self.compute_dtype = dtype
+
+    @property
+    def weight(self) -> Tensor:
+        """W [out, in] in the compute dtype, made afresh each time."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.requires_grad and torch.is_grad_enabled():
+            return FrozenProduct.apply(x, self)
+        return F.linear(x, self.weight, self.bias)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+    def _store(self, **tensors: Tensor) -> None:
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor, persistent=False)
+
+
+class FrozenProduct(torch.autograd.Function):
+    """x W^T + bias that saves nothing: plain autograd would keep the dequantised W until the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: QuantizedLinear) -> Tensor:
+        ctx.layer = layer
+        return F.linear(x, layer.weight, layer.bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad @ ctx.layer.weight, None
+
+
+class RowScaledLinear(QuantizedLinear):
+    """W = codes * scale: int8 or float8 codes [m, n] and an fp32 scale for each row [m, 1], or for all [1, 1]."""
+
+    def __init__(self, codes: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
+        super().__init__(codes.shape, bias, dtype)
+        self._store(codes=codes, scale=scale.to(codes.device, torch.float32).view(-1, 1))
+
+    @property
+    def weight(self) -> Tensor:
+        # Codes are exact in every compute dtype, and the product is rounded once, from fp32.
+        return self.codes.to(self.compute_dtype).mul_(self.scale)
+
+
+class Nf4Linear(QuantizedLinear):
+    """W as 4-bit normal floats with doubly quantised scales, by bitsandbytes: 4.13 bits a weight.
+
+    Its blocks of 64 run through the rows; the last one is filled up with zeros.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
+        super().__init__(weight.shape, bias, dtype)
+        weight = weight if weight.dtype in kernels.FLOATS else weight.float()
+        blocks = F.pad(weight.flatten(), (0, -weight.numel() % NF4_BLOCK)).view(-1, NF4_BLOCK)
+        packed, state = kernels.bitsandbytes().quantize_4bit(blocks, blocksize=NF4_BLOCK, compress_statistics=True,
+                                                             quant_type="nf4")
+        self._store(packed=packed, absmax=state.absmax, absmax_scale=state.state2.absmax, absmax_mean=state.offset)
+
+    @property
+    def weight(self) -> Tensor:
+        library, dtype = kernels.bitsandbytes(), self.compute_dtype
+        absmax = library.dequantize_blockwise(self.absmax, absmax=self.absmax_scale, blocksize=SCALE_BLOCK,
+                                              code=kernels.scale_codes(self.absmax.device)).add_(self.absmax_mean)
+        state = library.QuantState(absmax, (len(absmax), NF4_BLOCK), blocksize=NF4_BLOCK, quant_type="nf4",
+                                   dtype=dtype if dtype in kernels.FLOATS else torch.float32)
+        flat = library.dequantize_4bit(self.packed, state).flatten()
+        return flat[: self.out_features * self.in_features].view(self.out_features, self.in_features).to(dtype)
+
+
+def int8_linear(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> RowScaledLinear:
+    """W in LLM.int8()'s rows (Dettmers et al. 2022), quantised by bitsandbytes.
+
+    Its own product is not used: it rounds the inputs to 8 bits as well, from fp16, in which Flux's overflow.
+    """
+    codes, absmax, _ = kernels.bitsandbytes().int8_vectorwise_quant(weight.half())
+    return RowScaledLinear(codes, absmax / 127, bias, dtype)
+
+
+def fp8_linear(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> RowScaledLinear:
+    """W in e4m3 with the scale that takes each row's largest weight to the largest code."""
+    scale = weight.abs().amax(1, keepdim=True).float().clamp(min=torch.finfo(torch.float32).tiny) / FP8_MAX
+    codes = (weight / scale).clamp(-FP8_MAX, FP8_MAX).to(FP8)
+    return RowScaledLinear(codes, scale, bias, dtype)
