@@ -1,4 +1,4 @@
-"""One GPU, many runs: a run waits here until the one before it is done."""
+"""Which device and arithmetic to use, and whose turn it is: one GPU, many runs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from pathlib import Path
 import torch
 from filelock import FileLock, Timeout
 
+from trainer.errors import UserError
+
 POLL = 0.5  # seconds between two tries
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @contextmanager
@@ -34,3 +37,33 @@ def turn(workspace: Path, device: torch.device, on_wait: Callable[[], object]) -
         yield
     finally:
         lock.release()
+
+
+def pick_device(name: str, setting: str) -> torch.device:
+    """The device of that name; accelerate decides for "auto".  `UserError` for one that is not there."""
+    if name.startswith("cuda"):
+        index = int(name.partition(":")[2] or 0)
+        if index >= torch.cuda.device_count():
+            raise UserError(f"{setting} = {name!r}: torch sees {torch.cuda.device_count()} CUDA GPUs here; "
+                            "choose another, or 'auto'")
+        return torch.device("cuda", index)
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise UserError(f"{setting} = 'mps': torch sees no Apple GPU here; choose another, or 'auto'")
+    if name != "auto":
+        return torch.device(name)
+    from accelerate import PartialState  # late: it is slow to import
+
+    state = PartialState()
+    if state.num_processes > 1:
+        raise UserError("several processes were started, and a run trains in one: "
+                        "start it without accelerate or torchrun")
+    return state.device
+
+
+def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """Of a frozen model: as chosen, else bf16 on GPUs that have it, fp16 on older ones, fp32 on a CPU."""
+    if precision != "auto":
+        return PRECISIONS[precision]
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainer import adapters, checkpoint, families, optim
+from trainer import adapters, checkpoint, families, gpu, optim
 from trainer.adapters import Adapter
 from trainer.adapters.stella import rank_budget
 from trainer.adapters.target import Target, matching, part_rows
@@ -22,7 +22,6 @@ from trainer.checkpoint import Progress
 from trainer.data.cache import Cache
 from trainer.data.order import Draw, Order
 from trainer.data.store import LatentStore, TextStore
-from trainer.errors import UserError
 from trainer.export import reader
 from trainer.export.stacked import together
 from trainer.flow import FlowObjective
@@ -36,7 +35,6 @@ from trainer.schema import FAMILY_MODEL, FLOW_FAMILIES, Preset
 ENCODE_BATCH = 8  # images or prompts encoded at a time while caching
 LATENT_DTYPE = torch.float32  # noise is added to them at full precision
 FP16_LOSS_SCALE = 1024.0  # fixed: a step that overflows is skipped on the device, and no search needs saving
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Guard = Callable[[], None]  # called now and then in long work; raises when the run was asked to stop
 
 
@@ -222,34 +220,13 @@ def open_base(preset: Preset) -> Any:
 
 
 def pick_device(preset: Preset) -> torch.device:
-    """The device of `memory.device`; accelerate decides for "auto".  `UserError` when it is not there."""
-    name = preset.memory.device
-    if name.startswith("cuda"):
-        index = int(name.partition(":")[2] or 0)
-        if index >= torch.cuda.device_count():
-            raise UserError(f"memory.device = {name!r}: torch sees {torch.cuda.device_count()} CUDA GPUs here; "
-                            "choose another, or 'auto'")
-        return torch.device("cuda", index)
-    if name == "mps" and not torch.backends.mps.is_available():
-        raise UserError("memory.device = 'mps': torch sees no Apple GPU here; choose another, or 'auto'")
-    if name != "auto":
-        return torch.device(name)
-    from accelerate import PartialState  # late: it is slow to import
-
-    state = PartialState()
-    if state.num_processes > 1:
-        raise UserError("several processes were started, and a run trains in one: "
-                        "start it without accelerate or torchrun")
-    return state.device
+    """The device of `memory.device`; `UserError` when it is not there."""
+    return gpu.pick_device(preset.memory.device, "memory.device")
 
 
 def pick_dtype(preset: Preset, device: torch.device) -> torch.dtype:
     """The arithmetic of the frozen model."""
-    if preset.train.precision != "auto":
-        return PRECISIONS[preset.train.precision]
-    if device.type != "cuda":
-        return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return gpu.pick_dtype(preset.train.precision, device)
 
 
 @contextmanager
