@@ -19,9 +19,10 @@ STEPS = {"polar": manifold.polar_retraction, "exponential": manifold.exponential
 
 def walk(xs: list[Tensor], tentatives: list[Tensor], scales: list[float], kind: str = "polar") -> list[Tensor]:
     """A whole step of several stacks, as an optimizer takes it."""
-    talls = [torch.cat([x, p - x], dim=-1) for x, p in zip(xs, tentatives)]
+    updates = [p - x for x, p in zip(xs, tentatives)]
     factors = torch.cat([torch.full((len(x), 1, 1), scale, dtype=torch.float64) for x, scale in zip(xs, scales)])
-    return [torch.where(fine, end, x) for x, end, fine in zip(xs, *manifold.advance(talls, lambda norm: factors, kind))]
+    ends, fine = manifold.advance(xs, updates, lambda norm: factors, kind)
+    return [torch.where(use, end, x) for x, end, use in zip(xs, ends, fine)]
 
 
 def point(dim: int, rank: int, dtype: torch.dtype = torch.float64, count: int = 2, seed: int = 0) -> Tensor:
@@ -209,3 +210,19 @@ def test_orthonormalize_finds_the_nearest_and_completes_a_deficient_rank():
     x[0, :, 1] = x[0, :, 2]
     assert manifold.orthogonality_error(manifold.orthonormalize(x)) <= 1e-12
     assert manifold.orthogonality_error(manifold.orthonormalize(torch.zeros(1, 9, 3))) <= 1e-6
+
+
+def test_errors_are_watched_in_turn_and_all_of_them_at_the_first_step():
+    xs, clock = [1.01 * point(20, 3, count=40), 1.01 * point(30, 3, count=1)], torch.zeros(())
+    watch = manifold.Watch(xs, clock)
+    whole = torch.cat([manifold.gram_error(x) for x in xs])
+    assert torch.equal(watch.errors(), whole)
+    seen = torch.zeros(41, dtype=torch.bool)
+    for step in range(1, manifold.Watch.PERIOD + 1):
+        clock.fill_(step)
+        errors = watch.errors()
+        measured = errors.abs().amax((1, 2)) > 0
+        assert torch.equal(errors[measured], whole[measured])
+        assert measured.sum() <= 3  # two of forty and the one
+        seen |= measured
+    assert seen.all()

@@ -45,7 +45,7 @@ def gram(left: Tensor, right: Tensor, dtype: torch.dtype | None = None) -> Tenso
     added in fp64, and a GPU works on all pieces at once instead of walking down each tall matrix.
     """
     count, dim, wide = left.shape
-    size = piece(dim, min(256, max(128, 2 * wide)))
+    size = piece(dim, 256 if wide >= 64 else 128)
     if not size:  # a length without a fitting divisor
         return (left.double().mT @ right.double()).to(dtype or left.dtype)
     parts = torch.bmm(left.reshape(-1, size, wide).mT, right.reshape(-1, size, right.shape[2]))
@@ -102,28 +102,64 @@ def qr_retraction(x: Tensor, delta: Tensor) -> Tensor:
 
 
 def _retracted(x: Tensor, delta: Tensor, retraction: str) -> Tensor:
-    (y,), (fine,) = advance([torch.cat([x, delta], dim=-1)], torch.ones_like, retraction, project=False)
+    (y,), (fine,) = advance([x], [delta], torch.ones_like, retraction, project=False)
     return torch.where(fine, y, x)
 
 
-def advance(talls: Stacks, step: Step, retraction: str, project: bool = True) -> tuple[list[Tensor], list[Tensor]]:
-    """The whole way from X along D, from stacks [X D] [L, dim, 2r] of any L and dim and one r.
+def advance(starts: Stacks, updates: Stacks, step: Step, retraction: str, project: bool = True,
+            errors: Tensor | None = None) -> tuple[list[Tensor], list[Tensor]]:
+    """The whole way from X along D, stacks [L, dim, r] of any L and dim and one r.
 
     D is taken times `step` of its norm, shortened to the trust radius, projected onto the tangent space at X (unless
-    it lies there) and retracted: "polar", "exponential" or "qr". Returns the ends [L, dim, r] and where they are to
-    be used [L, 1, 1]; elsewhere (non-finite, or X far off the manifold) the matrix should stay. One read and one
-    write of the tall stacks; all r x r work runs as one batch, and nothing waits for the device.
+    it lies there) and retracted: "polar", "exponential" or "qr". errors: X^T X - I of all matrices [sum of L, r, r],
+    where it is known. Returns the ends [L, dim, r] and where they are to be used [L, 1, 1]; elsewhere (non-finite, or
+    X far off the manifold) the matrix should stay. All r x r work runs as one batch, and nothing waits for the device.
     """
-    halves = [tall.chunk(2, dim=-1) for tall in talls]
-    with exact_arithmetic(talls[0].device):
-        error = torch.cat([gram(x, x, torch.float64) for x, _ in halves])  # L r r, the only one that needs fp64
-        _diagonal(error).sub_(1)
-        along, square = torch.cat([gram(tall, d) for tall, (_, d) in zip(talls, halves)]).chunk(2, dim=1)  # L r r each
+    with exact_arithmetic(starts[0].device):
+        if errors is None:
+            errors = torch.cat([gram_error(x) for x in starts])
+        along = torch.cat([gram(x, d) for x, d in zip(starts, updates)])  # L r r
+        square = torch.cat([gram(d, d) for d in updates])
         norm = _diagonal(square).sum(-1, dtype=torch.float64).sqrt()[:, None, None]
         scale = torch.minimum(step(norm), TRUST_RADIUS / norm)
-        combine, fine = RETRACTIONS[retraction](error.to(along.dtype), along, square, scale, project)
-        counts = [len(tall) for tall in talls]
-        return [tall @ part for tall, part in zip(talls, combine.split(counts))], list(fine.split(counts))
+        combine, fine = RETRACTIONS[retraction](errors, along, square, scale, project)
+        counts, rank = [len(x) for x in starts], along.shape[-1]
+        ends = [(x @ part[:, :rank]).baddbmm_(d, part[:, rank:])
+                for x, d, part in zip(starts, updates, combine.split(counts))]
+        return ends, list(fine.split(counts))
+
+
+def gram_error(x: Tensor) -> Tensor:
+    """X^T X - I, [L, dim, r] -> [L, r, r]: summed up in fp64, since the result is small beside what is summed."""
+    error = gram(x, x, torch.float64)
+    _diagonal(error).sub_(1)
+    return error.to(x.dtype)
+
+
+class Watch:
+    """X^T X - I of a part of the matrices at each step, of all of them in PERIOD steps; zero for the others.
+
+    A retraction rounds by some 1e-8, so that a matrix may well wait its turn; measuring all of them each time took as
+    long as the retraction. The first step takes all, for a start that is orthonormal in fewer digits. clock: the
+    number of steps taken, on the device, restored with the adapter; which part is measured follows from it alone.
+    """
+
+    PERIOD = 32
+
+    def __init__(self, stacks: Stacks, clock: Tensor) -> None:
+        self.stacks, self.clock = stacks, clock
+
+    def errors(self) -> Tensor:
+        """For `advance`: [sum of L, r, r]."""
+        captured = self.clock.is_cuda and torch.cuda.is_current_stream_capturing()  # where the clock cannot be read
+        measure = gram_error if not captured and self.clock == 0 else self._in_turn
+        with exact_arithmetic(self.clock.device):
+            return torch.cat([measure(x) for x in self.stacks])
+
+    def _in_turn(self, x: Tensor) -> Tensor:
+        size = -(-len(x) // self.PERIOD)
+        which = (self.clock.long() * size + torch.arange(size, device=x.device)) % len(x)
+        return x.new_zeros(len(x), x.shape[2], x.shape[2]).index_copy_(0, which, gram_error(x[which]))
 
 
 def orthonormalize(x: Tensor) -> Tensor:

@@ -30,14 +30,14 @@ def build_optimizer(name: str, adapter: Adapter, *, lr: float, weight_decay: flo
     Raises UserError for an optimizer that cannot go with the method.
     """
     _check(name, adapter, up_lr_ratio)
+    if set(adapter.method.manifold) == {"up"} and name != "stiefel":
+        adapter.step_rule = ManifoldRule(adapter.on_manifold().values(), "qr", 0.0, adapter.updates)
+    if name == "scaled_adamw":
+        adapter.step_rule = PairPreconditioner(adapter.leaves, adapter.layout)
     groups = parameter_groups(adapter, lr, 0.0 if name == "stiefel" else weight_decay, up_lr_ratio)
     if name == "stiefel":
         return StiefelOptimizer(adapter, groups, weight_decay, 0.95 if momentum is None else momentum, cautious,
                                 gradient_weight)
-    if set(adapter.method.manifold) == {"up"}:
-        adapter.step_rule = ManifoldRule(adapter.on_manifold().values(), "qr", 0.0)
-    if name == "scaled_adamw":
-        adapter.step_rule = PairPreconditioner(adapter.leaves, adapter.layout)
     if name == "adamw8bit":
         return _adamw8bit(groups, betas, adapter.skip)
     optimizer = _sgd(groups, momentum) if name == "sgd" else _adamw(groups, betas, adapter.skip.is_cuda)
@@ -65,7 +65,8 @@ def parameter_groups(adapter: Adapter, lr: float, weight_decay: float, up_lr_rat
         decayed = role not in (*adapter.method.manifold, "magnitude")
         ratio = up_lr_ratio if role == "up" else 1.0
         initial = lr * ratio
-        groups.append({"params": leaves, "role": role, "initial_lr": initial, "ratio": ratio,
+        moved = [adapter.step_rule.moved(leaf) for leaf in leaves] if adapter.step_rule else leaves
+        groups.append({"params": moved, "role": role, "initial_lr": initial, "ratio": ratio,
                        "lr": torch.tensor(initial, dtype=_lr_dtype(leaves[0]), device=leaves[0].device),
                        "weight_decay": weight_decay if decayed else 0.0})
     return groups
@@ -168,7 +169,7 @@ class StiefelOptimizer(InPlaceState):
         for leaf in adapter.parameters():
             self.state[leaf]["momentum"] = torch.zeros_like(leaf)
         self.on_manifold = list(adapter.on_manifold().values())
-        self.talls = [leaf.new_empty(*leaf.shape[:2], 2 * leaf.shape[2]) for leaf in self.on_manifold]  # [B D], L m 2r
+        self.watch = manifold.Watch([leaf.detach() for leaf in self.on_manifold], adapter.updates)
         self.lengths = torch.cat([leaf.new_full((len(leaf), 1, 1), self.RMS * math.sqrt(leaf[0].numel()),
                                                 dtype=torch.float64) for leaf in self.on_manifold])
 
@@ -198,16 +199,15 @@ class StiefelOptimizer(InPlaceState):
 
     def _turn(self, leaves: Sequence[Tensor], directions: Sequence[Tensor], group: dict) -> None:
         """The factor on the manifold: by a fixed length along the tangent part of -direction."""
-        starts = [tall.chunk(2, dim=-1)[0].copy_(leaf) for tall, leaf in zip(self.talls, leaves)]
         with manifold.exact_arithmetic(self.skip.device):
-            for leaf, direction, tall in zip(leaves, directions, self.talls):
-                inner = manifold.sym(manifold.gram(leaf, direction))
-                torch.baddbmm(direction, leaf, inner, beta=-1, out=tall.chunk(2, dim=-1)[1])
-        ends, fine = manifold.advance(self.talls, lambda norm: self.lengths * group["lr"] / norm.clamp_min(1e-12), "qr",
-                                      project=False)
+            updates = [torch.baddbmm(direction, leaf, manifold.sym(manifold.gram(leaf, direction)), beta=-1)
+                       for leaf, direction in zip(leaves, directions)]
+        ends, fine = manifold.advance(
+            leaves, updates, lambda norm: self.lengths * group["lr"] / norm.clamp_min(1e-12), "qr", project=False,
+            errors=self.watch.errors())
         taken = ~self.skip
-        for leaf, start, end, good in zip(leaves, starts, ends, fine):
-            torch.where(good & taken, end, start, out=leaf)
+        for leaf, end, good in zip(leaves, ends, fine):
+            torch.where(good & taken, end, leaf, out=leaf)
 
 
 # -- learning rate and clipping --------------------------------------------------------------------------------------

@@ -52,7 +52,8 @@ def build(targets: Sequence[Target], *, method: str, rank: int, init: str = "def
     if method == "stella":
         factors = adapter.on_manifold().values()
         name = "polar" if retraction == "default" else retraction
-        adapter.step_rule = ManifoldRule(factors, name, median_size(targets) if scale_dim is None else scale_dim)
+        scale_dim = median_size(targets) if scale_dim is None else scale_dim
+        adapter.step_rule = ManifoldRule(factors, name, scale_dim, adapter.updates)
     return adapter
 
 

@@ -15,6 +15,9 @@ from trainer.adapters.layout import Layout
 class StepRule(Protocol):
     """Both parts run on the device alone."""
 
+    def moved(self, leaf: Tensor) -> Tensor:
+        """What the optimizer moves for a leaf: the leaf itself, or a tensor with the leaf's gradient."""
+
     def before(self) -> None:
         """Ahead of `optimizer.step()`, after clipping."""
 
@@ -25,15 +28,19 @@ class StepRule(Protocol):
 class ManifoldRule:
     """Turns any Euclidean optimizer into one on the manifold (StelLA, section 4).
 
-    Before: snapshot, and the gradient in the canonical metric. After: scale, project and retract the update.
+    Before: the gradient in the canonical metric. The optimizer moves a zero in the factor's place, so that what it
+    leaves there is the update, with all its digits and without a copy of the factor. After: scale, project and
+    retract the update.
     scale_dim d multiplies the update of a [dim, r] factor by sqrt(d / dim), so that columns of every size turn by
-    about lr * sqrt(d) a step; 0 leaves updates alone.
+    about lr * sqrt(d) a step; 0 leaves updates alone. clock: `Adapter.updates`.
     """
 
-    def __init__(self, leaves: Iterable[Tensor], retraction: str, scale_dim: float) -> None:
+    def __init__(self, leaves: Iterable[Tensor], retraction: str, scale_dim: float, clock: Tensor) -> None:
         self.leaves, self.retraction, self.scale_dim = list(leaves), retraction, scale_dim
-        self.talls = [leaf.new_empty(*leaf.shape[:2], 2 * leaf.shape[2]) for leaf in self.leaves]  # [X D], L dim 2r
-        self.starts, self.updates = zip(*(tall.chunk(2, dim=-1) for tall in self.talls))  # views of them
+        self.watch = manifold.Watch([leaf.detach() for leaf in self.leaves], clock)
+        self.updates = [torch.zeros_like(leaf, requires_grad=False) for leaf in self.leaves]
+        for leaf, update in zip(self.leaves, self.updates):
+            update.grad = leaf.grad
         self.scales = torch.cat([leaf.new_full((len(leaf), 1, 1), self.scale(leaf.shape[1]), dtype=torch.float64)
                                  for leaf in self.leaves])
 
@@ -41,20 +48,22 @@ class ManifoldRule:
         """Factor on the updates of factors of this size."""
         return (self.scale_dim / dim) ** 0.5 if self.scale_dim else 1.0
 
+    def moved(self, leaf: Tensor) -> Tensor:
+        return next((update for own, update in zip(self.leaves, self.updates) if own is leaf), leaf)
+
     @torch.no_grad()
     def before(self) -> None:
-        for leaf, start in zip(self.leaves, self.starts):
-            start.copy_(leaf)
-            manifold.riemannian_gradient_(start, leaf.grad)
+        for leaf in self.leaves:
+            manifold.riemannian_gradient_(leaf, leaf.grad)
 
     @torch.no_grad()
     def after(self, skip: Tensor) -> None:
-        for leaf, start, update in zip(self.leaves, self.starts, self.updates):
-            torch.sub(leaf, start, out=update)
-        ends, fine = manifold.advance(self.talls, lambda norm: self.scales, self.retraction)
+        ends, fine = manifold.advance(self.leaves, self.updates, lambda norm: self.scales, self.retraction,
+                                      errors=self.watch.errors())
         taken = ~skip
-        for leaf, start, end, good in zip(self.leaves, self.starts, ends, fine):
-            torch.where(good & taken, end, start, out=leaf)
+        for leaf, end, good in zip(self.leaves, ends, fine):
+            torch.where(good & taken, end, leaf, out=leaf)
+        torch._foreach_zero_(self.updates)
 
 
 class PairPreconditioner:
@@ -70,6 +79,9 @@ class PairPreconditioner:
         device = next(iter(leaves.values())).device
         self.order = {kind: layout.order(kind, device) for kind in ("up", "down")}
         self.places = {kind: self.order[kind].argsort() for kind in ("up", "down")}  # layer numbers, stack by stack
+
+    def moved(self, leaf: Tensor) -> Tensor:
+        return leaf
 
     @torch.no_grad()
     def before(self) -> None:
