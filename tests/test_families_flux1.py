@@ -87,13 +87,14 @@ def test_scaled_fp8_is_read_with_its_scales(folder, loaded, tmp_path, per_row):
 
 def test_missing_parts_are_named(folder, tmp_path):
     files = models_flux.split_files(tmp_path, folder)
-    with pytest.raises(UserError, match="has no vae: give one as model.vae"):
+    with pytest.raises(UserError, match=r"has no VAE, no text encoder, no second text encoder: give Flux.1's VAE "
+                       r"\(such as ae.safetensors\) as model.vae, CLIP-L .* as model.text_encoder, T5-XXL"):
         open_file(files["transformer"], folder)
-    with pytest.raises(UserError, match="has no text encoder 2: give one as model.text_encoder_2"):
+    with pytest.raises(UserError, match="has no second text encoder: give T5-XXL .* as model.text_encoder_2"):
         open_file(files["transformer"], folder, vae=str(files["vae"]), text_encoder=str(files["text_encoder"]))
     with pytest.raises(UserError, match="T5's tokenizer is missing: give a folder with tokenizer.json"):
         flux1.open_base(str(files["transformer"]), tokenizer=str(folder / "tokenizer"), **given(files))
-    with pytest.raises(UserError, match="is no T5|has no T5 text encoder"):
+    with pytest.raises(UserError, match=r"no T5 text encoder: it is a CLIP \(64 wide\). Choose another model.text"):
         open_file(files["transformer"], folder, **given(files) | {"text_encoder_2": str(files["text_encoder"])})
 
 

@@ -93,11 +93,11 @@ def test_scaled_fp8_is_read_with_its_scales(folder, loaded, tmp_path):
 
 def test_missing_and_wrong_parts_are_named(folder, tmp_path):
     files = models_flux.split_files(tmp_path, folder)
-    with pytest.raises(UserError, match="has no text encoder: give one as model.text_encoder"):
+    with pytest.raises(UserError, match="has no text encoder: give its language model .*qwen_3_4b.* as model.text"):
         open_file(files["transformer"], folder, vae=str(files["vae"]))
     with pytest.raises(UserError, match="has a vocabulary of its own .264 tokens.: give its tokenizer's folder"):
         flux2.open_base(str(files["transformer"]), **given(files))
-    with pytest.raises(UserError, match="has no Qwen3 or Mistral text encoder"):
+    with pytest.raises(UserError, match="has no Qwen3 or Mistral text encoder: it is a VAE alone"):
         open_file(files["transformer"], folder, **given(files) | {"text_encoder": str(files["vae"])})
     tensors = load_file(files["transformer"])
     del tensors["img_in.weight"], tensors["double_blocks.0.img_attn.norm.query_norm.scale"]

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from tests import models
 from trainer.errors import UserError
 from trainer.families import sd15
-from trainer.families.recognise import KINDS, file_kind, folder_kind
+from trainer.families.recognise import FAMILIES, KINDS, file_kind, folder_kind
 from trainer.families.tensors import TensorInfo
 
 UNET = "model.diffusion_model."
@@ -36,6 +36,7 @@ FILES = {
     "flux2": {"double_blocks.0.img_attn.qkv.weight": (1, 1), "double_stream_modulation_img.lin.weight": (1, 1)},
     "chroma": {"double_blocks.0.img_attn.qkv.weight": (1, 1), "distilled_guidance_layer.in_proj.weight": (1, 1)},
     "lora": {"lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight": (4, 320)},
+    "quantised": {"double_blocks.0.img_attn.qkv.weight.quant_state.bitsandbytes__nf4": (80,)},
     "embedding": {"emb_params": (2, 768)},
     "controlnet": {"control_model.input_blocks.0.0.weight": (320, 4, 3, 3)},
     "vae": {"decoder.conv_in.weight": (512, 4, 3, 3), "encoder.conv_in.weight": (128, 3, 3, 3)},
@@ -70,9 +71,11 @@ def test_files_are_recognised_by_names_and_shapes(kind, shapes, tmp_path):
 def test_a_file_of_another_kind_is_refused_by_its_name(kind, tmp_path):
     file = tmp_path / "wrong.safetensors"
     save_file({name: torch.zeros(shape, dtype=torch.uint8) for name, shape in FILES[kind].items()}, file)
-    assert error_of(file) == (
-        f"{file} is {KINDS[kind]}, and the preset's model.family needs an SD 1.5 model: choose another model.base"
-    )
+    told = error_of(file)
+    assert told.startswith(f"{file} is {KINDS[kind]}, and model.family = 'sd15' needs an SD 1.5 model: ")
+    assert (f"set model.family = '{kind}'" in told) == (kind in FAMILIES)
+    for word, way in (("vae", "model.vae"), ("text_encoder", "model.text_encoder"), ("lora", "adapter.start_from")):
+        assert (f"give this one as {way}" in told or f"give it as {way}" in told) == (kind == word)
 
 
 @pytest.mark.parametrize(
@@ -96,7 +99,8 @@ def test_folders_are_recognised_by_their_configs(pipeline, unet, kind):
 
 def test_a_folder_of_another_kind_is_refused(copy):
     (copy / "model_index.json").write_text('{"_class_name": "StableDiffusionXLPipeline"}')
-    assert "copy is an SDXL model, and the preset's model.family needs an SD 1.5 model" in error_of(copy)
+    told = error_of(copy)
+    assert "copy is an SDXL model, and model.family = 'sd15' needs an SD 1.5 model: set model.family = 'sdxl'" in told
 
 
 @pytest.mark.parametrize("base", ["nowhere/at/all", "model.safetensors", "some/model.safetensors", "./gone"])
@@ -169,8 +173,11 @@ def test_weights_that_are_missing_in_a_part_name_the_part(copy):
 def test_a_wrong_vae_or_text_encoder_is_named(folder, tmp_path):
     save_file({"weight": torch.zeros(1)}, tmp_path / "odd.safetensors")
     odd = str(tmp_path / "odd.safetensors")
+    unknown = "it is no model that is known here. Choose another"
+    assert f"odd.safetensors has no VAE: {unknown} model.vae" in error_of(folder, vae=odd)
+    assert f"odd.safetensors has no CLIP text encoder: {unknown} model.text" in error_of(folder, text_encoder=odd)
+    save_file({"decoder.conv_in.weight": torch.zeros(1)}, odd)
     assert "odd.safetensors has no VAE of this kind: choose another model.vae" in error_of(folder, vae=odd)
-    assert "odd.safetensors has no CLIP text encoder" in error_of(folder, text_encoder=odd)
     assert "there is no folder gone: model.tokenizer must be" in error_of(folder, tokenizer="gone")
     assert "there is no file gone.safetensors" in error_of(folder, vae="gone.safetensors")
 

@@ -70,7 +70,7 @@ def test_text_encoders_and_vae_can_be_files_of_their_own(folder, loaded, tmp_pat
     for name, prefix in places.items():
         part = {key.removeprefix(prefix): value for key, value in whole.items() if key.startswith(prefix)}
         save_file(part, tmp_path / f"{name}.safetensors")
-    with pytest.raises(UserError, match="has no text encoder 2: give one as model.text_encoder_2"):
+    with pytest.raises(UserError, match="has no second text encoder: give CLIP bigG .* as model.text_encoder_2"):
         open_file(tmp_path / "unet.safetensors", folder, vae=str(tmp_path / "vae.safetensors"),
                   text_encoder=str(tmp_path / "l.safetensors"))
     base = open_file(tmp_path / "unet.safetensors", folder, vae=str(tmp_path / "vae.safetensors"),
@@ -121,9 +121,9 @@ def test_an_sdxl_file_under_an_sd15_preset_is_named(folder, tmp_path):
     from trainer.families import sd15
 
     file = models_sdxl.single_file(tmp_path / "tiny.safetensors", folder)
-    with pytest.raises(UserError, match="is an SDXL model, and the preset's model.family needs an SD 1.5 model"):
+    with pytest.raises(UserError, match="is an SDXL model, and model.family = 'sd15' needs an SD 1.5 model: set model"):
         sd15.open_base(str(file))
-    with pytest.raises(UserError, match="is an SD 1.5 model, and the preset's model.family needs an SDXL model"):
+    with pytest.raises(UserError, match="is an SD 1.5 model, and model.family = 'sdxl' needs an SDXL model"):
         sdxl.open_base(str(models.sd15_folder(tmp_path / "sd15")))
 
 

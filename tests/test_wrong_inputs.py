@@ -207,7 +207,7 @@ def no_model(folder: Path) -> Path:
 BASES = {
     "a LoRA": (lora, r"style\.safetensors is a LoRA, not a base model, .*choose another model\.base"),
     "a model of another family": (
-        sdxl, r"xl\.safetensors is an SDXL model, and the preset's model\.family needs an SD 1\.5"),
+        sdxl, r"xl\.safetensors is an SDXL model, and model\.family = 'sd15' needs .*: set model\.family = 'sdxl'"),
     "a pickle": (pickle, r"model\.ckpt is a pickle, which can run any program .*use the \.safetensors"),
     "a file cut short": (truncated, r"xl\.safetensors is cut short: it has [\d,]+ of [\d,]+ bytes\. Download it again"),
     "a web page": (web_page, r"not a safetensors file but a web page: download the file itself"),

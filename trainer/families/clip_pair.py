@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainer.errors import UserError
 from trainer.families import clip_text, open_clip
 from trainer.families.clip_text import ClipTextEncoder
-from trainer.families.folders import component
-from trainer.families.tensors import Part, TensorInfo, meta_tensors, read_header, without_prefix
+from trainer.families.parts import text_part
+from trainer.families.tensors import Part, TensorInfo, meta_tensors, without_prefix
 
 PREFIXES = ("conditioner.embedders.0.transformer.", *clip_text.PREFIXES)
 PREFIXES_2 = ("text_encoders.clip_g.transformer.", "clip_g.transformer.")
@@ -52,10 +51,9 @@ def second_part_of(file: Path, tensors: Mapping[str, TensorInfo], template: Mapp
 
 def other_second_part(path: Path, template: Mapping[str, Any]) -> Part:
     """A second encoder given apart from its base as model.text_encoder_2, a folder or a file."""
-    if path.is_dir():
-        return component(path / "text_encoder_2" if (path / "text_encoder_2").is_dir() else path)
-    tensors = read_header(path).tensors
-    part = second_part_of(path, tensors, template) or clip_text.part_of(path, tensors, ("",), template)
-    if part is None or "text_projection" not in " ".join(part.tensors):
-        raise UserError(f"{path} has no CLIP bigG text encoder: choose another model.text_encoder_2")
-    return part
+
+    def find(tensors: Mapping[str, TensorInfo]) -> Part | None:
+        part = second_part_of(path, tensors, template) or clip_text.part_of(path, tensors, ("",), template)
+        return part if part and "text_projection" in " ".join(part.tensors) else None
+
+    return text_part(path, "text_encoder_2", ["clip"], "CLIP bigG", find)

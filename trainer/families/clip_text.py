@@ -15,14 +15,13 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from trainer.errors import UserError
 from trainer.families import open_clip
-from trainer.families.folders import component
+from trainer.families.parts import text_part
 from trainer.families.tensors import (
     Part,
     TensorInfo,
     count_numbered,
     fill,
     mapped_tensors,
-    read_header,
     without_prefix,
 )
 
@@ -92,12 +91,13 @@ def part_of(file: Path, tensors: Mapping[str, TensorInfo], prefixes: Sequence[st
 
 def other_part(path: Path, name: str, prefixes: Sequence[str], template: Mapping[str, Any]) -> Part:
     """A CLIP given apart from its base as model.<name>, a folder or a file. Raises UserError if it is none."""
-    if path.is_dir():
-        return component(path / name if (path / name).is_dir() else path)
-    part = part_of(path, read_header(path).tensors, (*prefixes, ""), template)
-    if part is None:
-        raise UserError(f"{path} has no CLIP text encoder: choose another model.{name}")
-    return part
+    return text_part(path, name, ["clip"], "CLIP",
+                     lambda tensors: part_of(path, tensors, (*prefixes, ""), template))
+
+
+def size(part: Part) -> tuple[str, int]:
+    """What `parts.check_text` compares."""
+    return "clip", part.config.get("hidden_size", 0)
 
 
 def text_config(tensors: Mapping[str, TensorInfo], template: Mapping[str, Any]) -> dict[str, Any]:

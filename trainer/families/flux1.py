@@ -11,8 +11,7 @@ from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 
 from trainer.adapters.target import Target
-from trainer.errors import UserError
-from trainer.families import clip_text, t5_text, transformer, unet
+from trainer.families import clip_text, parts, t5_text, transformer, unet
 from trainer.families.base import Base
 from trainer.families.clip_text import ClipTextEncoder
 from trainer.families.folders import read_json
@@ -33,7 +32,9 @@ VAE_FACTOR = 8
 ACTIVATION_BYTES = {False: 12000, True: 1200}
 T5_PLACES = {True: 512, False: 256}  # dev, schnell
 
-_COMPONENTS = ("transformer", "vae", "text_encoder", "text_encoder_2")
+_PARTS = {"transformer": "", "vae": "Flux.1's VAE (such as ae.safetensors)",
+          "text_encoder": "CLIP-L (such as clip_l.safetensors)",
+          "text_encoder_2": "T5-XXL (such as t5xxl_fp16.safetensors)"}
 _CONFIGS = Path(__file__).parent / "configs" / "flux1"
 _SINGLE = {"attn.to_qkv": ("attn.to_q", "attn.to_k", "attn.to_v")}
 _SINGLE_WITH_MLP = {"attn.to_qkv_mlp": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"), "proj_out": ("proj_out",)}
@@ -63,14 +64,14 @@ def open_base(
     """
     others: dict[str, Callable[[], Part]] = {}
     if vae:
-        others["vae"] = lambda: unet.other_vae(Path(vae), _template("vae"))
+        others["vae"] = lambda: parts.vae(Path(vae), _template("vae"))
     if text_encoder:
         others["text_encoder"] = lambda: clip_text.other_part(
             Path(text_encoder), "text_encoder", clip_text.PREFIXES, _template("text_encoder"))
     if text_encoder_2:
         others["text_encoder_2"] = lambda: t5_text.other_part(Path(text_encoder_2), _template("text_encoder_2"))
-    opened = unet.open_parts(base, "flux1", _COMPONENTS, _parts_of_file, others)
-    _check_widths(opened.parts)
+    opened = unet.open_parts(base, "flux1", _PARTS, _parts_of_file, others)
+    _check_widths(opened)
     first, second = opened.tokenizer(tokenizer, "tokenizer"), opened.tokenizer(tokenizer_2, "tokenizer_2")
     unet.check_clip(opened.parts["text_encoder"], first, 1, clip_text.VOCAB_SIZE, "model.tokenizer")
     t5_text.check_tokenizer(second)
@@ -95,17 +96,13 @@ def _parts_of_file(header: Header) -> dict[str, Part]:
     return {name: part for name, part in found.items() if part is not None}
 
 
-def _check_widths(parts: Mapping[str, Part]) -> None:
-    config, vae = parts["transformer"].config, parts["vae"]
-    widths = {"text_encoder": ("hidden_size", "pooled_projection_dim"),
-              "text_encoder_2": ("d_model", "joint_attention_dim")}
-    for name, (own, wanted) in widths.items():
-        if parts[name].config.get(own) != config[wanted]:
-            raise UserError(f"the text encoder of {parts[name].source} is {parts[name].config.get(own)} wide, and the "
-                            f"transformer takes {config[wanted]}: they do not belong together")
-    if 4 * vae.config.get("latent_channels", 0) != config["in_channels"]:
-        raise UserError(f"the VAE of {vae.source} has {vae.config.get('latent_channels')} latent channels: it is for "
-                        "another kind of model")
+def _check_widths(opened: unet.Opened) -> None:
+    config, whom = opened.parts["transformer"].config, f"the transformer of {opened.path}"
+    clip, t5 = opened.parts["text_encoder"], opened.parts["text_encoder_2"]
+    parts.check_text(clip, "text_encoder", clip_text.size(clip), ("clip", config["pooled_projection_dim"]), whom)
+    parts.check_text(t5, "text_encoder_2", ("t5", t5.config.get("d_model", 0)), ("t5", config["joint_attention_dim"]),
+                     whom)
+    parts.check_vae(opened.parts["vae"], config["in_channels"] // 4)
 
 
 # Loading: one part after the other, each frozen and in eval mode.

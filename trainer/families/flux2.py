@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from trainer.adapters.target import Target
 from trainer.errors import UserError
-from trainer.families import hub, ldm, llm_text, transformer, unet
+from trainer.families import hub, ldm, llm_text, parts, transformer, unet
 from trainer.families.base import Base
 from trainer.families.folders import read_json
 from trainer.families.llm_text import LlmText
@@ -30,7 +30,9 @@ LATENT_FACTOR = 16  # pixels a latent: the VAE's 8, then 2 x 2 packed into chann
 # Peak bytes a pixel of one step beside weights, in 16 bits, without and with gradient checkpointing: estimated.
 ACTIVATION_BYTES = {False: 6000, True: 900}
 
-_COMPONENTS = ("transformer", "vae", "text_encoder")
+_PARTS = {"transformer": "", "vae": "Flux.2's VAE (such as flux2-vae.safetensors)",
+          "text_encoder": "its language model (klein 4B: Qwen3-4B, such as qwen_3_4b.safetensors; klein 9B: Qwen3-8B, "
+                          "such as qwen_3_8b_fp8mixed.safetensors; dev: mistral_3_small_flux2_fp8.safetensors)"}
 _CONFIGS = Path(__file__).parent / "configs" / "flux2"
 _SINGLE = {path: (path,) for path in ("attn.to_qkv_mlp_proj", "attn.to_out")}
 _BASE_NAME, _DISTILLED_NAME = re.compile(r"klein.*\bbase\b|\bbase\b.*klein"), re.compile(r"klein (4b|9b)")
@@ -54,11 +56,11 @@ def open_base(base: str, *, vae: str = "", text_encoder: str = "", tokenizer: st
     """
     others: dict[str, Callable[[], Part]] = {}
     if vae:
-        others["vae"] = lambda: unet.other_vae(Path(vae), _template("vae"))
+        others["vae"] = lambda: parts.vae(Path(vae), _template("vae"))
     if text_encoder:
         others["text_encoder"] = lambda: llm_text.other_part(Path(text_encoder), _template)
-    opened = unet.open_parts(base, "flux2", _COMPONENTS, _parts_of_file, others)
-    _check_widths(opened.parts)
+    opened = unet.open_parts(base, "flux2", _PARTS, _parts_of_file, others)
+    _check_widths(opened)
     folder = opened.tokenizer(tokenizer, "tokenizer")
     text = opened.parts["text_encoder"]
     transformer.check_tokenizer(folder, "model.tokenizer")
@@ -122,15 +124,13 @@ def _parts_of_file(header: Header) -> dict[str, Part]:
     return {name: part for name, part in found.items() if part is not None}
 
 
-def _check_widths(parts: Mapping[str, Part]) -> None:
-    config, vae, text = parts["transformer"].config, parts["vae"], parts["text_encoder"]
-    width = llm_text.body_config(text).get("hidden_size", 0)
-    if 3 * width != config["joint_attention_dim"]:
-        raise UserError(f"the text encoder of {text.source} is {width} wide, and the transformer takes three times "
-                        f"{config['joint_attention_dim'] // 3}: they do not belong together")
-    if 4 * vae.config.get("latent_channels", 0) != config["in_channels"]:
-        raise UserError(f"the VAE of {vae.source} has {vae.config.get('latent_channels')} latent channels: it is for "
-                        "another kind of model")
+def _check_widths(opened: unet.Opened) -> None:
+    """The text's three layers stand side by side; klein reads Qwen3, dev Mistral."""
+    config, text = opened.parts["transformer"].config, opened.parts["text_encoder"]
+    found = llm_text.kind_of(text), llm_text.body_config(text).get("hidden_size", 0)
+    needed = "mistral" if config["guidance_embeds"] else "qwen3", config["joint_attention_dim"] // 3
+    parts.check_text(text, "text_encoder", found, needed, f"the transformer of {opened.path}")
+    parts.check_vae(opened.parts["vae"], config["in_channels"] // 4)
 
 
 # Loading: one part after the other, each frozen and in eval mode.

@@ -23,8 +23,8 @@ from transformers import (
 
 from trainer.errors import UserError
 from trainer.families.clip_text import printable_bytes
-from trainer.families.folders import component
-from trainer.families.tensors import Part, TensorInfo, count_numbered, fill, mapped_tensors, read_header
+from trainer.families.parts import text_part
+from trainer.families.tensors import Part, TensorInfo, count_numbered, fill, mapped_tensors
 
 PLACES = 512  # tokens of a prompt, padding included
 LAYERS = {"qwen3": (9, 18, 27), "mistral": (10, 20, 30)}  # the hidden states that condition Flux.2
@@ -142,12 +142,8 @@ def part_of(file: Path, tensors: Mapping[str, TensorInfo], template: Callable[[s
 
 def other_part(path: Path, template: Callable[[str], dict[str, Any]]) -> Part:
     """A language model given apart from its base as model.text_encoder, a folder or a file."""
-    if path.is_dir():
-        return component(path / "text_encoder" if (path / "text_encoder").is_dir() else path)
-    part = part_of(path, read_header(path).tensors, template)
-    if part is None:
-        raise UserError(f"{path} has no Qwen3 or Mistral text encoder: choose another model.text_encoder")
-    return part
+    return text_part(path, "text_encoder", ["qwen3", "mistral"], "Qwen3 or Mistral",
+                     lambda tensors: part_of(path, tensors, template))
 
 
 def body_config(part: Part) -> dict[str, Any]:

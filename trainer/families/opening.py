@@ -10,8 +10,16 @@ from trainer.errors import UserError
 from trainer.families import hub
 from trainer.families.folders import component, explain_no_model, is_complete, read_json
 from trainer.families.ldm import VAE_PREFIX, unet_config, vae_config
-from trainer.families.recognise import KINDS, file_kind, folder_kind
+from trainer.families.recognise import FAMILIES, KINDS, contents, file_kind, folder_kind
 from trainer.families.tensors import Header, Part, TensorInfo, read_header, without_prefix
+
+_WAYS = {  # what to do with a file that is not the base it was given as
+    **{family: f"set model.family = {family!r}, or choose another model.base" for family in FAMILIES},
+    "lora": "choose another model.base; to go on training it, give it as adapter.start_from",
+    "vae": "choose another model.base, and give this one as model.vae",
+    "text_encoder": "choose another model.base, and give this one as model.text_encoder",
+    "quantised": "use its bf16, fp16 or fp8 file; memory.quantize then makes it small",
+}
 
 
 def locate(base: str, components: Collection[str]) -> Path:
@@ -51,9 +59,8 @@ def open_file(file: Path, kind: str) -> Header:
 
 def _check_kind(path: Path, found: str, wanted: str) -> None:
     if found != wanted:
-        raise UserError(
-            f"{path} is {KINDS[found]}, and the preset's model.family needs {KINDS[wanted]}: choose another model.base"
-        )
+        raise UserError(f"{path} is {KINDS[found]}, and model.family = {wanted!r} needs {KINDS[wanted]}: "
+                        + _WAYS.get(found, "choose another model.base"))
 
 
 def unet_part(file: Path, tensors: Mapping[str, TensorInfo], template: Mapping[str, Any]) -> Part:
@@ -68,7 +75,10 @@ def unet_part(file: Path, tensors: Mapping[str, TensorInfo], template: Mapping[s
 def vae_from_file(file: Path, template: Mapping[str, Any]) -> Part:
     """A VAE kept as one file, in LDM or diffusers names. Raises UserError when the file has none."""
     tensors = read_header(file).tensors
-    return vae_part(file, without_prefix(tensors, VAE_PREFIX) or tensors, template)
+    names = without_prefix(tensors, VAE_PREFIX) or tensors
+    if "decoder.conv_in.weight" not in names:
+        raise UserError(f"{file} has no VAE: it is {contents(tensors)}. Choose another model.vae")
+    return vae_part(file, names, template)
 
 
 def vae_part(file: Path, tensors: Mapping[str, TensorInfo], template: Mapping[str, Any]) -> Part:
@@ -81,5 +91,5 @@ def vae_part(file: Path, tensors: Mapping[str, TensorInfo], template: Mapping[st
     }
     try:
         return Part(file, vae_config(names, layout, template), names, layout)
-    except (KeyError, AttributeError, ValueError):
+    except (KeyError, IndexError, AttributeError, ValueError):
         raise UserError(f"{file} has no VAE of this kind: choose another model.vae") from None

@@ -7,6 +7,7 @@ from typing import Any
 
 from trainer.families.tensors import TensorInfo
 
+FAMILIES = ("sd15", "sdxl", "flux1", "flux2")
 # Kinds that a base can be, in words. Families of ours have the family's name as their kind.
 KINDS = {
     "sd15": "an SD 1.5 model",
@@ -22,6 +23,7 @@ KINDS = {
     "z-image": "a Z-Image model",
     "lcm": "a latent consistency model (distilled)",
     "lora": "a LoRA, not a base model",
+    "quantised": "a model that was already quantised (bitsandbytes or SVDQuant)",
     "embedding": "a textual inversion embedding, not a base model",
     "controlnet": "a ControlNet, not a base model",
     "vae": "a VAE alone, not a base model",
@@ -31,6 +33,8 @@ KINDS = {
 
 _LORA_WORDS = (".lora_up.", ".lora_down.", ".lora_A.", ".lora_B.", ".lora.up.", ".lora.down.", ".hada_w1", ".lokr_w")
 _TELLTALE = {  # part of a tensor's name, kind; the first that is found decides
+    ".quant_state.": "quantised",
+    ".qweight": "quantised",
     "double_stream_modulation": "flux2",
     "distilled_guidance_layer": "chroma",
     "joint_blocks.": "sd3",
@@ -43,6 +47,14 @@ _TELLTALE = {  # part of a tensor's name, kind; the first that is found decides
     "controlnet_cond_embedding.": "controlnet",
     "string_to_param": "embedding",
     "emb_params": "embedding",
+}
+_ENCODERS = {  # kind and width of a text encoder that the families use: its name
+    ("clip", 768): "CLIP-L",
+    ("clip", 1280): "CLIP bigG",
+    ("t5", 4096): "T5-XXL",
+    ("qwen3", 2560): "Qwen3-4B",
+    ("qwen3", 4096): "Qwen3-8B",
+    ("mistral", 5120): "Mistral Small",
 }
 _PIPELINES = {  # beginning of model_index.json's _class_name
     "StableDiffusionXL": "sdxl",
@@ -93,6 +105,30 @@ def _unet_kind(tensors: Mapping[str, TensorInfo]) -> str:
     if text_width == 1024 or any(name.startswith("cond_stage_model.model.") for name in tensors):
         return "sd2"
     return "sd15-edit" if first and first.shape[1] != 4 else "sd15"
+
+
+def text_kind(tensors: Mapping[str, TensorInfo]) -> str:
+    """Which text encoder these tensors are: "t5", "qwen3", "mistral" (any other language model), "clip"; else ""."""
+    if _one(tensors, "SelfAttention.relative_attention_bias.weight"):
+        return "t5"
+    if _one(tensors, "embed_tokens.weight"):
+        return "qwen3" if _one(tensors, "self_attn.q_norm.weight") else "mistral"
+    return "clip" if _one(tensors, "token_embedding.weight") else ""
+
+
+def encoder_name(kind: str, width: int) -> str:
+    """A text encoder of this kind and width for people: "Qwen3-4B (2560 wide)"."""
+    words = {"clip": "a CLIP", "t5": "a T5", "qwen3": "a Qwen3", "mistral": "a language model"}
+    return f"{_ENCODERS.get((kind, width), words.get(kind, 'something else'))} ({width} wide)"
+
+
+def contents(tensors: Mapping[str, TensorInfo]) -> str:
+    """What is in a file or folder, in words: one of KINDS, or a text encoder by its name."""
+    kind = file_kind(tensors)
+    table = _one(tensors, "token_embedding.weight", "shared.weight", "embed_tokens.weight")
+    if kind != "text_encoder" or table is None:
+        return KINDS[kind]
+    return encoder_name(text_kind(tensors), table.shape[-1])
 
 
 def folder_kind(model_index: Mapping[str, Any], unet_config: Mapping[str, Any] | None) -> str:

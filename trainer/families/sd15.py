@@ -11,7 +11,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from trainer.adapters.target import Target
-from trainer.families import clip_text, ldm, unet
+from trainer.families import clip_text, ldm, parts, unet
 from trainer.families.base import Base
 from trainer.families.clip_text import ClipTextEncoder
 from trainer.families.folders import read_json
@@ -33,7 +33,8 @@ from trainer.families.unet import set_gradient_checkpointing as set_gradient_che
 # allocator's peak at 512 px, attention adapters of rank 16, attention without its matrix (CPU, torch 2.13).
 ACTIVATION_BYTES = {False: 3200, True: 890}
 
-_COMPONENTS = ("unet", "vae", "text_encoder")
+_PARTS = {"unet": "", "vae": "SD 1.5's VAE (such as vae-ft-mse-840000-ema-pruned.safetensors)",
+          "text_encoder": "CLIP-L (such as clip_l.safetensors)"}
 _CONFIGS = Path(__file__).parent / "configs" / "sd15"
 
 # Opening: headers only, no weights.
@@ -56,13 +57,15 @@ def open_base(
     """
     others: dict[str, Callable[[], Part]] = {}
     if vae:
-        others["vae"] = lambda: unet.other_vae(Path(vae), _template("vae"))
+        others["vae"] = lambda: parts.vae(Path(vae), _template("vae"))
     if text_encoder:
         others["text_encoder"] = lambda: clip_text.other_part(
             Path(text_encoder), "text_encoder", clip_text.PREFIXES, _template("text_encoder"))
-    opened = unet.open_parts(base, "sd15", _COMPONENTS, _parts_of_file, others)
+    opened = unet.open_parts(base, "sd15", _PARTS, _parts_of_file, others)
     text, tokenizer_folder = opened.parts["text_encoder"], opened.tokenizer(tokenizer, "tokenizer")
-    unet.check_width(opened, text.config.get("hidden_size"), f"text encoder of {text.source}")
+    width = opened.parts["unet"].config.get("cross_attention_dim")
+    parts.check_text(text, "text_encoder", clip_text.size(text), ("clip", width), f"the UNet of {opened.path}")
+    parts.check_vae(opened.parts["vae"], unet.LATENT_CHANNELS)
     unet.check_clip(text, tokenizer_folder, clip_skip, clip_text.VOCAB_SIZE, "model.tokenizer")
     return unet.describe(opened, [tokenizer_folder], _template("scheduler"), prediction, clip_skip)
 
@@ -74,12 +77,12 @@ def _template(part: str) -> dict[str, Any]:
 def _parts_of_file(header: Header) -> dict[str, Part]:
     tensors = header.tensors
     names = without_prefix(tensors, ldm.UNET_PREFIX) or tensors  # ComfyUI keeps UNets alone without the prefix
-    parts = {"unet": unet_part(header.file, names, _template("unet"))}
+    found = {"unet": unet_part(header.file, names, _template("unet"))}
     if vae := without_prefix(tensors, ldm.VAE_PREFIX):
-        parts["vae"] = vae_part(header.file, vae, _template("vae"))
+        found["vae"] = vae_part(header.file, vae, _template("vae"))
     if text := clip_text.part_of(header.file, tensors, clip_text.PREFIXES, _template("text_encoder")):
-        parts["text_encoder"] = text
-    return parts
+        found["text_encoder"] = text
+    return found
 
 
 # Loading: one part after the other, each frozen and in eval mode.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModelWithProjection
 
 from trainer.adapters.target import Target
-from trainer.families import clip_pair, clip_text, ldm, unet
+from trainer.families import clip_pair, clip_text, ldm, parts, unet
 from trainer.families.base import Base
 from trainer.families.clip_pair import ClipPair
 from trainer.families.clip_text import ClipTextEncoder
@@ -35,7 +35,10 @@ from trainer.families.unet import set_gradient_checkpointing as set_gradient_che
 # Peak bytes a pixel of one step beside weights, as in sd15; SDXL has fewer channels at full size and more blocks.
 ACTIVATION_BYTES = {False: 5200, True: 950}
 
-_COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2")
+_PARTS = {"unet": "", "vae": "SDXL's VAE (such as sdxl_vae.safetensors)",
+          "text_encoder": "CLIP-L (such as clip_l.safetensors)",
+          "text_encoder_2": "CLIP bigG (such as clip_g.safetensors)"}
+_FRAMING = 6  # numbers that say how a picture lies in its image
 _CONFIGS = Path(__file__).parent / "configs" / "sdxl"
 
 
@@ -59,21 +62,31 @@ def open_base(
     """
     others: dict[str, Callable[[], Part]] = {}
     if vae:
-        others["vae"] = lambda: unet.other_vae(Path(vae), _template("vae"))
+        others["vae"] = lambda: parts.vae(Path(vae), _template("vae"))
     if text_encoder:
         others["text_encoder"] = lambda: clip_text.other_part(
             Path(text_encoder), "text_encoder", clip_pair.PREFIXES, _template("text_encoder"))
     if text_encoder_2:
         others["text_encoder_2"] = lambda: clip_pair.other_second_part(Path(text_encoder_2),
                                                                        _template("text_encoder_2"))
-    opened = unet.open_parts(base, "sdxl", _COMPONENTS, _parts_of_file, others)
+    opened = unet.open_parts(base, "sdxl", _PARTS, _parts_of_file, others)
     first, second = opened.parts["text_encoder"], opened.parts["text_encoder_2"]
     folders = [opened.tokenizer(tokenizer, "tokenizer"), opened.tokenizer(tokenizer_2, "tokenizer_2")]
-    width = first.config.get("hidden_size", 0) + second.config.get("hidden_size", 0)
-    unet.check_width(opened, width, f"pair of text encoders of {first.source} and {second.source}")
+    _check_widths(opened)
+    parts.check_vae(opened.parts["vae"], unet.LATENT_CHANNELS)
     for part, folder, setting in zip((first, second), folders, ("model.tokenizer", "model.tokenizer_2")):
         unet.check_clip(part, folder, clip_skip, clip_text.VOCAB_SIZE, setting)
     return unet.describe(opened, folders, _template("scheduler"), prediction, clip_skip)
+
+
+def _check_widths(opened: unet.Opened) -> None:
+    """The second encoder's width stands with its pooled state in the UNet's config; the first's is the rest."""
+    config, whom = opened.parts["unet"].config, f"the UNet of {opened.path}"
+    added, each = (config.get(key) or 0 for key in ("projection_class_embeddings_input_dim", "addition_time_embed_dim"))
+    second = added - _FRAMING * each
+    for name, width in (("text_encoder_2", second), ("text_encoder", config.get("cross_attention_dim", 0) - second)):
+        part = opened.parts[name]
+        parts.check_text(part, name, clip_text.size(part), ("clip", width), whom)
 
 
 def _template(part: str) -> dict[str, Any]:
@@ -83,14 +96,14 @@ def _template(part: str) -> dict[str, Any]:
 def _parts_of_file(header: Header) -> dict[str, Part]:
     tensors = header.tensors
     names = without_prefix(tensors, ldm.UNET_PREFIX) or tensors  # ComfyUI keeps UNets alone without the prefix
-    parts = {"unet": unet_part(header.file, names, _template("unet"))}
+    found = {"unet": unet_part(header.file, names, _template("unet"))}
     if vae := without_prefix(tensors, ldm.VAE_PREFIX):
-        parts["vae"] = vae_part(header.file, vae, _template("vae"))
+        found["vae"] = vae_part(header.file, vae, _template("vae"))
     if first := clip_text.part_of(header.file, tensors, clip_pair.PREFIXES, _template("text_encoder")):
-        parts["text_encoder"] = first
+        found["text_encoder"] = first
     if second := clip_pair.second_part_of(header.file, tensors, _template("text_encoder_2")):
-        parts["text_encoder_2"] = second
-    return parts
+        found["text_encoder_2"] = second
+    return found
 
 
 # Loading: one part after the other, each frozen and in eval mode.

@@ -12,14 +12,13 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, T5Config, T5EncoderModel
 
 from trainer.errors import UserError
-from trainer.families.folders import component
+from trainer.families.parts import text_part
 from trainer.families.tensors import (
     Part,
     TensorInfo,
     count_numbered,
     fill,
     mapped_tensors,
-    read_header,
     without_prefix,
 )
 
@@ -69,12 +68,7 @@ def _own(name: str) -> bool:
 
 def other_part(path: Path, template: Mapping[str, Any]) -> Part:
     """A T5 given apart from its base as model.text_encoder_2, a folder or a file. Raises UserError if it is none."""
-    if path.is_dir():
-        return component(path / "text_encoder_2" if (path / "text_encoder_2").is_dir() else path)
-    part = part_of(path, read_header(path).tensors, template)
-    if part is None:
-        raise UserError(f"{path} has no T5 text encoder: choose another model.text_encoder_2")
-    return part
+    return text_part(path, "text_encoder_2", ["t5"], "T5", lambda tensors: part_of(path, tensors, template))
 
 
 def check_tokenizer(folder: Path | None) -> None:

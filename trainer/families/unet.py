@@ -19,8 +19,8 @@ from trainer.errors import UserError
 from trainer.families import hub, ldm
 from trainer.families.base import Base, decide_prediction, short_hash
 from trainer.families.clip_text import canonical
-from trainer.families.folders import component, read_json
-from trainer.families.opening import locate, open_file, open_folder, vae_from_file
+from trainer.families.folders import read_json
+from trainer.families.opening import locate, open_file, open_folder
 from trainer.families.tensors import Header, Part, fill, fingerprint
 from trainer.objective import Objective
 
@@ -31,6 +31,7 @@ DENOISER = "unet"  # its name among the base's parts, and at the beginning of it
 
 TEXT_DTYPE = torch.float32  # of text encoders while captions are encoded: they are small
 
+_WORDS = {"vae": "VAE", "text_encoder": "text encoder", "text_encoder_2": "second text encoder"}
 _UNET_LAYERS = {  # end of a module's path: group in adapter.targets
     re.compile(r".*\.(attn[12])\.to_(?:q|k|v|out\.0)"): "attention",
     re.compile(r".*\.(ff)\.net\.(?:0\.proj|2)"): "feed_forward",
@@ -77,9 +78,14 @@ class Opened:
         return self.path.resolve().stem if self.path.is_file() else self.path.resolve().name
 
 
-def open_parts(base: str, kind: str, components: Sequence[str], parts_of_file: Callable[[Header], dict[str, Part]],
+def open_parts(base: str, kind: str, wanted: Mapping[str, str], parts_of_file: Callable[[Header], dict[str, Part]],
                others: Mapping[str, Callable[[], Part]]) -> Opened:
-    """Find a base's parts in a folder, a single file or on the hub; `others` are parts given apart from it."""
+    """Find a base's parts in a folder, a single file or on the hub; `others` are parts given apart from it.
+
+    `wanted` has all parts of this kind of model, and what to give where a file lacks one, in words. Raises UserError
+    that names what is missing.
+    """
+    components = list(wanted)
     path = locate(base, components)
     header, scheduler = None, None
     if path.is_dir():
@@ -89,32 +95,11 @@ def open_parts(base: str, kind: str, components: Sequence[str], parts_of_file: C
         header = open_file(path, kind)
         parts = parts_of_file(header)
     parts |= {name: find() for name, find in others.items()}
-    for name in components:
-        if name not in parts:
-            raise UserError(f"{path} has no {name.replace('_', ' ')}: give one as model.{name}")
+    if missing := [name for name in components if name not in parts]:
+        lacks = ", no ".join(_WORDS[name] for name in missing)
+        ways = ", ".join(f"{wanted[name]} as model.{name}" for name in missing)
+        raise UserError(f"{path} has no {lacks}: give {ways}")
     return Opened(base, path, parts, header, scheduler)
-
-
-def other_vae(path: Path, template: Mapping[str, Any]) -> Part:
-    """A VAE given apart from its base, as a folder or a file."""
-    if path.is_dir():
-        return component(path / "vae" if (path / "vae").is_dir() else path)
-    return vae_from_file(path, template)
-
-
-def check_width(opened: Opened, width: int, what: str) -> None:
-    """Raise UserError unless the UNet takes text embeddings of this width, and the VAE has its latents."""
-    unet, vae = opened.parts["unet"].config, opened.parts["vae"].config
-    if width != unet.get("cross_attention_dim"):
-        raise UserError(
-            f"the {what} is {width} wide, and "
-            f"the UNet of {opened.path} takes {unet.get('cross_attention_dim')}: they do not belong together"
-        )
-    if vae.get("latent_channels") != LATENT_CHANNELS:
-        raise UserError(
-            f"the VAE of {opened.parts['vae'].source} has {vae.get('latent_channels')} latent channels instead "
-            f"of {LATENT_CHANNELS}: it is for another kind of model"
-        )
 
 
 def check_clip(part: Part, tokenizer: Path | None, clip_skip: int, vocab_size: int, setting: str) -> None:
