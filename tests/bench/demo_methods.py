@@ -23,7 +23,7 @@ ROWS = {  # row: settings
     "lora": ["adapter.method=lora"],
     "lora + DoRA": ["adapter.method=lora", "adapter.dora=true"],
     "stiefel": ["adapter.method=stiefel"],
-    "stella": ["adapter.method=stella"],
+    "stella, random start": ["adapter.method=stella", "adapter.init=random"],
     "stella, zero start": ["adapter.method=stella", "adapter.init=zero"],
     "trilora": ["adapter.method=trilora"],
 }

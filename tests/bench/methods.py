@@ -15,7 +15,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from tests.bench import published
-from trainer.adapters import Target, build
+from trainer.adapters import Target, build, effective_rank
 from trainer.manifold import orthogonality_error
 from trainer.optim import build_optimizer, clip_grad_norm
 from trainer.update import Update
@@ -72,15 +72,17 @@ def make(sizes: list[tuple[int, int]], rank: int, row: str, device: torch.device
     return Update(adapter, build_optimizer(optimizer, adapter, lr=LR), 1.0)
 
 
-def measure_ours(update: Update, device: torch.device, steps: int, checked_steps: int) -> tuple[float, float]:
-    """Milliseconds a step, and max |X^T X - I| after `checked_steps` with random gradients."""
+def measure_ours(update: Update, device: torch.device, steps: int, checked_steps: int) -> tuple[float, float, float]:
+    """Milliseconds a step, max |X^T X - I| after `checked_steps` with random gradients, and the milliseconds for which
+    the loop waits when effective rank is taken (its default: once in 25 steps)."""
     adapter, loss = update.adapter, torch.zeros((), device=device)
     for _ in range(checked_steps):
         for leaf in adapter.parameters():
             leaf.grad.normal_()
         update(loss)
     errors = [orthogonality_error(leaf.detach()).item() for leaf in adapter.on_manifold().values()]
-    return timed(lambda: update(loss), device, steps), max(errors, default=float("nan"))
+    spectrum = timed(lambda: effective_rank.take(adapter), device, 5)
+    return timed(lambda: update(loss), device, steps), max(errors, default=float("nan")), spectrum
 
 
 def profiled(update: Update, device: torch.device, steps: int = 5) -> Iterable[str]:
@@ -151,14 +153,14 @@ def rows(sizes: list[tuple[int, int]], rank: int, device: torch.device, options:
             yield f"{row}, rank {rank}"
             yield from profiled(update, device)
             continue
-        ours, error = measure_ours(update, device, options.steps, options.checked)
+        ours, error, spectrum = measure_ours(update, device, options.steps, options.checked)
         plain = ours if plain is None else plain
         orthogonality = "" if error != error else f"{error:.1e}"
-        yield f"| {rank} | {row} | {ours:.2f} | {ours - plain:+.2f} | | {orthogonality} |"
+        yield f"| {rank} | {row} | {ours:.2f} | {ours - plain:+.2f} | | {orthogonality} | {spectrum:.2f} |"
         del update
         if row in PUBLISHED and not options.ours:
             theirs = measure_published(sizes, rank, row, device, max(1, options.steps // 10))
-            yield f"| {rank} | {PUBLISHED[row]} | {theirs:.2f} | {theirs - plain:+.2f} | {theirs / ours:.1f} | |"
+            yield f"| {rank} | {PUBLISHED[row]} | {theirs:.2f} | {theirs - plain:+.2f} | {theirs / ours:.1f} | | |"
         gc.collect()
 
 
@@ -179,7 +181,8 @@ def main() -> None:
         sizes = SETS[title]()
         print(f"\n### {title}: {len(sizes)} layers\n")
         if not options.profile:
-            print("| rank | method | ms a step | over LoRA | times ours | max abs XᵀX−I |\n|---|---|---|---|---|---|")
+            print("| rank | method | ms a step | over LoRA | times ours | max abs XᵀX−I | effective rank, ms a call |\n"
+                  "|---|---|---|---|---|---|---|")
         for rank in options.ranks:
             for line in rows(sizes, rank, device, options):
                 print(line, flush=True)
