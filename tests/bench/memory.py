@@ -1,0 +1,282 @@
+"""Peak memory and step time of true-size models with random weights: `python -m tests.bench.memory --all`.
+
+Each case is a process of its own that takes the trainer's real steps; its row is written as soon as it is done.
+`--case NAME` runs one here, `--list` names them, `--table FILE…` puts rows together, `--tiny` rehearses on a CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import math
+import multiprocessing
+import os
+import re
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # so that processes may be forked after the imports
+
+import psutil
+import torch
+
+from tests.bench import peer, true_size
+from tests.bench.true_size import SIZES, Size
+from trainer.memory.blocks import repeated_blocks
+from trainer.memory.offload import Offload
+from trainer.session import Session
+from trainer.update import Update
+
+GIB = 2**30
+RANK = 16
+QUANTIZE = ("none", "fp8", "nf4", "int8")
+MODES = ("plain", "full", "offload")  # no checkpointing; checkpointing; and all blocks but one on the host as well
+FIRST = ("klein-4b:nf4:full", "klein-4b:none:full", "klein-9b:nf4:full", "flux1-dev:nf4:full", "flux1-dev:nf4:offload",
+         "sdxl:none:full", "sd15:none:full", "klein-4b:none:plain", "klein-4b:none:plain:peer",
+         "klein-4b:none:full:peer", "sdxl:none:plain", "sdxl:none:plain:peer", "sd15:none:plain",
+         "sd15:none:plain:peer")
+TARGETS = {"klein-4b:nf4:full": 6.0, "klein-4b:none:full": 10.0, "klein-9b:nf4:full": 9.0, "flux1-dev:nf4:full": 10.0,
+           "flux1-dev:nf4:offload": 8.0, "sdxl:none:full": 7.0, "sd15:none:full": 3.5}  # GiB at most
+
+
+@dataclass(frozen=True)
+class Case:
+    """A row: model, how its weights are held, how its activations are, ours or the peer's."""
+
+    size: str
+    quantize: str
+    mode: str
+    peer: bool = False
+
+    @property
+    def name(self) -> str:
+        return ":".join([self.size, self.quantize, self.mode, *(["peer"] if self.peer else [])])
+
+
+def case_of(name: str) -> Case:
+    """The case of a name such as klein-4b:nf4:full."""
+    size, quantize, mode, *rest = name.split(":")
+    if size not in SIZES or quantize not in QUANTIZE or mode not in MODES or rest not in ([], ["peer"]):
+        raise SystemExit(f"there is no case {name}: --list names them")
+    return Case(size, quantize, mode, bool(rest))
+
+
+def all_cases() -> list[Case]:
+    """Every case; what has a figure to hold comes first, what is seldom used last."""
+    names = list(FIRST)
+    for mode in MODES:
+        for quantize in QUANTIZE[:3]:
+            names += [f"{size}:{quantize}:{mode}" for size in SIZES if size != "flux2-dev"]
+    names += ["flux1-dev:none:full:peer", "klein-9b:none:full:peer", "flux2-dev:nf4:offload"]
+    names += [f"{size}:int8:{mode}" for mode in MODES for size in SIZES if size != "flux2-dev"]
+    return [case_of(name) for name in dict.fromkeys(names)]
+
+
+# One case.
+
+
+def measure(case: Case, options: argparse.Namespace) -> dict[str, Any]:
+    """Build the model, take the steps, and say what they took."""
+    device = torch.device(options.device)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    size = true_size.shrunk(SIZES[case.size]) if options.tiny else SIZES[case.size]
+    started = time.perf_counter()
+    torch.manual_seed(0)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.cuda.init()
+    row = asdict(case) | {"name": case.name, "device": device_name(device), "torch": torch.__version__,
+                          "method": "lora" if case.peer else options.method, "batch": size.batch,
+                          "resolution": size.resolution}
+    step, facts = (peer_step if case.peer else our_step)(case, size, device, dtype, options.method)
+    row |= facts | {"build_peak": peak(device), "held": held(device), "build_sec": time.perf_counter() - started}
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    losses, seconds = run_steps(step, device, options.warm, options.steps)
+    row |= {"peak": peak(device), "reserved": reserved(device), "sec": statistics.median(seconds), "secs": seconds,
+            "loss": losses[-1], "finite": all(math.isfinite(loss) for loss in losses),
+            "host_rss": psutil.Process().memory_info().rss}
+    predicted = facts.get("predicted")
+    return row | ({"ratio": predicted / row["peak"]} if predicted and row["peak"] else {})
+
+
+Step = Callable[[int], torch.Tensor]  # number -> loss
+
+
+def our_step(case: Case, size: Size, device: torch.device, dtype: torch.dtype, method: str) -> tuple[Step, dict]:
+    """The trainer's own step."""
+    count, chosen = 0, true_size.preset_of(size, method, RANK, {
+        "quantize": case.quantize, "gradient_checkpointing": "none" if case.mode == "plain" else "full"})
+    denoiser = true_size.denoiser_of(size, case.quantize, device, dtype)
+    blocks = repeated_blocks(denoiser)
+    session = true_size.session_of(size, chosen, denoiser, device, dtype)
+    session.family.set_gradient_checkpointing(denoiser, case.mode != "plain")
+    if case.mode == "offload":
+        count = len(blocks) - 1
+        denoiser.offload = Offload(blocks, count, device)
+        gc.collect()
+    update = Update(session.adapter, session.optimizer, chosen.train.max_grad_norm)
+
+    def step(number: int) -> torch.Tensor:
+        return take_step(session, update, true_size.draws(size, number))
+
+    return step, {"blocks": len(blocks), "offloaded": count,
+                  "trained": sum(leaf.numel() for leaf in session.adapter.parameters()),
+                  "host_bytes": denoiser.offload.host_bytes if count else 0}
+
+
+def take_step(session: Session, update: Update, draws: list) -> torch.Tensor:
+    """What `loop.train` does for a step."""
+    session.use("raw")
+    loss = session.loss(draws)
+    session.backward(loss)
+    update(loss)
+    return loss.detach()
+
+
+def peer_step(case: Case, size: Size, device: torch.device, dtype: torch.dtype, method: str) -> tuple[Step, dict]:
+    """The peer's step for the same work."""
+    if case.quantize != "none" or case.mode == "offload":
+        raise SystemExit(f"{case.name}: the peer is measured in 16 bits, without offload")
+    denoiser = true_size.denoiser_of(size, "none", device, dtype)
+    step, trained = peer.build(size, denoiser, RANK, case.mode == "full", device, dtype)
+    return step, {"trained": trained}
+
+
+def run_steps(step: Step, device: torch.device, warm: int, timed: int) -> tuple[list[float], list[float]]:
+    """Losses of all steps and seconds of the timed ones."""
+    losses, seconds = [], []
+    for number in range(warm + timed):
+        wait(device)
+        started = time.perf_counter()
+        loss = step(number)
+        wait(device)
+        if number >= warm:
+            seconds.append(time.perf_counter() - started)
+        losses.append(loss.float().item())
+    return losses, seconds
+
+
+def wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak(device: torch.device) -> int:
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+
+
+def held(device: torch.device) -> int:
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+
+def reserved(device: torch.device) -> int:
+    return torch.cuda.max_memory_reserved(device) if device.type == "cuda" else 0
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+
+
+# Many cases.
+
+
+def run_apart(case: Case, options: argparse.Namespace) -> dict[str, Any]:
+    """A case in a process of its own, with a time limit; a fault is a row as well."""
+    context = multiprocessing.get_context("spawn" if torch.cuda.is_initialized() else "fork")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_child, args=(case, options, sender))
+    process.start()
+    sender.close()
+    row = asdict(case) | {"name": case.name}
+    try:
+        row = receiver.recv() if receiver.poll(options.limit) else row | {"error": f"over {options.limit} s"}
+    except EOFError:
+        row |= {"error": "the process died"}
+    process.join(5)
+    if process.is_alive():
+        process.kill()
+        process.join()
+    return row
+
+
+def _child(case: Case, options: argparse.Namespace, sender: Any) -> None:
+    try:
+        sender.send(measure(case, options))
+    except Exception as error:  # told in the row; the other cases go on
+        import traceback
+
+        traceback.print_exc()
+        sender.send(asdict(case) | {"name": case.name, "error": f"{type(error).__name__}: {error}"[:300]})
+
+
+def run_all(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """All matching cases one after the other, until the time is over."""
+    ends = time.monotonic() + options.minutes * 60
+    for case in all_cases():
+        if re.search(options.match, case.name) and time.monotonic() < ends:
+            yield run_apart(case, options)
+
+
+# Showing.
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row of the table."""
+    if "error" in row:
+        return f"| {row['name']} | {row['error']} |"
+    target = TARGETS.get(row["name"])
+    told = [f"{row['peak'] / GIB:.2f}" + (f" (≤ {target:g})" if target else ""), f"{row['reserved'] / GIB:.2f}",
+            f"{row['build_peak'] / GIB:.2f}", f"{row['sec']:.3f}", "yes" if row["finite"] else "NO",
+            f"{row['predicted'] / GIB:.2f}" if row.get("predicted") else "", f"{row.get('ratio', 0):.3f}"]
+    return f"| {row['name']} | {' | '.join(told)} |"
+
+
+HEAD = ("| case | peak GiB | reserved | while building | s/it | finite | predicted | ratio |\n"
+        "|---|---|---|---|---|---|---|---|")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    chosen = parser.add_mutually_exclusive_group(required=True)
+    chosen.add_argument("--case", help="one case, in this process")
+    chosen.add_argument("--all", action="store_true", help="all cases, each in a process of its own")
+    chosen.add_argument("--list", action="store_true")
+    chosen.add_argument("--table", nargs="+", type=Path, metavar="FILE", help="rows of earlier runs as a table")
+    parser.add_argument("--match", default="", help="regular expression: only the cases in whose names it is found")
+    parser.add_argument("--json", type=Path, help="file that rows are added to, one JSON object a line")
+    parser.add_argument("--method", default="stella", choices=["stella", "stiefel", "lora", "trilora"])
+    parser.add_argument("--tiny", action="store_true", help="tiny models of the same topology, on the CPU")
+    parser.add_argument("--device", help="cuda, or cpu with --tiny")
+    parser.add_argument("--warm", type=int, default=4, help="steps before the timed ones: the fourth captures a graph")
+    parser.add_argument("--steps", type=int, default=6, help="timed steps")
+    parser.add_argument("--limit", type=float, default=90, help="seconds for a case")
+    parser.add_argument("--minutes", type=float, default=9.5, help="no case begins after so many")
+    options = parser.parse_args()
+    options.device = options.device or ("cpu" if options.tiny else "cuda")
+    if options.list:
+        print(*(case.name for case in all_cases()), sep="\n")
+        return
+    if options.table:
+        rows = [json.loads(text) for file in options.table for text in file.read_text().splitlines()]
+    else:
+        rows = [measure(case_of(options.case), options)] if options.case else run_all(options)
+    print(HEAD)
+    faults = 0
+    for row in rows:
+        print(line(row), flush=True)
+        faults += "error" in row
+        if options.json:
+            with options.json.open("a") as out:
+                out.write(json.dumps(row) + "\n")
+    sys.exit(1 if faults else 0)
+
+
+if __name__ == "__main__":
+    main()
