@@ -67,7 +67,7 @@ class RowScaledLinear(QuantizedLinear):
 
     def __init__(self, codes: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
         super().__init__(codes.shape, bias, dtype)
-        self._store(codes=codes, scale=scale.to(codes.device, torch.float32).view(-1, 1))
+        self._store(codes=codes, scale=scale.to(codes.device, torch.float32, copy=True).view(-1, 1))
 
     @property
     def weight(self) -> Tensor:
