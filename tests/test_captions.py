@@ -100,3 +100,26 @@ def test_variants_are_a_function_of_text_and_seed():
     text = "a, b, c, d, e, f"
     assert captions.variants(text, **options, seed=3) == captions.variants(text, **options, seed=3)
     assert captions.variants(text, **options, seed=3) != captions.variants(text, **options, seed=4)
+
+
+@pytest.mark.parametrize("data", [b"one\r\ntwo\r\n ", b"\xef\xbb\xbf one\n\n", b"old\rmac\r", b"", "Ü, é\n".encode()])
+def test_a_whole_text_comes_back_byte_for_byte(data):
+    assert captions.encode(captions.decode(data, Path("a.txt")), like=data) == data
+
+
+@pytest.mark.parametrize(("like", "expected"), [
+    (b"", b"a\nb"), (b"x\n", b"a\nb"), (b"x\r\ny\r\n", b"a\r\nb"), (b"x\r\ny\nz\n", b"a\nb"), (b"x\ry", b"a\rb"),
+    (b"\xef\xbb\xbfx", b"\xef\xbb\xbfa\nb")])
+def test_a_new_text_has_the_line_ends_and_the_mark_that_the_file_had(like, expected):
+    assert captions.encode("a\r\nb", like=like) == expected
+
+
+@pytest.mark.parametrize("text", ["a\0b", "\ud800"])
+def test_what_no_caption_can_hold_is_refused(text):
+    with pytest.raises(UserError, match="take it out"):
+        captions.encode(text)
+
+
+def test_a_version_tells_contents_apart_and_none_from_empty():
+    assert len({captions.version(data) for data in (None, b"", b"a", b"a\n")}) == 4
+    assert captions.version(b"a") == captions.version(b"a")

@@ -30,3 +30,34 @@ def test_a_written_file_keeps_its_mode_and_makes_its_folder(tmp_path):
     path.chmod(0o600)
     files.write_atomic(path, b"2")
     assert (path.read_bytes(), path.stat().st_mode & 0o777) == (b"2", 0o600)
+
+
+def test_many_files_change_only_once_all_their_contents_are_on_the_disk(tmp_path, monkeypatch):
+    paths = [tmp_path / f"{i}.txt" for i in range(3)]
+    files.write_all({path: b"old" for path in paths})
+    written = []
+
+    def full(prefix, dir):  # noqa: A002 - as tempfile calls it
+        written.append(prefix)
+        if len(written) == 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return mkstemp(prefix=prefix, dir=dir)
+
+    mkstemp = files.tempfile.mkstemp
+    monkeypatch.setattr(files.tempfile, "mkstemp", full)
+    with pytest.raises(OSError, match="No space left"):
+        files.write_all({path: b"new" for path in paths})
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == {path: b"old" for path in paths}
+
+
+def test_what_a_kill_leaves_is_cleared_and_nothing_else(tmp_path):
+    for name in (".a.txt.abcd1234", ".b.txt.abcd1234", ".a.txt.ABCD1234", ".a.txt", "a.txt", f".{'n' * 60}.abcd1234"):
+        (tmp_path / name).touch()
+    files.clear_remains(tmp_path, ["a.txt", "n" * 100 + ".txt"])
+    assert {path.name for path in tmp_path.iterdir()} == {".b.txt.abcd1234", ".a.txt.ABCD1234", ".a.txt", "a.txt"}
+
+
+def test_a_name_of_the_greatest_length_can_be_written(tmp_path):
+    path = tmp_path / ("ü" * 125 + ".txt")
+    files.write_atomic(path, b"x")
+    assert path.read_bytes() == b"x"

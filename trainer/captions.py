@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import math
 import random
@@ -29,6 +30,11 @@ def read(path: Path) -> str:
         return ""
     except OSError as error:
         raise UserError(f"{path}: the caption cannot be read: {error.strerror}") from None
+    return _clean(decode(data, path))
+
+
+def decode(data: bytes, path: Path) -> str:
+    """A caption file's whole text, nothing trimmed, lines parted by "\\n".  Raises `UserError` as `read` does."""
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -36,7 +42,27 @@ def read(path: Path) -> str:
                         "save it as UTF-8") from None
     if "\0" in text:  # UTF-16 of plain letters decodes as UTF-8 with zeros in between
         raise UserError(f"{path}: the caption is not UTF-8 text (it holds zero bytes); save it as UTF-8")
-    return _clean(text)
+    return _plain_lines(text)
+
+
+def encode(text: str, like: bytes = b"") -> bytes:
+    """The bytes of a caption file with this text: nothing trimmed, byte order mark and line ends as in `like`.
+
+    Raises `UserError` for what no caption can hold.
+    """
+    try:
+        data = _plain_lines(text).encode()
+    except UnicodeEncodeError:
+        raise UserError("the caption holds half of a character; take it out") from None
+    if b"\0" in data:
+        raise UserError("a caption cannot hold a zero character; take it out")
+    mark = codecs.BOM_UTF8 if like.startswith(codecs.BOM_UTF8) else b""
+    return mark + data.replace(b"\n", _line_end(like))
+
+
+def version(data: bytes | None) -> str:
+    """Tells one content of a caption file from another; None is no file."""
+    return "none" if data is None else hashlib.sha256(data).hexdigest()[:16]
 
 
 def write(path: Path, text: str) -> bool:
@@ -94,7 +120,19 @@ def variants(text: str, *, trigger: str, shuffle_tags: bool, keep_tags: int, cou
 
 
 def _clean(text: str) -> str:
-    return text.replace("\r\n", "\n").replace("\r", "\n").strip()
+    return _plain_lines(text).strip()
+
+
+def _plain_lines(text: str) -> str:
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _line_end(data: bytes) -> bytes:
+    """What most lines of a file end with."""
+    windows, old_mac, unix = data.count(b"\r\n"), data.count(b"\r"), data.count(b"\n")
+    if windows > unix - windows:
+        return b"\r\n"
+    return b"\r" if old_mac > unix else b"\n"
 
 
 def _with_trigger(text: str, trigger: str) -> str:

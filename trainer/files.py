@@ -3,24 +3,71 @@
 from __future__ import annotations
 
 import os
+import re
 import tempfile
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+
+MAY_SYNC_AT_ONCE = hasattr(os, "sync")  # not on Windows
+_TEMPORARY = re.compile(r"\..*\.[a-z0-9_]{8}", re.DOTALL)
 
 
 def write_atomic(path: Path, content: bytes) -> None:
     """Replace a file in one step: a reader, or a kill, sees the old bytes or the new, never half."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    temporary = _write_beside(path, content)
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, path.stat().st_mode & 0o777 if path.exists() else 0o644)
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def write_all(contents: Mapping[Path, bytes]) -> None:
+    """Replace each of many files in one step, once all new contents are on the disk.
+
+    A full disk is thus told before any file has changed; a kill leaves some old and some new.
+    """
+    ready: dict[str, Path] = {}
+    try:
+        for path, content in contents.items():
+            ready[_write_beside(path, content, sync=not MAY_SYNC_AT_ONCE)] = path
+        if MAY_SYNC_AT_ONCE:
+            os.sync()  # thousands of single calls would take many seconds
+        for temporary, path in list(ready.items()):
+            os.replace(temporary, path)
+            del ready[temporary]
+    finally:
+        for temporary in ready:
+            Path(temporary).unlink(missing_ok=True)
+
+
+def clear_remains(folder: Path, names: Iterable[str]) -> None:
+    """Take away what a kill can leave of writing these files: new contents that never got their names."""
+    prefixes = {_prefix(name) for name in names}
+    for entry in list(folder.iterdir()):
+        if _TEMPORARY.fullmatch(entry.name) and entry.name[:-8] in prefixes:
+            entry.unlink(missing_ok=True)
+
+
+def _prefix(name: str) -> str:
+    return f".{name[:60]}."  # a name of the greatest length leaves no room for more
+
+
+def _write_beside(path: Path, content: bytes, sync: bool = True) -> str:
+    """A hidden file in the same folder with that content and the rights of `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=_prefix(path.name), dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            if sync:
+                os.fsync(file.fileno())
+        os.chmod(temporary, path.stat().st_mode & 0o777 if path.exists() else 0o644)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return temporary
 
 
 def sync_folder(folder: Path) -> None:
