@@ -82,7 +82,7 @@ def test_missing_modules_and_strange_tensors_are_named(path, pairs):
 
 def test_a_module_that_the_adapter_lacks_is_named_unless_zero(path, pairs):
     found = compare(path, pairs[1:], family="sd15")
-    assert found.unmatched == [KEY_Q]
+    assert found.unmatched == [TO_Q]
 
 
 def test_modules_without_effect_are_listed(tmp_path, pairs):

@@ -147,7 +147,7 @@ def test_ranks_and_alphas_are_alike_and_padding_changes_nothing(tmp_path):
     tensors = load_file(tmp_path / "a.safetensors")
     assert written.rank == 5 and written.tensors == len(tensors) == 6
     for name, up, down, _ in pairs:
-        key = names.key_of(name, "sd15")
+        key = names.naming("sd15", "kohya").of(name).key
         alpha = tensors[f"{key}.alpha"]
         assert alpha.shape == () and alpha.dtype == torch.float32 and alpha.item() == 5
         assert tensors[f"{key}.lora_up.weight"].shape[1] == tensors[f"{key}.lora_down.weight"].shape[0] == 5
@@ -218,7 +218,7 @@ def test_the_header_opens_as_uis_want_it_and_data_is_aligned(tmp_path):
 
 
 def test_a_file_of_every_module_has_a_header_under_a_megabyte(tmp_path):
-    places = [path.replace("#", str(i)) for path, _ in names.FORMATS["sd15"].rows for i in range(4)]
+    places = [row.modules[0].replace("#", str(i)) for row in names.naming("sd15", "kohya").rows for i in range(4)]
     written = export(tmp_path / "a.safetensors", [pair(p, 1, 1, 1) for p in dict.fromkeys(places)], pad="x" * 300_000)
     assert len(written.path.read_bytes()) < 1 << 20
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from trainer import captions
 from trainer.errors import UserError
 from trainer.events import EventReader
-from trainer.export import metadata, names, verify, writer
+from trainer.export import formats, metadata, verify, writer
 from trainer.export.writer import Pair
 from trainer.session import Session
 
@@ -21,15 +21,15 @@ def publish(session: Session, path: Path) -> None:
     Raises `UserError` when the file does not hold what was trained.
     """
     family, weights = session.preset.model.family, session.shown_weights
-    form, chosen = names.FORMATS[family], session.preset.output.dtype
-    dtype = form.dtype if chosen == "auto" else chosen
+    chosen = session.preset.output.dtype
+    dtype = formats.DTYPES[family] if chosen == "auto" else chosen
     path.parent.mkdir(exist_ok=True)
     pairs = list(session.adapter.pairs(weights))
     written = writer.write(path, pairs, family=family, dtype=dtype, metadata=_header(session, pairs))
     comparison = verify.compare(path, pairs, family=family)
     unmatched = comparison.unmatched
     session.recorder.event(
-        "export", step=session.progress.step, path=path.relative_to(session.run.path).as_posix(), format=form.name,
+        "export", step=session.progress.step, path=path.relative_to(session.run.path).as_posix(), format=written.format,
         weights=weights, dtype=dtype, bytes=written.bytes, worst_rel_error=comparison.worst_rel_error,
         unmatched=unmatched, zero=comparison.zero)
     if unmatched:

@@ -46,16 +46,26 @@ def together(pairs: Mapping[str, Module], targets: Mapping[str, Sequence[int]]) 
             continue
         parts = [found.pop(name.removesuffix(ending) + part, None) for part in _PARTS[ending]]
         if any(parts):
-            found[name] = _stacked(parts, rows)
+            found[name] = fuse(parts, rows)
     return found
 
 
-def _stacked(parts: Sequence[Module | None], rows: Sequence[int]) -> Module:
+def fuse(parts: Sequence[Module | None], rows: Sequence[int], even: bool = False) -> Module:
+    """Modules of one input as the one over their stacked rows: up [sum(rows), R], down [R, n].
+
+    Parts that share `down` keep their rank; others are put side by side, `up` block by block, R being the sum of
+    their ranks. even: then a missing part (None) gets a block of zeros too, so that R is parts x rank, by which
+    diffusers knows how to take them apart. There is no magnitude: DoRA's norms are of whole columns.
+    """
     there = [part for part in parts if part is not None]
     first = there[0][1]
     if all(down.shape == first.shape and torch.equal(down, first) for _, down, _ in there):
         ups = [part[0] if part is not None else first.new_zeros(count, len(first)) for part, count in zip(parts, rows)]
         return torch.cat(ups), first, None
+    if even:
+        parts = [part or (first.new_zeros(count, len(first)), torch.zeros_like(first), None)
+                 for part, count in zip(parts, rows)]
+        there = list(parts)
     up = first.new_zeros(sum(rows), sum(len(down) for _, down, _ in there))
     row, column = 0, 0
     for part, count in zip(parts, rows):
@@ -64,3 +74,27 @@ def _stacked(parts: Sequence[Module | None], rows: Sequence[int]) -> Module:
             column += len(part[1])
         row += count
     return up, torch.cat([down for _, down, _ in there]), None
+
+
+def unfuse(up: Tensor, down: Tensor, rows: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+    """(up, down) of each part of stacked rows: at R / parts where `up` is in blocks, else all with the same `down`."""
+    ups, count = up.split(list(rows)), len(rows)
+    if in_blocks(up, rows):
+        return [(piece.chunk(count, 1)[i], down.chunk(count)[i]) for i, piece in enumerate(ups)]
+    return [(piece, down) for piece in ups]
+
+
+def in_blocks(up: Tensor, rows: Sequence[int]) -> bool:
+    """Whether stacked rows are those of parts put side by side: every part has columns of its own."""
+    count = len(rows)
+    if up.shape[1] % count or not up.any():
+        return False
+    return not any(block.any() for i, piece in enumerate(up.split(list(rows)))
+                   for j, block in enumerate(piece.chunk(count, 1)) if i != j)
+
+
+def part_heights(modules: Sequence[str], total: int, width: int) -> list[int]:
+    """Rows of each part of a key over several modules: q, k and v have as many as inputs, an mlp has the rest."""
+    if len(modules) == 4:
+        return [width] * 3 + [total - 3 * width]
+    return [total // len(modules)] * len(modules)

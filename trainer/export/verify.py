@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from trainer.errors import UserError
 from trainer.export import names
+from trainer.export.lora_file import open_lora
 from trainer.export.stacked import Pair, apart
 
 
@@ -42,51 +41,26 @@ def compare(path: Path, pairs: Iterable[Pair], *, family: str) -> Comparison:
     that the file has and the adapter has not (unless they are zero, as untrained projections are). Raises
     `UserError` when the file cannot be read.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            return _compare(file, pairs, family)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} cannot be read as a safetensors file ({error}). Export it again.") from error
-
-
-def _compare(file: safe_open, pairs: Iterable[Pair], family: str) -> Comparison:
-    stored, unmatched = _index(file, family)
-    worst, zero = 0.0, []
-    for name, up, down, magnitude in apart(pairs):
-        key = names.key_of(name, family)
-        if key is None or key not in stored:
+    lora = open_lora(path, family=family)
+    unmatched = [*lora.unknown, *(name for tensors in lora.incomplete.values() for name in tensors)]
+    live = {names.canonical(name): (name, factors) for name, *factors in apart(pairs)}
+    worst, zero = 0.0, [name for name, factors in live.values() if _idle(_module(*factors))]
+    for name, *factors in lora.pairs():
+        stored = _module(*factors)
+        if name in live:
+            worst = max(worst, _rel_error(stored, _module(*live.pop(name)[1])))
+        elif not _idle(stored):
             unmatched.append(name)
-            continue
-        live = _module(up, down, magnitude)
-        worst = max(worst, _rel_error(_read(file, stored.pop(key)), live))
-        if _norm(live.up, live.down) == 0.0 and live.magnitude is None:
-            zero.append(name)
-    for key, parts in stored.items():
-        extra = _read(file, parts)
-        if _norm(extra.up, extra.down) > 0.0 or extra.magnitude is not None:
-            unmatched.append(key)
-    return Comparison(worst, unmatched, zero, len(file.keys()))
+    for key, (name, _) in live.items():  # of fused rows, a part without any change does not come back
+        place = lora.naming.of(key)
+        if name not in zero or place is None or place.key not in lora.entries:
+            unmatched.append(name)
+    return Comparison(worst, unmatched, zero, len(lora.header.tensors))
 
 
-def _index(file: safe_open, family: str) -> tuple[dict[str, dict[str, str]], list[str]]:
-    """key → part → tensor name of every module that can be read; beside it the tensors that cannot."""
-    modules: dict[str, dict[str, str]] = {}
-    unmatched: list[str] = []
-    for tensor in file.keys():
-        found = names.split(tensor, family)
-        if found is None or names.path_of(found[0], family) is None:
-            unmatched.append(tensor)
-        else:
-            modules.setdefault(found[0], {})[found[1]] = tensor
-    for key in [key for key, parts in modules.items() if not {"up", "down"} <= parts.keys()]:
-        unmatched += modules.pop(key).values()
-    return modules, unmatched
-
-
-def _read(file: safe_open, parts: dict[str, str]) -> Module:
-    up, down = file.get_tensor(parts["up"]), file.get_tensor(parts["down"])
-    scale = file.get_tensor(parts["alpha"]).item() / down.shape[0] if "alpha" in parts else 1.0
-    return _module(up.double() * scale, down, file.get_tensor(parts["dora"]) if "dora" in parts else None)
+def _idle(module: Module) -> bool:
+    """Whether it changes nothing."""
+    return module.magnitude is None and _norm(module.up, module.down) == 0.0
 
 
 def _module(up: Tensor, down: Tensor, magnitude: Tensor | None) -> Module:

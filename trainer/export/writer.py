@@ -18,14 +18,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from trainer.errors import UserError
-from trainer.export import names
-from trainer.export.stacked import Pair, apart
+from trainer.export import formats, names
+from trainer.export.formats import Format
+from trainer.export.lora_file import swap_halves
+from trainer.export.stacked import Pair, apart, fuse
 from trainer.files import sync_folder
 
 Parts = tuple[Tensor, Tensor, Tensor | None]
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 CODES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
+FLUX1_MLP = 4  # rows of Flux.1's proj_mlp over its inputs, where an untrained one must be filled in
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -34,6 +37,7 @@ class Written:
     """What a file holds: size, number of tensors, rank, hash of its weights, modules it has no name for."""
 
     path: Path
+    format: str
     bytes: int
     tensors: int
     rank: int
@@ -41,30 +45,38 @@ class Written:
     unmatched: list[str]
 
 
-def write(path: Path, pairs: Iterable[Pair], *, family: str, dtype: str,
-          metadata: Mapping[str, str]) -> Written:
+def write(path: Path, pairs: Iterable[Pair], *, family: str, dtype: str, metadata: Mapping[str, str],
+          form: str = "auto", alpha: float | None = None) -> Written:
     """Write `pairs` as `path`, whole or not at all.
 
     Linear: up [m, r], down [r, n], magnitude [1, n] or None; convolution: up [m, r, 1, 1], down [r, c, k, k],
-    magnitude [1, c, 1, 1]. ΔW = up down, at scale 1. dtype: "fp16", "bf16", "fp32", or "auto" for the
-    family's usual. Every module gets the same rank (the largest, by zeros) and the same alpha (= rank),
-    because diffusers takes one of each for the whole file. `ss_output_name` and the hashes are added to the
-    metadata. Raises `UserError` for weights that are not finite, for nothing to write, and for a full disk.
+    magnitude [1, c, 1, 1]. ΔW = up down, at scale 1. dtype: "fp16", "bf16", "fp32", or "auto" for the family's
+    usual. form: a name in `formats.WRITTEN`, or "auto". alpha: what to write beside, where the format keeps it and
+    `up` is meant to be multiplied by alpha / rank; left out, it is the rank. Every module gets the same rank (the
+    largest, by zeros) and the same alpha, because diffusers takes one of each for the whole file. `ss_output_name`,
+    the hashes and the true rank are put into the metadata. Raises `UserError` for weights that are not finite, for
+    nothing to write, for DoRA in a format that cannot hold it, and for a full disk.
     """
-    form = names.FORMATS[family]
-    modules, unmatched = _collect(pairs, family, DTYPES[form.dtype if dtype == "auto" else dtype], path)
-    _complete_clip(modules)
-    rank = max(down.shape[0] for _, down, _ in modules.values())
+    chosen = formats.find(family, form)
+    modules, unmatched = _collect(pairs, family, chosen, path)
+    if chosen.ending == "kohya":
+        _complete_clip(modules)
+    keyed = _keyed(modules, family, chosen, path)
+    rank = max(down.shape[0] for _, down, _ in keyed.values())
+    precision = DTYPES[formats.DTYPES[family] if dtype == "auto" else dtype]
     tensors: dict[str, Tensor] = {}
-    for key, (up, down, magnitude) in modules.items():
-        tensors[key + form.up] = _pad(up, 1, rank)
-        tensors[key + form.down] = _pad(down, 0, rank)
-        if form.alpha:
-            tensors[key + form.alpha] = torch.tensor(float(rank))
-        if magnitude is not None and form.dora:
-            tensors[key + form.dora] = magnitude
-    size, digest = save(path, tensors, metadata)
-    return Written(path, size, len(tensors), rank, digest, unmatched)
+    for key, (up, down, magnitude) in keyed.items():
+        # F5: diffusers takes fused rows apart to their parts' rank, so that they are alike only before padding
+        own = down.shape[0] if chosen.name == "F5" else rank
+        up, down, magnitude = _cast(_pad(up, 1, own), _pad(down, 0, own), magnitude, precision)
+        tensors[key + chosen.up], tensors[key + chosen.down] = up, down
+        if chosen.alpha:
+            tensors[key + ".alpha"] = torch.tensor(float(own) if alpha is None else alpha)
+        if magnitude is not None:
+            tensors[key + ".dora_scale"] = magnitude
+    texts = {"ss_network_dim": str(rank), "ss_network_alpha": str(float(rank) if alpha is None else alpha)}
+    size, digest = save(path, tensors, {**metadata, **{key: texts[key] for key in texts if key in metadata}})
+    return Written(path, chosen.name, size, len(tensors), rank, digest, unmatched)
 
 
 def save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[int, str]:
@@ -106,34 +118,57 @@ def save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str])
     return len(header) + size, digest.hexdigest()
 
 
-def _collect(pairs: Iterable[Pair], family: str, dtype: torch.dtype,
-             path: Path) -> tuple[dict[str, Parts], list[str]]:
-    """Modules by their key, cast and on the CPU; beside them the names that the family's map lacks."""
+def _collect(pairs: Iterable[Pair], family: str, form: Format, path: Path) -> tuple[dict[str, Parts], list[str]]:
+    """Modules by their path, in fp32 on the CPU, at one rank; beside them the names that the family's map lacks."""
+    naming = names.naming(family, form.style)
     modules: dict[str, Parts] = {}
     unmatched: list[str] = []
-    for name, up, down, magnitude in apart(pairs):
-        key = names.key_of(name, family)
-        if key is None:
+    for name, *factors in apart(pairs):
+        if naming.of(name) is None:
             unmatched.append(name)
             continue
-        modules[key] = _cast(up, down, magnitude, dtype)
-        if not all(t.isfinite().all() for t in modules[key] if t is not None):
+        up, down, magnitude = (None if t is None else t.detach().to("cpu", torch.float32) for t in factors)
+        if not all(t.isfinite().all() for t in (up, down, magnitude) if t is not None):
             raise UserError(f"{path.name} was not written: the weights of {name} are not finite numbers. The "
                             "training has diverged: export an earlier checkpoint, and train with a smaller "
                             "learning rate.")
+        modules[names.canonical(name)] = up, down, magnitude
     if not modules:
         raise UserError(f"{path.name} was not written: the adapter has no module that a {family} file can "
                         "name. Choose other adapter.targets.")
-    return modules, unmatched
+    rank = max(down.shape[0] for _, down, _ in modules.values())
+    return {name: (_pad(up, 1, rank), _pad(down, 0, rank), magnitude)
+            for name, (up, down, magnitude) in modules.items()}, unmatched
+
+
+def _keyed(modules: Mapping[str, Parts], family: str, form: Format, path: Path) -> dict[str, Parts]:
+    """By the file's keys: modules that it keeps as one matrix are fused, and halves swapped."""
+    naming = names.naming(family, form.style)
+    keyed: dict[str, Parts] = {}
+    for name in modules:
+        place = naming.of(name)
+        if place.key in keyed:
+            continue
+        parts = [modules.get(module) for module in place.modules]
+        up, down, magnitude = modules[name]
+        if len(parts) > 1:
+            if any(part is not None and part[2] is not None for part in parts):
+                raise UserError(f"{path.name} was not written: {form.name} keeps {', '.join(place.modules)} as one "
+                                "matrix, for which there is no DoRA magnitude. Choose F1.")
+            width = down.shape[1]
+            rows = [width if part is None else len(part[0]) for part in parts]
+            if len(parts) == 4 and parts[3] is None:
+                rows[3] = FLUX1_MLP * width
+            up, down, _ = fuse(parts, rows, even=form.name == "F5")
+        keyed[place.key] = (swap_halves(up) if place.swapped else up), down, magnitude
+    return keyed
 
 
 def _cast(up: Tensor, down: Tensor, magnitude: Tensor | None, dtype: torch.dtype) -> Parts:
-    up, down = (t.detach().to("cpu", torch.float32) for t in (up, down))
-    if dtype == torch.float16:
+    if dtype == torch.float16 and not all(torch.equal(t.half().float(), t) for t in (up, down)):
         up, down = _balance(up, down)
-    if magnitude is not None:
-        magnitude = magnitude.detach().to("cpu", dtype).contiguous()
-    return up.to(dtype).contiguous(), down.to(dtype).contiguous(), magnitude
+    return (up.to(dtype).contiguous(), down.to(dtype).contiguous(),
+            None if magnitude is None else magnitude.to(dtype).contiguous())
 
 
 def _balance(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
@@ -158,14 +193,12 @@ def _complete_clip(modules: dict[str, Parts]) -> None:
     Without `out_proj` diffusers drops a layer's q, k and v; A1111 applies OpenCLIP attention only when it has
     all four.
     """
-    for key in list(modules):
-        layer, found, _ = key.rpartition("_self_attn_")
-        if not found or not key.startswith("lora_te"):
-            continue
-        up, down, _ = modules[key]  # CLIP's projections are square and alike
-        for part in names.CLIP_ATTENTION:
-            zeros = torch.zeros_like(up), torch.zeros_like(down), None
-            modules.setdefault(f"{layer}_self_attn_{part}", zeros)
+    for name in list(modules):
+        layer, found, _ = name.rpartition(".self_attn.")
+        if found:
+            up, down, _ = modules[name]  # CLIP's projections are square and alike
+            for part in names.CLIP_ATTENTION:
+                modules.setdefault(f"{layer}.self_attn.{part}", (torch.zeros_like(up), torch.zeros_like(down), None))
 
 
 def _pad(factor: Tensor, dim: int, rank: int) -> Tensor:
