@@ -43,6 +43,11 @@ class Base:
         return {name: part.bytes for name, part in self.parts.items()}
 
 
+def quantised_id(part_id: str, quantize: str) -> str:
+    """The id of a part for caches when its weights are quantised: what it makes is another's."""
+    return part_id if quantize == "none" else f"{part_id}-{quantize}"
+
+
 def short_hash(file: Path) -> str:
     """The 8 hex digits by which A1111 long named a single-file model: SHA-256 of 64 KiB at 1 MiB."""
     with file.open("rb") as stream:

@@ -158,10 +158,11 @@ class ClipTextEncoder(nn.Module):
 
 
 def load(part: Part, tokenizer_folder: Path | None, device: torch.device | str, dtype: torch.dtype,
-         kind: type[CLIPTextModel] = CLIPTextModel, pad: str = "<|endoftext|>") -> tuple[CLIPTextModel, CLIPTokenizer]:
+         kind: type[CLIPTextModel] = CLIPTextModel, pad: str = "<|endoftext|>",
+         quantize: str = "none") -> tuple[CLIPTextModel, CLIPTokenizer]:
     """A CLIP text model (of class `kind`) with its tokenizer. Raises UserError for damaged weights or tokenizer."""
     tokenizer = load_tokenizer(tokenizer_folder, pad)
-    model = load_text_model(part, device, dtype, kind)
+    model = load_text_model(part, device, dtype, kind, quantize)
     if len(tokenizer) > model.config.vocab_size:
         raise UserError(
             f"the tokenizer {tokenizer_folder} has {len(tokenizer)} tokens and the text encoder "
@@ -171,7 +172,7 @@ def load(part: Part, tokenizer_folder: Path | None, device: torch.device | str, 
 
 
 def load_text_model(part: Part, device: torch.device | str, dtype: torch.dtype,
-                    kind: type[CLIPTextModel] = CLIPTextModel) -> CLIPTextModel:
+                    kind: type[CLIPTextModel] = CLIPTextModel, quantize: str = "none") -> CLIPTextModel:
     """A CLIP text model, frozen, from a part whose tensors have any of CLIP's namings."""
     with init_empty_weights(include_buffers=False):
         model = kind(CLIPTextConfig.from_dict(part.config))
@@ -181,4 +182,4 @@ def load_text_model(part: Part, device: torch.device | str, dtype: torch.dtype,
     weights = {
         name: by_canonical_name[canonical(name)] for name in model.state_dict() if canonical(name) in by_canonical_name
     }
-    return fill(model, weights, device, dtype, part.source)
+    return fill(model, weights, device, dtype, part.source, quantize)

@@ -32,7 +32,8 @@ VAE_FACTOR = 8
 ACTIVATION_BYTES = {False: 12000, True: 1200}
 T5_PLACES = {True: 512, False: 256}  # dev, schnell
 
-_PARTS = {"transformer": "", "vae": "Flux.1's VAE (such as ae.safetensors)",
+PARTS = {  # what a base is made of, and what to give where a file lacks one
+    "transformer": "", "vae": "Flux.1's VAE (such as ae.safetensors)",
           "text_encoder": "CLIP-L (such as clip_l.safetensors)",
           "text_encoder_2": "T5-XXL (such as t5xxl_fp16.safetensors)"}
 _CONFIGS = Path(__file__).parent / "configs" / "flux1"
@@ -70,7 +71,7 @@ def open_base(
             Path(text_encoder), "text_encoder", clip_text.PREFIXES, _template("text_encoder"))
     if text_encoder_2:
         others["text_encoder_2"] = lambda: t5_text.other_part(Path(text_encoder_2), _template("text_encoder_2"))
-    opened = unet.open_parts(base, "flux1", _PARTS, _parts_of_file, others)
+    opened = unet.open_parts(base, "flux1", PARTS, _parts_of_file, others)
     _check_widths(opened)
     first, second = opened.tokenizer(tokenizer, "tokenizer"), opened.tokenizer(tokenizer_2, "tokenizer_2")
     unet.check_clip(opened.parts["text_encoder"], first, 1, clip_text.VOCAB_SIZE, "model.tokenizer")
@@ -116,17 +117,20 @@ class TextEncoder(nn.Module):
         self.clip, self.t5 = clip, t5
 
 
-def load_text_encoder(base: Base, device: torch.device | str, dtype: torch.dtype) -> TextEncoder:
-    """CLIP and T5 with their tokenizers on `device`. Raises UserError for damaged weights or a missing tokenizer."""
+def load_text_encoder(base: Base, device: torch.device | str, dtype: torch.dtype,
+                      quantize: str = "none") -> TextEncoder:
+    """CLIP and T5 (this one quantised) with their tokenizers on `device`. Raises UserError for damaged weights or a
+    missing tokenizer."""
     clip = ClipTextEncoder(*clip_text.load(base.parts["text_encoder"], base.tokenizer, device, dtype))
     places = T5_PLACES[base.parts["transformer"].config["guidance_embeds"]]
-    t5 = t5_text.load(base.parts["text_encoder_2"], base.tokenizer_2, places, device, dtype)
+    t5 = t5_text.load(base.parts["text_encoder_2"], base.tokenizer_2, places, device, dtype, quantize)
     return TextEncoder(clip, t5).eval()
 
 
-def load_denoiser(base: Base, device: torch.device | str, dtype: torch.dtype) -> FluxTransformer2DModel:
-    """The transformer on `device`. Raises UserError for damaged weights."""
-    return transformer.load(FluxTransformer2DModel, base, device, dtype)
+def load_denoiser(base: Base, device: torch.device | str, dtype: torch.dtype,
+                  quantize: str = "none") -> FluxTransformer2DModel:
+    """The transformer on `device`, its blocks quantised. Raises UserError for damaged weights."""
+    return transformer.load(FluxTransformer2DModel, base, device, dtype, quantize)
 
 
 # Running.

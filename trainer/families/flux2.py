@@ -30,7 +30,8 @@ LATENT_FACTOR = 16  # pixels a latent: the VAE's 8, then 2 x 2 packed into chann
 # Peak bytes a pixel of one step beside weights, in 16 bits, without and with gradient checkpointing: estimated.
 ACTIVATION_BYTES = {False: 6000, True: 900}
 
-_PARTS = {"transformer": "", "vae": "Flux.2's VAE (such as flux2-vae.safetensors)",
+PARTS = {  # what a base is made of, and what to give where a file lacks one
+    "transformer": "", "vae": "Flux.2's VAE (such as flux2-vae.safetensors)",
           "text_encoder": "its language model (klein 4B: Qwen3-4B, such as qwen_3_4b.safetensors; klein 9B: Qwen3-8B, "
                           "such as qwen_3_8b_fp8mixed.safetensors; dev: mistral_3_small_flux2_fp8.safetensors)"}
 _CONFIGS = Path(__file__).parent / "configs" / "flux2"
@@ -59,7 +60,7 @@ def open_base(base: str, *, vae: str = "", text_encoder: str = "", tokenizer: st
         others["vae"] = lambda: parts.vae(Path(vae), _template("vae"))
     if text_encoder:
         others["text_encoder"] = lambda: llm_text.other_part(Path(text_encoder), _template)
-    opened = unet.open_parts(base, "flux2", _PARTS, _parts_of_file, others)
+    opened = unet.open_parts(base, "flux2", PARTS, _parts_of_file, others)
     _check_widths(opened)
     folder = opened.tokenizer(tokenizer, "tokenizer")
     text = opened.parts["text_encoder"]
@@ -136,9 +137,11 @@ def _check_widths(opened: unet.Opened) -> None:
 # Loading: one part after the other, each frozen and in eval mode.
 
 
-def load_text_encoder(base: Base, device: torch.device | str, dtype: torch.dtype) -> LlmText:
-    """Qwen3 or Mistral with its tokenizer on `device`. Raises UserError for damaged weights or tokenizer."""
-    return llm_text.load(base.parts["text_encoder"], base.tokenizer, device, dtype)
+def load_text_encoder(base: Base, device: torch.device | str, dtype: torch.dtype,
+                      quantize: str = "none") -> LlmText:
+    """Qwen3 or Mistral on `device`, its layers quantised, with its tokenizer. Raises UserError for damaged weights or
+    tokenizer."""
+    return llm_text.load(base.parts["text_encoder"], base.tokenizer, device, dtype, quantize)
 
 
 def load_vae(base: Base, device: torch.device | str, dtype: torch.dtype) -> AutoencoderKLFlux2:
@@ -149,9 +152,10 @@ def load_vae(base: Base, device: torch.device | str, dtype: torch.dtype) -> Auto
     return fill(vae, ldm.vae_tensors(part), device, torch.float32 if dtype == torch.float16 else dtype, part.source)
 
 
-def load_denoiser(base: Base, device: torch.device | str, dtype: torch.dtype) -> Flux2Transformer2DModel:
-    """The transformer on `device`. Raises UserError for damaged weights."""
-    return transformer.load(Flux2Transformer2DModel, base, device, dtype)
+def load_denoiser(base: Base, device: torch.device | str, dtype: torch.dtype,
+                  quantize: str = "none") -> Flux2Transformer2DModel:
+    """The transformer on `device`, its blocks quantised. Raises UserError for damaged weights."""
+    return transformer.load(Flux2Transformer2DModel, base, device, dtype, quantize)
 
 
 # Running.

@@ -155,7 +155,8 @@ def kind_of(part: Part) -> str:
     return "qwen3" if "qwen3" in body_config(part).get("model_type", "") else "mistral"
 
 
-def load(part: Part, tokenizer: Path | None, device: torch.device | str, dtype: torch.dtype) -> LlmText:
+def load(part: Part, tokenizer: Path | None, device: torch.device | str, dtype: torch.dtype,
+         quantize: str = "none") -> LlmText:
     """The model up to the last layer that is needed, on `device`, frozen, with its tokenizer."""
     kind, config = kind_of(part), body_config(part)
     needed = LAYERS[kind][-1]
@@ -168,4 +169,5 @@ def load(part: Part, tokenizer: Path | None, device: torch.device | str, dtype: 
         model = maker[0](maker[1].from_dict(config))
     if config["num_hidden_layers"] > needed:
         model.layers, model.norm = model.layers[:needed], nn.Identity()  # the norm is for the last layer alone
-    return LlmText(fill(model, _names(mapped_tensors(part)), device, dtype, part.source), words, kind).eval()
+    model = fill(model, _names(mapped_tensors(part)), device, dtype, part.source, quantize)
+    return LlmText(model, words, kind).eval()

@@ -33,7 +33,8 @@ from trainer.families.unet import set_gradient_checkpointing as set_gradient_che
 # allocator's peak at 512 px, attention adapters of rank 16, attention without its matrix (CPU, torch 2.13).
 ACTIVATION_BYTES = {False: 3200, True: 890}
 
-_PARTS = {"unet": "", "vae": "SD 1.5's VAE (such as vae-ft-mse-840000-ema-pruned.safetensors)",
+PARTS = {  # what a base is made of, and what to give where a file lacks one
+    "unet": "", "vae": "SD 1.5's VAE (such as vae-ft-mse-840000-ema-pruned.safetensors)",
           "text_encoder": "CLIP-L (such as clip_l.safetensors)"}
 _CONFIGS = Path(__file__).parent / "configs" / "sd15"
 
@@ -61,7 +62,7 @@ def open_base(
     if text_encoder:
         others["text_encoder"] = lambda: clip_text.other_part(
             Path(text_encoder), "text_encoder", clip_text.PREFIXES, _template("text_encoder"))
-    opened = unet.open_parts(base, "sd15", _PARTS, _parts_of_file, others)
+    opened = unet.open_parts(base, "sd15", PARTS, _parts_of_file, others)
     text, tokenizer_folder = opened.parts["text_encoder"], opened.tokenizer(tokenizer, "tokenizer")
     width = opened.parts["unet"].config.get("cross_attention_dim")
     parts.check_text(text, "text_encoder", clip_text.size(text), ("clip", width), f"the UNet of {opened.path}")
@@ -88,9 +89,10 @@ def _parts_of_file(header: Header) -> dict[str, Part]:
 # Loading: one part after the other, each frozen and in eval mode.
 
 
-def load_text_encoder(base: Base, device: torch.device | str, dtype: torch.dtype) -> ClipTextEncoder:
-    """CLIP with its tokenizer on `device`. Raises UserError for damaged weights or tokenizer."""
-    model, tokenizer = clip_text.load(base.parts["text_encoder"], base.tokenizer, device, dtype)
+def load_text_encoder(base: Base, device: torch.device | str, dtype: torch.dtype,
+                      quantize: str = "none") -> ClipTextEncoder:
+    """CLIP with its tokenizer on `device`, its layers quantised. Raises UserError for damaged weights or tokenizer."""
+    model, tokenizer = clip_text.load(base.parts["text_encoder"], base.tokenizer, device, dtype, quantize=quantize)
     return ClipTextEncoder(model, tokenizer, base.clip_skip).eval()
 
 

@@ -35,7 +35,8 @@ from trainer.families.unet import set_gradient_checkpointing as set_gradient_che
 # Peak bytes a pixel of one step beside weights, as in sd15; SDXL has fewer channels at full size and more blocks.
 ACTIVATION_BYTES = {False: 5200, True: 950}
 
-_PARTS = {"unet": "", "vae": "SDXL's VAE (such as sdxl_vae.safetensors)",
+PARTS = {  # what a base is made of, and what to give where a file lacks one
+    "unet": "", "vae": "SDXL's VAE (such as sdxl_vae.safetensors)",
           "text_encoder": "CLIP-L (such as clip_l.safetensors)",
           "text_encoder_2": "CLIP bigG (such as clip_g.safetensors)"}
 _FRAMING = 6  # numbers that say how a picture lies in its image
@@ -69,7 +70,7 @@ def open_base(
     if text_encoder_2:
         others["text_encoder_2"] = lambda: clip_pair.other_second_part(Path(text_encoder_2),
                                                                        _template("text_encoder_2"))
-    opened = unet.open_parts(base, "sdxl", _PARTS, _parts_of_file, others)
+    opened = unet.open_parts(base, "sdxl", PARTS, _parts_of_file, others)
     first, second = opened.parts["text_encoder"], opened.parts["text_encoder_2"]
     folders = [opened.tokenizer(tokenizer, "tokenizer"), opened.tokenizer(tokenizer_2, "tokenizer_2")]
     _check_widths(opened)
@@ -109,11 +110,13 @@ def _parts_of_file(header: Header) -> dict[str, Part]:
 # Loading: one part after the other, each frozen and in eval mode.
 
 
-def load_text_encoder(base: Base, device: torch.device | str, dtype: torch.dtype) -> ClipPair:
-    """Both CLIPs with their tokenizers on `device`. Raises UserError for damaged weights or tokenizer."""
-    first = clip_text.load(base.parts["text_encoder"], base.tokenizer, device, dtype)
+def load_text_encoder(base: Base, device: torch.device | str, dtype: torch.dtype,
+                      quantize: str = "none") -> ClipPair:
+    """Both CLIPs on `device`, their layers quantised, with their tokenizers. Raises UserError for damaged weights or
+    tokenizer."""
+    first = clip_text.load(base.parts["text_encoder"], base.tokenizer, device, dtype, quantize=quantize)
     second = clip_text.load(base.parts["text_encoder_2"], base.tokenizer_2, device, dtype,
-                            CLIPTextModelWithProjection, pad="!")
+                            CLIPTextModelWithProjection, pad="!", quantize=quantize)
     return ClipPair(ClipTextEncoder(*first, base.clip_skip), ClipTextEncoder(*second, base.clip_skip)).eval()
 
 

@@ -86,14 +86,15 @@ def load_tokenizer(folder: Path | None) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
-def load(part: Part, tokenizer: Path | None, places: int, device: torch.device | str, dtype: torch.dtype) -> T5Text:
+def load(part: Part, tokenizer: Path | None, places: int, device: torch.device | str, dtype: torch.dtype,
+         quantize: str = "none") -> T5Text:
     """The encoder with its tokenizer on `device`, frozen. Raises UserError for damaged weights or no tokenizer."""
     words = load_tokenizer(tokenizer)
     with init_empty_weights(include_buffers=False):
         model = T5EncoderModel(T5Config.from_dict(part.config))
     tensors = mapped_tensors(part)
     tensors["encoder.embed_tokens.weight"] = tensors["shared.weight"] = _embedding(tensors, part)
-    model = fill(model, tensors, device, dtype, part.source)
+    model = fill(model, tensors, device, dtype, part.source, quantize)
     model.encoder.embed_tokens.weight = model.shared.weight  # one table, held once
     return T5Text(model, words, places).eval()
 

@@ -73,12 +73,13 @@ def check_tokenizer(folder: Path | None, setting: str) -> None:
         raise UserError(f"there is no folder {folder}: {setting} must be a tokenizer folder")
 
 
-def load(kind: type[nn.Module], base: Base, device: torch.device | str, dtype: torch.dtype) -> nn.Module:
-    """The transformer of class `kind` on `device`. Raises UserError for damaged weights."""
+def load(kind: type[nn.Module], base: Base, device: torch.device | str, dtype: torch.dtype,
+         quantize: str = "none") -> nn.Module:
+    """The transformer of class `kind` on `device`, its blocks quantised. Raises UserError for damaged weights."""
     part = base.parts["transformer"]
     with init_empty_weights(include_buffers=False):
         transformer = kind.from_config(part.config)
-    return fill(transformer, bfl.transformer_tensors(part), device, dtype, part.source)
+    return fill(transformer, bfl.transformer_tensors(part), device, dtype, part.source, quantize)
 
 
 def set_gradient_checkpointing(denoiser: FluxTransformer2DModel, on: bool) -> None:

@@ -67,7 +67,9 @@ class Opened:
     def tokenizer(self, chosen: str, subfolder: str) -> Path | None:
         """The chosen tokenizer, a folder or a hub id, else the base's own, else None."""
         if chosen and hub.is_hub_id(chosen):
-            return hub.tokenizer(chosen)
+            if (found := hub.cached_tokenizer(chosen)) is None:
+                raise UserError(f"{chosen} was not downloaded yet: train with it once, or give a tokenizer's folder")
+            return found
         own = self.path / subfolder
         return Path(chosen) if chosen else own if self.path.is_dir() and own.is_dir() else None
 
@@ -86,7 +88,7 @@ def open_parts(base: str, kind: str, wanted: Mapping[str, str], parts_of_file: C
     that names what is missing.
     """
     components = list(wanted)
-    path = locate(base, components)
+    path = locate(base, [name for name in components if name not in others])
     header, scheduler = None, None
     if path.is_dir():
         parts = open_folder(path, kind, [name for name in components if name not in others])
@@ -157,12 +159,13 @@ def load_vae(base: Base, device: torch.device | str, dtype: torch.dtype) -> Auto
     return fill(vae, ldm.vae_tensors(part), device, torch.float32 if dtype == torch.float16 else dtype, part.source)
 
 
-def load_denoiser(base: Base, device: torch.device | str, dtype: torch.dtype) -> UNet2DConditionModel:
-    """The UNet on `device`. Raises UserError for damaged weights."""
+def load_denoiser(base: Base, device: torch.device | str, dtype: torch.dtype,
+                  quantize: str = "none") -> UNet2DConditionModel:
+    """The UNet on `device`, the linears of its transformer blocks quantised. Raises UserError for damaged weights."""
     part = base.parts["unet"]
     with init_empty_weights(include_buffers=False):
         unet = UNet2DConditionModel.from_config(part.config)
-    return fill(unet, ldm.unet_tensors(part), device, dtype, part.source)
+    return fill(unet, ldm.unet_tensors(part), device, dtype, part.source, quantize)
 
 
 def set_gradient_checkpointing(denoiser: UNet2DConditionModel, on: bool) -> None:
