@@ -29,7 +29,14 @@ LABELS = {
 
 def describe(names: tuple[str, ...] = MAIN) -> list[dict[str, Any]]:
     """Each setting for the browser: section, key, label, help, kind, limits, default."""
-    return [_describe(*name.split(".")) for name in names]
+    pairs = (name.split(".") for name in names)
+    return [_describe(section, key, schema.SECTIONS[section].model_fields[key]) for section, key in pairs]
+
+
+def describe_section(name: str, model: type[schema.Section]) -> list[dict[str, Any]]:
+    """The same of each setting of a section that is in no preset, with what is folded away marked as `advanced`."""
+    return [_describe(name, key, field) | {"advanced": bool(_extra(field).get("advanced"))}
+            for key, field in model.model_fields.items()]
 
 
 def state_of(text: str, name: str) -> dict[str, Any]:
@@ -89,8 +96,7 @@ def _moved(value: Any, folder: Path) -> Any:
     return str((folder / value).resolve()) if is_relative and (folder / value).exists() else value
 
 
-def _describe(section: str, key: str) -> dict[str, Any]:
-    field = schema.SECTIONS[section].model_fields[key]
+def _describe(section: str, key: str, field: FieldInfo) -> dict[str, Any]:
     kind = _kind(field)
     described = {"section": section, "key": key, "label": _label(section, key),
                  "help": field.description or "", "kind": kind, "required": field.is_required(),

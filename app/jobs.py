@@ -33,7 +33,7 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Launch:
-    """A trainer that this app started."""
+    """A process that this app started."""
 
     process: subprocess.Popen[bytes]
     log: Path
@@ -47,7 +47,7 @@ class Launch:
         """What it said on its way out, without a log's earlier lines."""
         text = self.log.read_text(encoding="utf-8", errors="replace").strip() if self.log.exists() else ""
         lines = text.splitlines()[-LAST_LINES:]
-        return "\n".join(lines) or f"the trainer ended at once with code {self.process.returncode} and said nothing"
+        return "\n".join(lines) or f"the process ended at once with code {self.process.returncode} and said nothing"
 
 
 class Jobs:
@@ -145,17 +145,20 @@ class Jobs:
         return name in self._launches and self._launches[name].is_running
 
     def _launch(self, name: str, arguments: list[str]) -> None:
-        """Detached, with its output in a file: a pipe or a shared terminal would take the trainer down with us."""
-        log = self.places.logs / f"{name}.log"
-        log.parent.mkdir(parents=True, exist_ok=True)
-        new_session = sys.platform != "win32"
-        flags = 0 if new_session else subprocess.CREATE_NEW_PROCESS_GROUP | subprocess.DETACHED_PROCESS
-        at = time.time()
-        with open(log, "wb") as output:
-            process = subprocess.Popen([*self._trainer, *arguments], cwd=HOME, stdin=subprocess.DEVNULL, stdout=output,
-                                       stderr=subprocess.STDOUT, start_new_session=new_session, creationflags=flags)
-        self._launches[name] = Launch(process, log, at)
+        self._launches[name] = start_detached([*self._trainer, *arguments], self.places.logs / f"{name}.log")
         self._listing = (0.0, [])
+
+
+def start_detached(command: list[str], log: Path) -> Launch:
+    """A process of its own, with its output in a file: a pipe or a shared terminal would take it down with us."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    new_session = sys.platform != "win32"
+    flags = 0 if new_session else subprocess.CREATE_NEW_PROCESS_GROUP | subprocess.DETACHED_PROCESS
+    at = time.time()
+    with open(log, "wb") as output:
+        process = subprocess.Popen(command, cwd=HOME, stdin=subprocess.DEVNULL, stdout=output,
+                                   stderr=subprocess.STDOUT, start_new_session=new_session, creationflags=flags)
+    return Launch(process, log, at)
 
 
 def _stamp(path: Path) -> tuple[int, int]:

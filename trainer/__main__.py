@@ -40,14 +40,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return USER_ERROR
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """A user's error like any other; argparse itself would exit with the code of a bug."""
         raise UserError(f"{message}; `{self.prog} --help` explains all options")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="python -m trainer", description="Train a LoRA without the app.")
+    parser = Parser(prog="python -m trainer", description="Train a LoRA without the app.")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--preset", metavar="FILE", help="a preset: a file, or the name of one in presets/")
     what.add_argument("--resume", metavar="RUN", type=Path, help="a run's folder: go on where it is")
