@@ -107,9 +107,12 @@ class LoraFile:
         """(module path, up, down, magnitude) of every module, as `writer.write` takes them: fused keys come apart.
 
         Parts without any change are left out unless all of their key are. Raises UserError for DoRA magnitudes that
-        cannot come apart.
+        cannot come apart, or are PEFT's.
         """
         for entry, (up, down, magnitude) in self.modules(fold=fold):
+            if "vector" in entry.parts:
+                raise UserError(f"{self.path}: {entry.key} has DoRA magnitudes of PEFT's kind, which only diffusers "
+                                "reads and no other format holds")
             if entry.place.swapped:
                 up = swap_halves(up)
             if len(entry.place.modules) == 1:

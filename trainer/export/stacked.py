@@ -77,20 +77,27 @@ def fuse(parts: Sequence[Module | None], rows: Sequence[int], even: bool = False
 
 
 def unfuse(up: Tensor, down: Tensor, rows: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
-    """(up, down) of each part of stacked rows: at R / parts where `up` is in blocks, else all with the same `down`."""
-    ups, count = up.split(list(rows)), len(rows)
-    if in_blocks(up, rows):
-        return [(piece.chunk(count, 1)[i], down.chunk(count)[i]) for i, piece in enumerate(ups)]
-    return [(piece, down) for piece in ups]
+    """(up, down) of each part of stacked rows: at its own rank where `up` is in blocks, else all with the same `down`.
+    """
+    ups, rank = up.split(list(rows)), block_rank(up, rows)
+    if rank is None:
+        return [(piece, down) for piece in ups]
+    spans = [slice(i * rank, (i + 1) * rank) for i in range(len(ups))]
+    return [(piece[:, span], down[span]) for piece, span in zip(ups, spans)]
 
 
-def in_blocks(up: Tensor, rows: Sequence[int]) -> bool:
-    """Whether stacked rows are those of parts put side by side: every part has columns of its own."""
-    count = len(rows)
-    if up.shape[1] % count or not up.any():
-        return False
-    return not any(block.any() for i, piece in enumerate(up.split(list(rows)))
-                   for j, block in enumerate(piece.chunk(count, 1)) if i != j)
+def block_rank(up: Tensor, rows: Sequence[int]) -> int | None:
+    """Columns of each part, where stacked rows are those of parts put side by side (and perhaps padded); else None."""
+    count, columns = len(rows), up.shape[1]
+    live = [piece.ne(0).any(0).nonzero().flatten().tolist() for piece in up.split(list(rows))]
+    if not any(live):
+        return None
+
+    def fits(rank: int) -> bool:
+        return all(not own or i * rank <= own[0] and own[-1] < (i + 1) * rank for i, own in enumerate(live))
+
+    even = [columns // count] if columns % count == 0 else []
+    return next(filter(fits, [*even, *range(1, columns // count + 1)]), None)
 
 
 def part_heights(modules: Sequence[str], total: int, width: int) -> list[int]:

@@ -1,0 +1,244 @@
+"""Everything worth knowing of a LoRA file before it is used: what it is, what it changes, and who reads it how."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from trainer.adapters.effective_rank import entropy_rank, singular_values, stable_rank
+from trainer.errors import UserError
+from trainer.export.consumers import CONSUMERS, READERS, Reading, read_as
+from trainer.export.formats import FAMILIES
+from trainer.export.lora_file import Entry, LoraFile, open_lora
+from trainer.export.sizes import Sizes, base_sizes, true_sizes
+from trainer.export.stacked import block_rank
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One key of a file: the norm of its change ‖ΔW‖_F, and how much of its rank that uses."""
+
+    key: str
+    modules: tuple[str, ...]
+    weight: tuple[int, ...]  # shape of what it changes
+    rank: int
+    alpha: float | None
+    norm: float  # alpha / rank counted in; NaN where numbers are not finite
+    erank: float
+    stable: float
+
+    @property
+    def finite(self) -> bool:
+        return math.isfinite(self.norm)
+
+
+@dataclass(frozen=True)
+class Misfit:
+    """A key whose layer has another shape in the model, or (expected None) that the model has not."""
+
+    key: str
+    found: tuple[int, ...]
+    expected: tuple[int, ...] | None
+
+
+@dataclass(frozen=True)
+class Report:
+    """A file examined. `faults` are wrong for everybody, `notes` worth knowing; readings as asked for, and others."""
+
+    path: Path
+    family: str
+    format: str
+    words: str  # what that format is
+    dtype: str
+    ranks: list[int]
+    alphas: list[float]
+    model: str  # whose shapes the layers were compared with
+    layers: list[Layer]
+    misfits: list[Misfit]
+    asked: list[Reading]
+    others: list[Reading]
+    faults: list[str]
+    notes: list[str]
+
+    @property
+    def good(self) -> bool:
+        """Whether every consumer asked for applies all of it, as it is meant."""
+        return not self.faults and not self.misfits and all(reading.whole for reading in self.asked)
+
+
+def examine(path: Path, *, base: Path | None = None, consumers: Sequence[str] = ()) -> Report:
+    """Read a whole LoRA file, one module at a time, and compare it with its model and with what programs accept.
+
+    base: the model that it is for, a file or folder; None: the family's true sizes. consumers: those that must read
+    all of it; none named: all that have the family. Raises UserError for what is no LoRA of a known family.
+    """
+    lora = open_lora(path)
+    asked = list(consumers) or list(READERS[lora.family])
+    layers, blocks = _measure(lora)
+    model, misfits = _compare_sizes(lora, base)
+    readings = [read_as(consumer, lora, blocks) for consumer in CONSUMERS]
+    return Report(path, lora.family, lora.format.name, lora.format.words, lora.dtype, lora.ranks,
+                  sorted(set(lora.alphas.values())), model, layers, misfits,
+                  [reading for reading in readings if reading.consumer in asked],
+                  [reading for reading in readings if reading.consumer not in asked], list(_faults(lora, layers)),
+                  list(_notes(lora, layers)))
+
+
+def readers(lora: LoraFile) -> tuple[list[str], list[str]]:
+    """Names of the programs that apply a whole file as it is meant, and what the family's others do instead."""
+    _, blocks = _measure(lora)
+    readings = [read_as(consumer, lora, blocks) for consumer in READERS[lora.family]]
+    return ([CONSUMERS[reading.consumer] for reading in readings if reading.whole],
+            [f"{CONSUMERS[reading.consumer]} {fault.text}" for reading in readings for fault in reading.faults])
+
+
+def _measure(lora: LoraFile) -> tuple[list[Layer], set[str]]:
+    """Every key's norm and rank from r x r matrices, and those whose fused rows are in blocks."""
+    layers, blocks = [], set()
+    for entry, (up, down, _) in lora.modules():
+        layers.append(_layer(entry, up, down, lora.alphas.get(entry.key)))
+        if len(entry.rows) > 1 and block_rank(up, entry.rows) == entry.rank / len(entry.rows):
+            blocks.add(entry.key)
+    return layers, blocks
+
+
+def _layer(entry: Entry, up: Tensor, down: Tensor, alpha: float | None) -> Layer:
+    up, down = up.double().flatten(1), down.double().flatten(1)
+    about = entry.key, entry.place.modules, entry.weight, entry.rank, alpha
+    if not (up.isfinite().all() and down.isfinite().all()):
+        return Layer(*about, math.nan, math.nan, math.nan)
+    if not (up.any() and down.any()):
+        return Layer(*about, 0.0, 0.0, 0.0)
+    sizes = float(up.abs().amax()), float(down.abs().amax())  # squares of tiny numbers would vanish
+    grams = [(factor.T @ factor)[None] for factor in (up / sizes[0], down.T / sizes[1])]
+    values = singular_values(*grams)
+    return Layer(*about, float(values.norm()) * sizes[0] * sizes[1], float(entropy_rank(values)),
+                 float(stable_rank(values)))
+
+
+def _compare_sizes(lora: LoraFile, base: Path | None) -> tuple[str, list[Misfit]]:
+    """Whose sizes fit best, by name, and where they do not."""
+    if base is None:
+        models: Mapping[str, Sizes] = true_sizes(lora.family)
+    else:
+        models = {base.name: base_sizes(base, lora.family)}
+    found = {name: _misfits(lora, sizes) for name, sizes in models.items()}
+    best = min(found, key=lambda name: len(found[name]))
+    return best, found[best]
+
+
+def _misfits(lora: LoraFile, sizes: Sizes) -> list[Misfit]:
+    found = []
+    for key, entry in lora.entries.items():
+        shapes = [sizes.get(module) for module in entry.place.modules]
+        expected = None if None in shapes else (sum(shape[0] for shape in shapes), *shapes[0][1:])
+        if expected is None or _flat(expected) != _flat(entry.weight):
+            found.append(Misfit(key, entry.weight, expected))
+    return found
+
+
+def _flat(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Without the kernel of a 1 x 1 convolution, which is a linear layer."""
+    return shape[:2] if shape[2:] == (1, 1) else shape
+
+
+def _faults(lora: LoraFile, layers: Sequence[Layer]) -> Iterator[str]:
+    broken = [layer.key for layer in layers if not layer.finite]
+    if broken:
+        yield (f"numbers that are not finite in {len(broken)} layers, such as {broken[0]}: every program draws black "
+               "or broken pictures. The training has diverged: export an earlier checkpoint")
+    if layers and not any(layer.norm for layer in layers):
+        yield "all layers are zero: the file changes nothing. It was saved before any training step"
+    if not layers:
+        yield "no layer is whole: each lacks its up or its down"
+
+
+def _notes(lora: LoraFile, layers: Sequence[Layer]) -> Iterator[str]:
+    idle = [layer.key for layer in layers if layer.norm == 0.0]
+    if idle and len(idle) < len(layers):
+        yield f"{len(idle)} layers change nothing (their weights are zero), such as {idle[0]}"
+    if lora.format.ending == "kohya" and not lora.alphas:
+        yield "there is no alpha beside the layers: every program applies them at full strength"
+    if lora.format.name == "F1" and lora.family == "flux2":
+        yield "ComfyUI reads this from version 0.11 on; for older ones, convert it to F6"
+    if lora.header.begin > 1 << 20:
+        yield "the header is larger than 1 MiB: ComfyUI shows none of its metadata"
+
+
+def check_consumers(names: Sequence[str]) -> list[str]:
+    """Consumers by the names that people type. Raises UserError for one that is not known."""
+    unknown = [name for name in names if name not in CONSUMERS]
+    if unknown:
+        raise UserError(f"--for {unknown[0]}: choose of {', '.join(CONSUMERS)}")
+    return list(names)
+
+
+def as_text(report: Report) -> str:
+    """The report for people."""
+    count = len(report.layers)
+    ranks, alphas = _listed(report.ranks), _listed(report.alphas) or "none"
+    lines = [f"{report.path.name}: {FAMILIES[report.family]}, format {report.format} ({report.words})",
+             f"  {count} layers, rank {ranks}, alpha {alphas}, {report.dtype}"]
+    if report.misfits:
+        lines.append(f"  FAULT  {_misfit_text(report)}")
+    else:
+        lines.append(f"  ok     every layer has the shape that {report.model} has")
+    lines += [f"  FAULT  {fault}" for fault in report.faults]
+    for reading in report.asked:
+        lines += _reading_lines(reading, "FAULT", count)
+    for reading in report.others:
+        if reading.consumer in READERS[report.family]:
+            lines += _reading_lines(reading, "note ", count)
+    lines += [f"  note   {note}" for note in report.notes]
+    live = [layer for layer in report.layers if layer.finite and layer.norm]
+    if live:
+        lines += ["", "  norm        effective rank   layer"]
+        lines += [f"  {layer.norm:<10.4g}  {layer.erank:6.1f} of {layer.rank:<4}   {layer.key}" for layer in live]
+    return "\n".join(lines)
+
+
+def _reading_lines(reading: Reading, word: str, count: int) -> list[str]:
+    name = CONSUMERS[reading.consumer]
+    if reading.whole:
+        return [f"  ok     {name} reads all {count} layers at full strength"]
+    return [f"  {word}  {name} {fault.text} ({len(fault.keys)} keys, such as {fault.keys[0][:100]})"
+            for fault in reading.faults]
+
+
+def _misfit_text(report: Report) -> str:
+    first, count = report.misfits[0], len(report.misfits)
+    about = (f"{first.key} is for a layer that it has not" if first.expected is None else
+             f"{first.key} is {' x '.join(map(str, first.found))} instead of {' x '.join(map(str, first.expected))}")
+    whose = "it may be for a base of other sizes: name that with --base" if count == len(report.layers) else \
+        "no program can apply these"
+    return f"{count} of {len(report.layers)} layers do not fit {report.model}: {about}; {whose}"
+
+
+def _listed(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:g}" for value in values[:6]) + (" …" if len(values) > 6 else "")
+
+
+def as_json(report: Report) -> dict[str, Any]:
+    """The report for programs: numbers that are none become null."""
+    def reading(one: Reading) -> dict[str, Any]:
+        return {"whole": one.whole, "faults": [asdict(fault) for fault in one.faults],
+                "strengths": Counter(f"{value:g}" for value in one.strengths.values())}
+
+    plain = asdict(report) | {"path": str(report.path), "good": report.good,
+                              "asked": {one.consumer: reading(one) for one in report.asked},
+                              "others": {one.consumer: reading(one) for one in report.others}}
+    return _without_nan(plain)
+
+
+def _without_nan(value: Any) -> Any:  # noqa: ANN401
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
