@@ -12,7 +12,8 @@ from tests import models
 from trainer import preset as presets
 from trainer import run as runs
 from trainer.record import Recorder
-from trainer.session import Session, set_up
+from trainer.session import Session
+from trainer.setup import set_up
 
 SETTINGS = """\
 [model]

@@ -3,14 +3,20 @@
 import pytest
 
 from trainer.errors import UserError
-from trainer.memory.plan import Plan, plain, rungs, text_rungs
-from trainer.schema import Memory
+from trainer.memory.plan import Plan, below, plain, rungs, text_rungs
+from trainer.schema import Adapter, Data, Memory, Model, Preset, Train
+
+
+def preset(dora: bool = False, **memory: object) -> Preset:
+    return Preset(model=Model(family="flux1", base="b"), data=Data(folder="d"), train=Train(steps=1),
+                  adapter=Adapter(dora=dora), memory=Memory(**memory))
+
 
 NF4 = [Plan("nf4", "full", count) for count in (8, 16, 23)]
 
 
 def test_everything_left_open_goes_from_the_fastest_to_the_most_sparing() -> None:
-    assert rungs(Memory(), 24) == [Plan(), Plan(checkpointing="full"), Plan("fp8", "full"), Plan("nf4", "full"), *NF4]
+    assert rungs(preset(), 24) == [Plan(), Plan(checkpointing="full"), Plan("fp8", "full"), Plan("nf4", "full"), *NF4]
 
 
 @pytest.mark.parametrize(("fixed", "ladder"), [
@@ -23,32 +29,52 @@ def test_everything_left_open_goes_from_the_fastest_to_the_most_sparing() -> Non
     ({"quantize": "nf4", "gradient_checkpointing": "none", "offload_blocks": 0}, [Plan("nf4")]),
 ])
 def test_what_a_preset_fixes_stays_fixed(fixed: dict, ladder: list[Plan]) -> None:
-    assert rungs(Memory(**fixed), 24) == ladder
+    assert rungs(preset(**fixed), 24) == ladder
 
 
 def test_a_small_model_has_fewer_rungs() -> None:
-    assert [plan.offload_blocks for plan in rungs(Memory(), 2)[4:]] == [1]
-    assert rungs(Memory(), 0)[-1] == rungs(Memory(), 1)[-1] == Plan("nf4", "full")
+    assert [plan.offload_blocks for plan in rungs(preset(), 2)[4:]] == [1]
+    assert rungs(preset(), 0)[-1] == rungs(preset(), 1)[-1] == Plan("nf4", "full")
 
 
 @pytest.mark.parametrize("count", [24, 25, 500])
 def test_more_blocks_than_can_be_offloaded_are_refused(count: int) -> None:
     with pytest.raises(UserError, match=f"memory.offload_blocks = {count}: this model has 24 blocks, of which at most "
                                         "23 can"):
-        rungs(Memory(offload_blocks=count), 24)
-    assert rungs(Memory(offload_blocks=23), 24)[0].offload_blocks == 23
+        rungs(preset(offload_blocks=count), 24)
+    assert rungs(preset(offload_blocks=23), 24)[0].offload_blocks == 23
 
 
 def test_without_a_budget_nothing_is_done_that_was_not_asked_for() -> None:
-    assert plain(Memory(), 24) == Plan()
-    assert plain(Memory(quantize="nf4", gradient_checkpointing="full"), 24) == Plan("nf4", "full")
+    assert plain(preset(), 24) == Plan()
+    assert plain(preset(quantize="nf4", gradient_checkpointing="full"), 24) == Plan("nf4", "full")
 
 
 def test_the_text_encoder_has_a_ladder_of_its_own() -> None:
-    assert text_rungs(Memory()) == ["none", "fp8", "nf4"]
-    assert text_rungs(Memory(quantize_text_encoder="int8", quantize="nf4")) == ["int8"]
+    assert text_rungs(preset().memory) == ["none", "fp8", "nf4"]
+    assert text_rungs(preset(quantize_text_encoder="int8", quantize="nf4").memory) == ["int8"]
 
 
 def test_a_plan_is_told_in_words() -> None:
     assert Plan("nf4", "full", 8).in_words(24) == "NF4, checkpointing, 8 of 24 blocks in system memory"
     assert Plan().in_words(24) == "unquantised, no checkpointing"
+
+
+def test_dora_keeps_its_weights_on_the_gpu() -> None:
+    assert rungs(preset(dora=True), 24)[-1] == Plan("nf4", "full")
+
+
+@pytest.mark.parametrize(("plan", "lower"), [
+    (Plan(), [*(Plan("none", "full", count) for count in (0, 8, 16, 23)), Plan("fp8", "full"), Plan("nf4", "full"),
+              *NF4]),
+    (Plan("fp8", "full", 23), [Plan("nf4", "full"), *NF4]),
+    (Plan("nf4", "full", 16), [Plan("nf4", "full", 23)]),
+    (NF4[-1], []),
+])
+def test_a_run_that_has_begun_keeps_its_quantisation_as_long_as_it_can(plan: Plan, lower: list[Plan]) -> None:
+    assert below(preset(), 24, plan) == lower
+
+
+def test_a_run_never_leaves_what_the_preset_fixes() -> None:
+    assert below(preset(quantize="none", offload_blocks=0), 24, Plan()) == [Plan(checkpointing="full")]
+    assert below(preset(quantize="none", offload_blocks=0), 24, Plan(checkpointing="full")) == []

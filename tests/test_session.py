@@ -7,7 +7,7 @@ import torch
 
 from tests import projects
 from trainer import preset as presets
-from trainer import session as sessions
+from trainer import setup
 from trainer.errors import UserError
 from trainer.events import EventReader
 from trainer.loop import run_training
@@ -107,7 +107,7 @@ def test_setting_up_stops_when_it_is_asked_to(tiny_project, tmp_path, monkeypatc
     def guard() -> None:
         raise Asked
 
-    real = sessions.set_up
+    real = setup.set_up
     monkeypatch.setattr(projects, "set_up", lambda *arguments: real(*arguments[:-1], guard))
     with pytest.raises(Asked):
         projects.session(tiny_project, tmp_path)

@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -22,7 +23,7 @@ from trainer.errors import UserError
 from trainer.files import sync_folder
 from trainer.run import Run
 
-FORMAT = 1
+FORMAT = 2  # 2: how the model was held
 PINNED = "pinned"  # a file of this name in a checkpoint keeps it
 
 
@@ -35,6 +36,8 @@ class Progress:
     global_batch: int = 0  # samples an optimizer step
     data: str = ""  # fingerprint of the data set
     validation: dict[str, float] = field(default_factory=dict)  # step -> loss
+    plan: dict[str, Any] = field(default_factory=dict)  # `memory.plan.Plan`, for a resume holds the model alike
+    text_quantize: str = "none"  # how the text encoder was held that made the cached embeddings
 
 
 def save(run: Run, progress: Progress, adapter: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]) -> int:
@@ -64,19 +67,36 @@ def save(run: Run, progress: Progress, adapter: Mapping[str, Tensor], optimizer:
     return size(target)
 
 
+def last_progress(run: Run) -> Progress | None:
+    """How far a run's last checkpoint is; None without one.  Raises `UserError` as `load` does."""
+    step = run.last_step()
+    return _progress(run.checkpoint(step)) if step else None
+
+
 def load(folder: Path) -> tuple[Progress, dict[str, Tensor], dict[str, Tensor]]:
     """Progress, the adapter's and the optimizer's state of a checkpoint.
 
     Raises `UserError` for one that is damaged or of a later program.
     """
+    progress = _progress(folder)
+    try:
+        return progress, load_file(folder / "adapter.safetensors"), load_file(folder / "optimizer.safetensors")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise _damaged(folder, error) from None
+
+
+def _progress(folder: Path) -> Progress:
     try:
         stored = json.loads((folder / "progress.json").read_text())
         if stored.pop("format") > FORMAT:
             raise UserError(f"{folder} was written by a newer version of this program; update it to go on")
-        return (Progress(**stored), load_file(folder / "adapter.safetensors"),
-                load_file(folder / "optimizer.safetensors"))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-        raise UserError(f"{folder} is damaged ({error}); delete that folder to resume from the one before") from None
+        return Progress(**stored)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _damaged(folder, error) from None
+
+
+def _damaged(folder: Path, error: Exception) -> UserError:
+    return UserError(f"{folder} is damaged ({error}); delete that folder to resume from the one before")
 
 
 def prune(run: Run, keep: int, best: Collection[int] = ()) -> list[int]:

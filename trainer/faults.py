@@ -9,6 +9,8 @@ import torch
 from trainer.errors import UserError
 from trainer.export.writer import NO_ROOM
 
+NO_MEMORY = ("CUDA error: out of memory", "CUDNN_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_ALLOC_FAILED",
+             "CUDA out of memory")  # how libraries put it that allocate for themselves
 REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
@@ -23,11 +25,17 @@ def describe(error: BaseException) -> str:
     return str(as_user_error(error) or f"{type(error).__name__}: {error}")
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether the GPU's memory ran out, whoever says so."""
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY))
+
+
 def as_user_error(error: BaseException) -> UserError | None:
     """What a user can mend, in a user's words: memory or disk that ran out; None for a fault of the program."""
     if isinstance(error, UserError):
         return error
-    if isinstance(error, torch.cuda.OutOfMemoryError):
+    if out_of_memory(error):
         return UserError("the GPU ran out of memory: make train.batch_size or data.resolution smaller, "
                          "or set memory.gradient_checkpointing = 'full'")
     if isinstance(error, MemoryError) or "can't allocate memory" in str(error):

@@ -23,7 +23,8 @@ from trainer.readback import Readback
 from trainer.record import Recorder
 from trainer.run import Run
 from trainer.schema import SCHEMA_VERSION, Preset
-from trainer.session import Session, pick_device, set_up
+from trainer.session import Session, pick_device
+from trainer.setup import set_up
 from trainer.update import Update
 
 MAX_BAD_STEPS = 3  # non-finite steps in a row that end a run

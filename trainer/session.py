@@ -1,32 +1,32 @@
-"""Everything that a running trainer holds, put together in the order that memory asks for: text, VAE, denoiser."""
+"""Everything that a running trainer holds: what a step needs, and how each part of it is made from a preset."""
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from trainer import adapters, checkpoint, families, gpu, optim
+from trainer import adapters, families, gpu, optim
 from trainer.adapters import Adapter
 from trainer.adapters.stella import rank_budget
-from trainer.adapters.target import Target, matching, part_rows
+from trainer.adapters.target import Target, matching
 from trainer.checkpoint import Progress
 from trainer.data.cache import Cache
-from trainer.data.order import Draw, Order
+from trainer.data.order import Draw, Order, share
 from trainer.data.store import LatentStore, TextStore
 from trainer.export import reader
-from trainer.export.stacked import together
+from trainer.families.base import quantised_id
 from trainer.flow import FlowObjective
 from trainer.material import Material, framing, noise_seeds, to_device
-from trainer.metrics.features import find_weights
+from trainer.memory.blocks import repeated_blocks
+from trainer.memory.offload import Offload
+from trainer.memory.plan import Plan
 from trainer.objective import Objective, per_sample_loss
 from trainer.record import Recorder
 from trainer.run import Run
@@ -36,6 +36,16 @@ ENCODE_BATCH = 8  # images or prompts encoded at a time while caching
 LATENT_DTYPE = torch.float32  # noise is added to them at full precision
 FP16_LOSS_SCALE = 1024.0  # fixed: a step that overflows is skipped on the device, and no search needs saving
 Guard = Callable[[], None]  # called now and then in long work; raises when the run was asked to stop
+
+
+class Model(NamedTuple):
+    """What is trained, over what it changes; parts of a `Session` by the same names."""
+
+    denoiser: nn.Module
+    adapter: Adapter
+    optimizer: torch.optim.Optimizer
+    offload: Offload | None
+    plan: Plan
 
 
 @dataclass
@@ -67,6 +77,10 @@ class Session:
     progress: Progress
     whole: bool = True  # False inside an optimizer step
     spectra: tuple[int, Future[dict[str, Any]]] | None = None  # ranks being computed, and of which step
+    plan: Plan = Plan()  # how the denoiser is held
+    offload: Offload | None = None
+    text_quantize: str = "none"  # how the text encoder was held when it filled the cache
+    limit: int = 0  # bytes of GPU memory that tensors may take; 0: nobody measured
 
     def loss(self, draws: Sequence[Draw]) -> Tensor:
         """Mean training loss of one micro-batch; a function of the draws alone, and of the adapter."""
@@ -80,6 +94,19 @@ class Session:
         target = self.objective.target(latents, noise, timesteps)
         loss = per_sample_loss(prediction, target, kind=train.loss, delta=train.huber_delta)  # b
         return (loss * self.objective.loss_weight(timesteps, train.snr_gamma)).mean()
+
+    def gradients(self, draws: Sequence[Draw], rounds: int | None = None) -> Tensor:
+        """Add up the gradients of a global batch's micro-batches (only of the first `rounds`); returns the mean loss.
+
+        Micro-batches are of equal size, so their means can be averaged.
+        """
+        count, loss = self.preset.train.grad_accum, torch.zeros((), device=self.device)
+        for number in range(count if rounds is None else min(rounds, count)):
+            self.use("raw")
+            micro = self.loss(share(draws, 0, 1, number, count)) / count
+            self.backward(micro)
+            loss += micro.detach()
+        return loss
 
     def backward(self, loss: Tensor) -> None:
         """Gradients of a micro-batch, added to the bank's; fp16 activations' are scaled out of the underflow."""
@@ -121,50 +148,27 @@ class Session:
     def encode_new(self, texts: Sequence[str]) -> None:
         """Cache prompts that came during the run; the text encoder is loaded for them alone."""
         if self.texts is not None:
-            new = TextStore(texts, self.cache, self.base.text_id, self.dtype)
-            fill_texts(new, self.family, self.base, self.device, self.recorder, self.guard)
+            new = TextStore(texts, self.cache, quantised_id(self.base.text_id, self.text_quantize), self.dtype)
+            fill_texts(new, self.family, self.base, self.device, self.text_quantize, self.recorder, self.guard)
 
 
-def set_up(run: Run, preset: Preset, device: torch.device, workspace: Path, recorder: Recorder,
-           guard: Guard) -> Session:
-    """Load, cache and build everything, resuming from the run's last checkpoint if there is one."""
-    family, dtype = families.get(preset.model.family), pick_dtype(preset, device)
-    torch.use_deterministic_algorithms(preset.train.deterministic)
-    recorder.phase("opening the base model")
-    base = open_base(preset)
-    for note in base.notes:
-        recorder.note(0, note)
-    find_weights(preset.evaluate.distance, preset.evaluate.inception_weights)  # now, not after hours of training
-    cache = Cache(workspace / "cache")
-    cache.remove_remains()
-    material = Material(preset, family.bucket_step(preset.data.resolution), lambda done, of: (
-        guard(), recorder.phase("reading images", done, of)))
-    texts, text_encoder = _prepare_text(preset, family, base, material, cache, device, dtype, recorder, guard)
-    latents, held = _prepare_latents(family, base, material, cache, device, recorder, guard)
-    for skipped in material.skipped:
-        recorder.event("skipped", file=str(skipped.file), reason=skipped.reason)
-        recorder.say(f"skipped {skipped.file}: {skipped.reason}")
-    order = material.order(latents, preset.train.batch_size * preset.train.grad_accum)
-    steps = preset.train.steps or (preset.train.epochs or 0) * order.steps_per_epoch
-
-    recorder.phase("loading the denoiser")
-    guard()
-    denoiser = family.load_denoiser(base, device, dtype)
-    family.set_gradient_checkpointing(denoiser, preset.memory.gradient_checkpointing == "full")
+def load_model(preset: Preset, family: ModuleType, base: Any, text_encoder: Any, device: torch.device,
+               dtype: torch.dtype, plan: Plan) -> Model:
+    """The denoiser, held as `plan` says, with a new adapter and its optimizer."""
+    denoiser = family.load_denoiser(base, device, dtype, plan.quantize)
     adapter = build_adapter(preset, family, denoiser, text_encoder, device)
-    if preset.adapter.start_from and run.last_step() == 0:
-        pairs = together(reader.read(Path(preset.adapter.start_from), family=preset.model.family),
-                         part_rows(adapter.layout.targets))
-        adapter.load_pairs(pairs)
-        recorder.note(0, f"continues {preset.adapter.start_from}: {describe_start(pairs, adapter)}")
-    optimizer = build_optimizer(preset, adapter)
-    schedule = optim.build_schedule(preset.train.lr_scheduler, steps, preset.train.warmup_steps)
-    session = Session(run, preset, recorder, guard, device, dtype, family, base, cache, material,
-                      [material.train_captions(item) for item in latents.items], latents, held, texts, text_encoder,
-                      find_objective(preset, base).to(device), denoiser, adapter, optimizer, schedule, order, steps,
-                      Progress())
-    _resume(session)
-    return session
+    return Model(denoiser, adapter, build_optimizer(preset, adapter), hold(family, denoiser, plan, device), plan)
+
+
+def hold(family: ModuleType, denoiser: nn.Module, plan: Plan, device: torch.device) -> Offload | None:
+    """Checkpoint and offload a loaded denoiser's blocks as `plan` says."""
+    family.set_gradient_checkpointing(denoiser, plan.checkpointing == "full")
+    return Offload(repeated_blocks(denoiser), plan.offload_blocks, device) if plan.offload_blocks else None
+
+
+def models_by_name(family: ModuleType, denoiser: nn.Module, text_encoder: Any) -> dict[str, nn.Module]:
+    """What an adapter may sit on, by the names that its layers' names begin with."""
+    return {family.DENOISER: denoiser} | ({} if text_encoder is None else {"text_encoder": text_encoder})
 
 
 def find_targets(preset: Preset, models: dict[str, nn.Module]) -> list[Target]:
@@ -187,8 +191,7 @@ def build_adapter(preset: Preset, family: ModuleType, denoiser: nn.Module, text_
                   device: torch.device) -> Adapter:
     """The adapter of a preset on its models, installed."""
     chosen = preset.adapter
-    models = {family.DENOISER: denoiser} | ({} if text_encoder is None else {"text_encoder": text_encoder})
-    targets = find_targets(preset, models)
+    targets = find_targets(preset, models_by_name(family, denoiser, text_encoder))
     adapter = adapters.build(targets, method=chosen.method, rank=chosen.rank, init=chosen.init, dora=chosen.dora,
                              retraction=chosen.retraction, dropout=chosen.dropout, seed=preset.train.seed,
                              device=device, ema_decay=preset.train.ema_decay or None, diagonal_s=chosen.diagonal,
@@ -230,26 +233,24 @@ def pick_dtype(preset: Preset, device: torch.device) -> torch.dtype:
 
 
 @contextmanager
-def loaded(load: Callable[..., Any], base: Any, device: torch.device,
-           dtype: torch.dtype = torch.float32) -> Iterator[Any]:
+def loaded(load: Callable[..., Any], base: Any, device: torch.device, dtype: torch.dtype = torch.float32,
+           *quantize: str) -> Iterator[Any]:
     """A part of the base on the device, for as long as it is needed; its memory is given back after."""
-    held = [load(base, device, dtype)]
+    held = [load(base, device, dtype, *quantize)]
     try:
         yield held[0]
     finally:
         held.clear()
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        gpu.free_memory()
 
 
-def fill_texts(texts: TextStore, family: ModuleType, base: Any, device: torch.device, recorder: Recorder,
-               guard: Guard) -> None:
+def fill_texts(texts: TextStore, family: ModuleType, base: Any, device: torch.device, quantize: str,
+               recorder: Recorder, guard: Guard) -> None:
     """Encode the prompts that the cache lacks; the text encoder is in memory only meanwhile."""
     if not texts.missing():
         return
     recorder.phase("loading the text encoder")
-    with loaded(family.load_text_encoder, base, device, family.TEXT_DTYPE) as encoder:
+    with loaded(family.load_text_encoder, base, device, family.TEXT_DTYPE, quantize) as encoder:
 
         def encode(prompts: list[str]) -> dict[str, Tensor]:
             guard()
@@ -259,49 +260,3 @@ def fill_texts(texts: TextStore, family: ModuleType, base: Any, device: torch.de
         texts.fill(encode, ENCODE_BATCH, lambda done, of: recorder.phase("caching captions", done, of),
                    should_stop=lambda: False,  # `encode` looks for a stop itself
                    length=lambda text: family.prompt_chunks(encoder, text))
-
-
-def _prepare_text(preset: Preset, family: ModuleType, base: Any, material: Material, cache: Cache, device: torch.device,
-                  dtype: torch.dtype, recorder: Recorder, guard: Guard) -> tuple[TextStore | None, Any]:
-    if "text_encoder" in preset.adapter.targets:
-        return None, family.load_text_encoder(base, device, dtype)
-    texts = TextStore(material.prompts(), cache, base.text_id, dtype)
-    fill_texts(texts, family, base, device, recorder, guard)
-    return texts, None
-
-
-def _prepare_latents(family: ModuleType, base: Any, material: Material, cache: Cache, device: torch.device,
-                     recorder: Recorder, guard: Guard) -> tuple[LatentStore, LatentStore]:
-    stores = (material.latent_store(material.train, cache, base.vae_id, LATENT_DTYPE, training=True),
-              material.latent_store(material.held, cache, base.vae_id, LATENT_DTYPE, training=False))
-    if any(store.missing() for store in stores):
-        recorder.phase("loading the VAE")
-        with loaded(family.load_vae, base, device) as vae:
-
-            def encode(pixels: Tensor) -> Tensor:
-                guard()
-                with torch.no_grad():
-                    return family.encode_images(vae, pixels.to(device))
-
-            for store, name in zip(stores, ("caching latents", "caching held-out latents")):
-                store.fill(encode, ENCODE_BATCH, lambda done, of, name=name: recorder.phase(name, done, of),
-                           should_stop=lambda: False, on_skip=material.skip)
-    return stores
-
-
-def _resume(session: Session) -> None:
-    """Take the last checkpoint's state, if there is one."""
-    run, preset = session.run, session.preset
-    session.progress.global_batch = preset.train.batch_size * preset.train.grad_accum
-    session.progress.data = session.material.fingerprint()
-    checkpoint.remove_remains(run)
-    step = run.last_step()
-    if step == 0:
-        return
-    progress, state, optimizer = checkpoint.load(run.checkpoint(step))
-    session.adapter.load_state_dict(state)
-    session.optimizer.load_state_dict(optimizer)
-    if progress.data != session.progress.data:
-        session.recorder.note(step, "the data set changed since this run was last trained; it goes on with the new one")
-        progress.data = session.progress.data
-    session.progress = progress

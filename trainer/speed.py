@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import platform
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.files import write_atomic
+from trainer.memory.plan import Plan
 from trainer.schema import Preset
 
 if TYPE_CHECKING:
@@ -22,15 +24,29 @@ def remember(session: Session) -> None:
     if seconds is None:
         return
     peak = torch.cuda.max_memory_allocated(session.device) if session.device.type == "cuda" else None
-    path = _path(session.cache.root.parent)
-    known = _read(path)
-    known[_key(session.preset, device_name(session.device))] = {"sec": seconds, "vram_peak": peak}
-    write_atomic(path, json.dumps(known, indent=1).encode())
+    _add(session.cache.root.parent, session.preset, device_name(session.device), sec=seconds, vram_peak=peak)
+
+
+def remember_plan(workspace: Path, preset: Preset, device: str, plan: Plan, peak: int, limit: int) -> None:
+    """Put down which plan was found to fit `limit` bytes, and how many it takes at its peak."""
+    _add(workspace, preset, device, plan=asdict(plan), peak=peak, limit=limit)
 
 
 def recall(workspace: Path, preset: Preset, device: str) -> dict[str, Any] | None:
-    """Seconds per step (`sec`) and bytes (`vram_peak`) of the same work on the same device, if done here before."""
+    """What is known of the same work on the same device, as far as it was done here before.
+
+    Of a whole run: seconds per step (`sec`), and bytes at the peak with pictures and all (`vram_peak`). Of what was
+    measured before its first step: `plan`, `peak` and `limit` as in `remember_plan`.
+    """
     return _read(_path(workspace)).get(_key(preset, device))
+
+
+def _add(workspace: Path, preset: Preset, device: str, **facts: Any) -> None:
+    path, key = _path(workspace), _key(preset, device)
+    known = _read(path)
+    before = known.get(key)
+    known[key] = (before if isinstance(before, dict) else {}) | facts
+    write_atomic(path, json.dumps(known, indent=1).encode())
 
 
 def device_name(device: Any) -> str:
@@ -45,12 +61,14 @@ def _path(workspace: Path) -> Path:
 
 
 def _key(preset: Preset, device: str) -> str:
-    """What a step's time depends on."""
-    adapter, train = preset.adapter, preset.train
+    """What a step's time and memory depend on."""
+    adapter, train, memory = preset.adapter, preset.train, preset.memory
     return " ".join(str(part) for part in (
         device, preset.model.family, Path(preset.model.base).name, preset.data.resolution, train.batch_size,
-        train.grad_accum, train.precision, adapter.method, adapter.rank, adapter.dora, *sorted(adapter.targets),
-        preset.memory.gradient_checkpointing))
+        train.grad_accum, train.precision, train.optimizer, train.ema_decay > 0, adapter.method, adapter.rank,
+        adapter.init, adapter.dora, adapter.dropout > 0, adapter.fuse_qkv, adapter.target_pattern,
+        *sorted(adapter.targets), memory.quantize, memory.gradient_checkpointing, memory.offload_blocks,
+        memory.budget_gb))
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from trainer.adapters.layout import Layout
 from trainer.adapters.lora import LoRA, Stacks
 from trainer.adapters.stella import StelLA
 from trainer.adapters.step_rule import StepRule
+from trainer.adapters.target import Target
 from trainer.manifold import orthonormalize
 
 
@@ -54,6 +55,11 @@ class Adapter:
     def remove(self) -> None:
         for target in self.layout.targets:
             layer.remove(target)
+
+    def move(self, targets: Sequence[Target]) -> None:
+        """Install over the same layers of a model that was loaded again; `remove` comes before."""
+        self.layout.move(targets)
+        self.install()
 
     def refresh(self, weights: str = "raw", dtype: torch.dtype = torch.float32) -> None:
         """Cast the stacks to the compute dtype and hand each layer its slices; once a micro-batch.

@@ -38,6 +38,12 @@ class Layout:
         object.__setattr__(self, "downs", _grouped([target.columns for target in self.targets]))
         object.__setattr__(self, "inputs", _grouped([target.inputs for target in self.targets]))
 
+    def move(self, targets: Sequence[Target]) -> None:
+        """Stand for the same layers of a model that was loaded again."""
+        if [target.name for target in targets] != [target.name for target in self.targets]:
+            raise ValueError("these are other layers")
+        object.__setattr__(self, "targets", tuple(targets))
+
     def pair_shapes(self) -> dict[str, tuple[int, ...]]:
         shapes = {f"up.{m}": (len(layers), m, self.rank) for m, layers in self.ups.items()}
         return shapes | {f"down.{n}": (len(layers), n, self.rank) for n, layers in self.downs.items()}

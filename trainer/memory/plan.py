@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from trainer.errors import UserError
-from trainer.schema import Memory
+from trainer.schema import Memory, Preset
 
 WORDS = {"none": "unquantised", "fp8": "FP8", "int8": "INT8", "nf4": "NF4"}
 CHECKPOINTING = {"none": "no checkpointing", "full": "checkpointing"}
@@ -27,26 +27,40 @@ class Plan:
         return ", ".join(parts)
 
 
-def rungs(memory: Memory, blocks: int) -> list[Plan]:
+def rungs(preset: Preset, blocks: int) -> list[Plan]:
     """The plans that a preset leaves open for a model of so many blocks, from the fastest to the most sparing.
 
     The pictures come first: what changes only the time (checkpointing) goes before what changes the weights. FP8 with
     a scale a row is close to 16 bits; NF4 halves once more. INT8 holds as much as FP8 and is slower, so it is taken
     only when asked for. Offloading comes last, since it can cost many times the step, and over NF4, of which the
-    least has to travel. What the preset fixes stays fixed. Raises `UserError` for more blocks than there are.
+    least has to travel; DoRA reads all weights at each step, so it keeps them. What the preset fixes stays fixed.
+    Raises `UserError` for more blocks than there are.
     """
+    memory = preset.memory
     if memory.offload_blocks >= max(blocks, 1):
         raise UserError(f"memory.offload_blocks = {memory.offload_blocks}: this model has {blocks} blocks, of which at "
                         f"most {max(blocks - 1, 0)} can be kept in system memory; make it smaller, or -1 for as the "
                         "budget needs")
     ladder = [Plan(), Plan(checkpointing="full"), Plan("fp8", "full"), Plan("nf4", "full"),
-              *(Plan("nf4", "full", count) for count in (blocks // 3, 2 * blocks // 3, blocks - 1) if count > 0)]
+              *(Plan("nf4", "full", count) for count in (blocks // 3, 2 * blocks // 3, blocks - 1)
+                if count > 0 and not preset.adapter.dora)]
     return list(dict.fromkeys(_fixed(plan, memory) for plan in ladder if _possible(plan, memory)))
 
 
-def plain(memory: Memory, blocks: int) -> Plan:
+def plain(preset: Preset, blocks: int) -> Plan:
     """The plan of a device without a budget, such as a CPU: what the preset asks for, and nothing else."""
-    return rungs(memory, blocks)[0]
+    return rungs(preset, blocks)[0]
+
+
+def below(preset: Preset, blocks: int, plan: Plan) -> list[Plan]:
+    """More sparing plans than `plan`, for a run that has begun with it: first those that keep its quantisation."""
+    fixed = preset.memory.model_copy(update={"quantize": plan.quantize})
+    same = rungs(preset.model_copy(update={"memory": fixed}), blocks)
+    same = same[same.index(plan) + 1:] if plan in same else []
+    ladder = rungs(preset, blocks)
+    modes = list(dict.fromkeys(other.quantize for other in ladder))
+    fewer_bits = modes[modes.index(plan.quantize) + 1:] if plan.quantize in modes else []
+    return same + [other for other in ladder if other.quantize in fewer_bits]
 
 
 def text_rungs(memory: Memory) -> list[str]:

@@ -1,0 +1,70 @@
+"""How a run's model is to be held: as its checkpoint says, as is remembered of this GPU, or as is measured now."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trainer import families, speed
+from trainer.checkpoint import Progress
+from trainer.errors import UserError
+from trainer.memory.blocks import repeated_blocks
+from trainer.memory.meter import Meter
+from trainer.memory.plan import Plan, below, plain, rungs
+from trainer.memory.probe import FULL, Build, first_to_try, settle, told
+from trainer.memory.weights import bytes_of
+from trainer.record import Recorder
+from trainer.schema import Preset
+from trainer.session import Session, pick_dtype
+
+LIKE = 1.1  # times the memory that there was: with more than that, what is faster may fit too
+
+
+def choose(build: Build, preset: Preset, base: Any, device: torch.device, saved: Progress | None, meter: Meter | None,
+           recorder: Recorder, workspace: Path) -> Session:
+    """A session whose model is held in the fastest way that fits; a note says how, and why.
+
+    saved: of the run's last checkpoint, whose plan is kept, so that the run goes on with the same numbers.
+    """
+    skeleton = families.get(preset.model.family).load_denoiser(base, torch.device("meta"), torch.float32)
+    blocks = len(repeated_blocks(skeleton))
+    if saved is not None:
+        plan = Plan(**saved.plan) if saved.plan else plain(preset, blocks)  # older runs had nothing to choose
+        return settle(build, [plan, *below(preset, blocks, plan)], blocks, None, recorder)[0]
+    if meter is None:
+        return settle(build, [_without_gpu(preset, blocks, device)], blocks, None, recorder)[0]
+    ladder, name, dtype = rungs(preset, blocks), speed.device_name(device), pick_dtype(preset, device)
+    if known := remembered(speed.recall(workspace, preset, name), ladder, meter.limit):
+        session, tried = settle(build, known, blocks, None, recorder)
+        recorder.note(0, told(session.plan, tried, blocks, meter.limit) + " As measured in an earlier run like this.")
+        return session
+
+    def need(plan: Plan) -> float:
+        kept = 1 - plan.offload_blocks / max(blocks, 1)
+        return bytes_of(skeleton, plan.quantize, dtype) * kept
+
+    session, tried = settle(build, first_to_try(ladder, need, meter.limit), blocks, meter, recorder)
+    recorder.note(0, told(session.plan, tried, blocks, meter.limit))
+    speed.remember_plan(workspace, preset, name, session.plan, tried[session.plan], meter.limit)
+    return session
+
+
+def remembered(known: dict[str, Any] | None, ladder: Sequence[Plan], limit: int) -> list[Plan]:
+    """The ladder from the plan on that an earlier run like this found under such a limit; empty: measure."""
+    try:
+        plan, peak, before = Plan(**known["plan"]), known["peak"], known["limit"]
+        fits = peak <= FULL * limit and limit <= LIKE * before and plan in ladder
+        return list(ladder[ladder.index(plan):]) if fits else []
+    except (KeyError, TypeError):  # nothing is known, or a file that somebody else wrote
+        return []
+
+
+def _without_gpu(preset: Preset, blocks: int, device: torch.device) -> Plan:
+    plan = plain(preset, blocks)
+    if plan.offload_blocks:
+        raise UserError(f"memory.offload_blocks = {plan.offload_blocks}: this run would train on a device without "
+                        f"memory of its own ({device.type}), where that saves nothing; take it out")
+    return plan

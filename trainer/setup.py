@@ -1,0 +1,183 @@
+"""Puts a run together in the order that memory asks for: text, VAE, denoiser; then takes its last checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainer import checkpoint, families, gpu, optim
+from trainer.adapters.target import part_rows
+from trainer.checkpoint import Progress
+from trainer.data.cache import Cache
+from trainer.data.store import LatentStore, TextStore
+from trainer.errors import UserError
+from trainer.export import reader
+from trainer.export.stacked import together
+from trainer.families.base import quantised_id
+from trainer.faults import out_of_memory
+from trainer.material import Material
+from trainer.memory.choice import choose
+from trainer.memory.meter import Meter
+from trainer.memory.plan import WORDS, Plan, text_rungs
+from trainer.memory.probe import FULL
+from trainer.memory.weights import bytes_of
+from trainer.metrics.features import find_weights
+from trainer.record import Recorder
+from trainer.run import Run
+from trainer.schema import Preset
+from trainer.session import (
+    ENCODE_BATCH,
+    LATENT_DTYPE,
+    Guard,
+    Session,
+    describe_start,
+    fill_texts,
+    find_objective,
+    load_model,
+    loaded,
+    open_base,
+    pick_dtype,
+)
+
+
+def set_up(run: Run, preset: Preset, device: torch.device, workspace: Path, recorder: Recorder, guard: Guard,
+           meter: Meter | None = None) -> Session:
+    """Load, cache and build everything, resuming from the run's last checkpoint if there is one.
+
+    With a `meter`, which knows the GPU's memory, the model is held in the fastest way that fits.
+    """
+    family, dtype = families.get(preset.model.family), pick_dtype(preset, device)
+    torch.use_deterministic_algorithms(preset.train.deterministic)
+    recorder.phase("opening the base model")
+    base = open_base(preset)
+    for note in base.notes:
+        recorder.note(0, note)
+    find_weights(preset.evaluate.distance, preset.evaluate.inception_weights)  # now, not after hours of training
+    cache = Cache(workspace / "cache")
+    cache.remove_remains()
+    material = Material(preset, family.bucket_step(preset.data.resolution), lambda done, of: (
+        guard(), recorder.phase("reading images", done, of)))
+    saved = checkpoint.last_progress(run)
+    texts, text_encoder, quantize = _prepare_text(preset, family, base, material, cache, device, dtype, recorder, guard,
+                                                  _text_modes(preset, family, base, saved, meter))
+    latents, held = _prepare_latents(family, base, material, cache, device, recorder, guard)
+    for skipped in material.skipped:
+        recorder.event("skipped", file=str(skipped.file), reason=skipped.reason)
+        recorder.say(f"skipped {skipped.file}: {skipped.reason}")
+    order = material.order(latents, preset.train.batch_size * preset.train.grad_accum)
+    steps = preset.train.steps or (preset.train.epochs or 0) * order.steps_per_epoch
+    check_warm_up(preset, steps)
+    around = partial(
+        Session, run=run, preset=preset, recorder=recorder, guard=guard, device=device, dtype=dtype, family=family,
+        base=base, cache=cache, material=material, captions=[material.train_captions(item) for item in latents.items],
+        latents=latents, held_latents=held, texts=texts, text_encoder=text_encoder,
+        objective=find_objective(preset, base).to(device), order=order, steps=steps, progress=Progress(),
+        schedule=optim.build_schedule(preset.train.lr_scheduler, steps, preset.train.warmup_steps),
+        text_quantize=quantize, limit=meter.limit if meter else 0)
+
+    def build(plan: Plan) -> Session:
+        recorder.phase("loading the denoiser")
+        guard()
+        return around(**load_model(preset, family, base, text_encoder, device, dtype, plan)._asdict())
+
+    session = choose(build, preset, base, device, saved, meter, recorder, workspace)
+    if preset.adapter.start_from and run.last_step() == 0:
+        _continue(session)
+    _resume(session)
+    return session
+
+
+def check_warm_up(preset: Preset, steps: int) -> None:
+    """The same as the preset's own rule, for steps that follow from epochs."""
+    if preset.train.warmup_steps >= steps:
+        raise UserError(f"train.warmup_steps = {preset.train.warmup_steps}: the whole training has {steps} steps, so "
+                        "the learning rate would never be reached; make it smaller")
+
+
+def _text_modes(preset: Preset, family: ModuleType, base: Any, saved: Progress | None,
+                meter: Meter | None) -> list[str]:
+    """How the text encoder may be held, from what is likely to fit; a resumed run's own way comes first."""
+    modes = text_rungs(preset.memory) if meter is not None else text_rungs(preset.memory)[:1]
+    if saved is not None:
+        return list(dict.fromkeys([saved.text_quantize, *modes[1:]]))
+    if meter is None or len(modes) == 1:
+        return modes
+    skeleton = family.load_text_encoder(base, torch.device("meta"), family.TEXT_DTYPE)
+    fitting = [number for number, mode in enumerate(modes)
+               if bytes_of(skeleton, mode, family.TEXT_DTYPE) <= FULL * meter.limit]
+    return modes[fitting[0] if fitting else -1:]
+
+
+def _prepare_text(preset: Preset, family: ModuleType, base: Any, material: Material, cache: Cache, device: torch.device,
+                  dtype: torch.dtype, recorder: Recorder, guard: Guard,
+                  modes: Sequence[str]) -> tuple[TextStore | None, Any, str]:
+    """The cached embeddings, or the encoder that is trained; and how the encoder was held."""
+    if "text_encoder" in preset.adapter.targets:
+        return None, family.load_text_encoder(base, device, dtype), "none"
+    for mode in modes:
+        texts = TextStore(material.prompts(), cache, quantised_id(base.text_id, mode), dtype)
+        try:
+            fill_texts(texts, family, base, device, mode, recorder, guard)
+        except Exception as error:
+            if not out_of_memory(error) or mode == modes[-1]:
+                raise
+        else:
+            if mode not in ("none", preset.memory.quantize_text_encoder):
+                recorder.note(0, f"Memory: the text encoder is held in {WORDS[mode]} while it encodes the captions")
+            return texts, None, mode
+        gpu.free_memory()
+    raise AssertionError("a list of modes is never empty")
+
+
+def _prepare_latents(family: ModuleType, base: Any, material: Material, cache: Cache, device: torch.device,
+                     recorder: Recorder, guard: Guard) -> tuple[LatentStore, LatentStore]:
+    stores = (material.latent_store(material.train, cache, base.vae_id, LATENT_DTYPE, training=True),
+              material.latent_store(material.held, cache, base.vae_id, LATENT_DTYPE, training=False))
+    if any(store.missing() for store in stores):
+        recorder.phase("loading the VAE")
+        with loaded(family.load_vae, base, device) as vae:
+
+            def encode(pixels: Tensor) -> Tensor:
+                guard()
+                with torch.no_grad():
+                    return family.encode_images(vae, pixels.to(device))
+
+            for store, name in zip(stores, ("caching latents", "caching held-out latents")):
+                store.fill(encode, ENCODE_BATCH, lambda done, of, name=name: recorder.phase(name, done, of),
+                           should_stop=lambda: False, on_skip=material.skip)
+    return stores
+
+
+def _continue(session: Session) -> None:
+    """Begin where another LoRA file ends."""
+    chosen, adapter = session.preset.adapter, session.adapter
+    pairs = together(reader.read(Path(chosen.start_from), family=session.preset.model.family),
+                     part_rows(adapter.layout.targets))
+    adapter.load_pairs(pairs)
+    session.recorder.note(0, f"continues {chosen.start_from}: {describe_start(pairs, adapter)}")
+
+
+def _resume(session: Session) -> None:
+    """Take the last checkpoint's state, if there is one."""
+    run, preset = session.run, session.preset
+    session.progress.global_batch = preset.train.batch_size * preset.train.grad_accum
+    session.progress.data = session.material.fingerprint()
+    checkpoint.remove_remains(run)
+    step = run.last_step()
+    if step:
+        progress, state, optimizer = checkpoint.load(run.checkpoint(step))
+        session.adapter.load_state_dict(state)
+        session.optimizer.load_state_dict(optimizer)
+        if progress.data != session.progress.data:
+            session.recorder.note(step, "the data set changed since this run was last trained; it goes on with the new "
+                                  "one")
+            progress.data = session.progress.data
+        session.progress = progress
+    session.progress.plan, session.progress.text_quantize = asdict(session.plan), session.text_quantize
