@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from io import BytesIO
 
 import numpy as np
@@ -18,6 +21,7 @@ _UPRIGHT = {
     5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_TRANSPARENT = ("RGBA", "LA", "PA", "La", "RGBa")
 _SRGB = ImageCms.createProfile("sRGB")
 
 
@@ -30,7 +34,7 @@ def inspect(data: bytes) -> tuple[int, int]:
 
     Pixels are decoded only where the header leaves a doubt: 5,000 photographs would take minutes.
     """
-    try:
+    with _plain_words():
         _open(data).verify()  # PNG: every chunk's checksum
         image = _open(data)
         width, height = image.size
@@ -38,28 +42,61 @@ def inspect(data: bytes) -> tuple[int, int]:
             width, height = height, width
         if image.format in ("JPEG", "MPO") and b"\xff\xd9" not in data[-65536:]:  # no end marker: cut off?
             image.load()
-    except ImageError:
-        raise
-    except Exception as error:  # noqa: BLE001 - decoders raise anything on broken bytes
-        raise ImageError(_reason(error)) from error
     return width, height
 
 
-def decode(data: bytes) -> Image.Image:
+def decode(data: bytes, at_least: int = 0) -> Image.Image:
     """The image upright, RGB, 8 bits, sRGB, transparency over white, the first frame of several.
 
-    Raises `ImageError`.
+    With `at_least` (pixels) a JPEG may come out at a half, a quarter or an eighth of its size, both sides no shorter
+    than that, in a fraction of the time: for thumbnails.  Raises `ImageError`.
     """
-    try:
+    return _upright(data, _flatten, at_least)
+
+
+def decode_mask(data: bytes) -> Image.Image:
+    """A drawn mask as 8-bit grey, upright, transparent parts black.  Raises `ImageError`."""
+    return _upright(data, _grey_over_black)
+
+
+def decode_alpha(data: bytes) -> Image.Image:
+    """How opaque an image is, as 8-bit grey, upright.  Raises `ImageError`."""
+    return _upright(data, lambda image: _rgba(image).getchannel("A"))
+
+
+def has_alpha(data: bytes) -> bool:
+    """Whether an image that `inspect` took can be transparent, from its header."""
+    image = _open(data)
+    return image.mode in _TRANSPARENT or "transparency" in image.info
+
+
+def unreadable_type(name: str) -> str:
+    """Why a file of that name is not read although people call it an image; "" for all others."""
+    suffix = os.path.splitext(name)[1].lower()
+    return f"{suffix[1:].upper()} files are not read; save it as PNG or JPEG" if suffix in UNSUPPORTED else ""
+
+
+def _upright(data: bytes, convert: Callable[[Image.Image], Image.Image], at_least: int = 0) -> Image.Image:
+    """What `convert` makes of an image, turned as its EXIF says."""
+    with _plain_words():
         image = _open(data)
         orientation = _orientation(image, data)
+        if at_least:
+            image.draft(None, (at_least, at_least))
         image.load()
-        rgb = _flatten(image)
+        converted = convert(image)
+    return converted.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else converted
+
+
+@contextmanager
+def _plain_words() -> Iterator[None]:
+    """Whatever a decoder raises, as `ImageError`."""
+    try:
+        yield
     except ImageError:
         raise
-    except Exception as error:  # noqa: BLE001 - decoders raise anything on broken bytes
+    except Exception as error:
         raise ImageError(_reason(error)) from error
-    return rgb.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else rgb
 
 
 def _open(data: bytes) -> Image.Image:
@@ -89,18 +126,30 @@ def _orientation(image: Image.Image, data: bytes) -> int:
 
 def _flatten(image: Image.Image) -> Image.Image:
     """Any mode to RGB."""
-    if image.mode.startswith("I"):  # 16 bits a pixel; Pillow's own conversion clips at 255
-        image = _from_unit(np.asarray(image) / 65535.0)
-    elif image.mode == "F":  # floating TIFF, 0..1
-        image = _from_unit(np.asarray(image))
+    image = _eight_bits(image)
     profile = image.info.get("icc_profile")
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        rgba = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+    if image.mode in _TRANSPARENT or "transparency" in image.info:
+        rgba = _rgba(image)
         white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
         image = Image.alpha_composite(white, rgba).convert("RGB")
     elif image.mode not in ("RGB", "CMYK"):
         image = image.convert("RGB")
     return (_to_srgb(image, profile) if profile else image).convert("RGB")
+
+
+def _grey_over_black(image: Image.Image) -> Image.Image:
+    rgba = _rgba(_eight_bits(image))
+    return Image.alpha_composite(Image.new("RGBA", rgba.size, (0, 0, 0, 255)), rgba).convert("L")
+
+
+def _rgba(image: Image.Image) -> Image.Image:
+    return (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16 bits a pixel; Pillow's own conversion clips at 255
+        return _from_unit(np.asarray(image) / 65535.0)
+    return _from_unit(np.asarray(image)) if image.mode == "F" else image  # floating TIFF, 0..1
 
 
 def _from_unit(values: np.ndarray) -> Image.Image:
