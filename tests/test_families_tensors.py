@@ -39,6 +39,7 @@ def test_a_header_says_names_shapes_places_and_metadata(tmp_path):
         ("empty.safetensors", b"", "it is empty. Download it again"),
         ("short.safetensors", b"abc", "is not a safetensors file. Download it again"),
         ("page.safetensors", b"<!DOCTYPE html><html></html>", "but a web page"),
+        ("quantised.gguf", b"GGUF\x03\x00\x00\x00" + bytes(50), "but a GGUF, quantised for drawing"),
         ("lfs.safetensors", b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "a pointer of Git LFS"),
         ("cut.safetensors", len(HEADER).to_bytes(8, "little") + HEADER[:20], "is cut short: it has 28 of 69 bytes"),
         ("data.safetensors", len(HEADER).to_bytes(8, "little") + HEADER, "is cut short: it has 69 of 73 bytes"),

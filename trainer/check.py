@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import torch
 
-from trainer import families, speed
+from trainer import download, families, speed
 from trainer.adapters import median_size
 from trainer.adapters.target import check_targets, part_rows
 from trainer.adapters.transfer import check_pairs
@@ -20,6 +20,7 @@ from trainer.data.cache import Cache
 from trainer.errors import UserError
 from trainer.export import reader
 from trainer.export.stacked import together
+from trainer.families import hub
 from trainer.material import Material
 from trainer.metrics.features import find_weights
 from trainer.record import clock
@@ -92,6 +93,14 @@ def _memory(needed: float, device: torch.device, report: Report) -> None:
 
 
 def _base(preset: Preset, report: Report) -> Any:
+    """The base, opened; None when it is still on the hub: a check downloads nothing."""
+    plans = download.missing(preset)
+    for plan in plans:
+        report.facts["download"] = f"{plan.repo}, {download.size(plan.bytes)}, comes when training starts"
+        hub.check_room(plan)
+    if plans:
+        report.warnings.append("the base model is not on this machine yet: its layers and memory cannot be told")
+        return None
     base = open_base(preset)
     report.facts["base model"] = f"{base.name}: {sum(base.params.values()) / 1e6:,.0f} M parameters"
     report.facts["predicts"] = base.prediction_type + ("" if base.prediction_told else " (assumed)")

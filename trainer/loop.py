@@ -7,17 +7,22 @@ import os
 import platform
 import time
 import traceback
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
 import torch
+from torch import Tensor
 
 from trainer import evaluation, gpu, housekeeping, optim, speed
 from trainer.control import Requests, Stopped
-from trainer.data.order import share, stream
+from trainer.data.order import stream
+from trainer.download import fetch_base
 from trainer.errors import UserError
-from trainer.faults import Diverged, as_user_error, describe, diverged
+from trainer.faults import Diverged, as_user_error, describe, diverged, out_of_memory
+from trainer.memory.hold import step_down
+from trainer.memory.meter import Meter, meter_of
 from trainer.publish import publish
 from trainer.readback import Readback
 from trainer.record import Recorder
@@ -30,21 +35,24 @@ from trainer.update import Update
 MAX_BAD_STEPS = 3  # non-finite steps in a row that end a run
 
 
-def run_training(run: Run, preset: Preset, workspace: Path, terminal: TextIO | None = None) -> None:
+def run_training(run: Run, preset: Preset, workspace: Path, terminal: TextIO | None = None,
+                 measured_by: Callable[[torch.device, float], Meter | None] = meter_of) -> None:
     """Train a run from where it is to its end, or until it is asked to stop.
 
+    measured_by: makes the meter of a device within a budget in GiB; None has no say in how the model is held.
     Raises `UserError` for what a user can cause.  Every way out that Python sees leaves a checkpoint of the last whole
     step and an `end` event that says why.
     """
     try:
-        _run(run, preset, workspace, terminal)
+        _run(run, preset, workspace, terminal, measured_by)
     except Exception as error:
         if (plain := as_user_error(error)) is None or plain is error:
             raise
         raise plain from error
 
 
-def _run(run: Run, preset: Preset, workspace: Path, terminal: TextIO | None) -> None:
+def _run(run: Run, preset: Preset, workspace: Path, terminal: TextIO | None,
+         measured_by: Callable[[torch.device, float], Meter | None]) -> None:
     with run.hold(), Requests(run) as requests:
         recorder = Recorder(run, tensorboard=preset.log.tensorboard, terminal=terminal)
         session: Session | None = None
@@ -53,8 +61,10 @@ def _run(run: Run, preset: Preset, workspace: Path, terminal: TextIO | None) -> 
             if device.type == "cuda":
                 torch.cuda.set_device(device.index or 0)  # events and graphs are made on the current one
             recorder.event("start", **start_facts(run, preset, device))
+            fetch_base(preset, recorder, requests.guard)
             with gpu.turn(workspace, device, lambda: _wait(recorder, requests)):
-                session = set_up(run, preset, device, workspace, recorder, requests.guard)
+                session = set_up(run, preset, device, workspace, recorder, requests.guard,
+                                 measured_by(device, preset.memory.budget_gb))
                 reason = train(session, requests)
             recorder.event("end", step=session.progress.step, reason=reason,
                            trained_sec=round(session.progress.seconds, 1))
@@ -83,13 +93,10 @@ def train(session: Session, requests: Requests) -> str:
         lr = preset.train.lr * session.schedule(progress.step)
         optim.set_lr(session.optimizer, lr)
 
-        loss = torch.zeros((), device=session.device)
-        draws = session.order.batch(progress.step)
-        for number in range(preset.train.grad_accum):  # equal micro-batches: their means can be averaged
-            session.use("raw")
-            micro = session.loss(share(draws, 0, 1, number, preset.train.grad_accum)) / preset.train.grad_accum
-            session.backward(micro)
-            loss += micro.detach()
+        loss = _gradients(session)
+        if loss is None:  # out of memory: the model is held in a more sparing way now, and the step is done again
+            readback.restart_clock(new_pace=True)
+            continue
 
         session.whole = False  # a fault inside the update leaves nothing worth saving
         grad_norm = update(loss)
@@ -113,6 +120,17 @@ def train(session: Session, requests: Requests) -> str:
     reason = _finish(session)
     housekeeping.attempt(session, "noting down the speed", lambda: speed.remember(session))
     return reason
+
+
+def _gradients(session: Session) -> Tensor | None:
+    """The loss of the coming step, its gradients added up; None when it did not fit and has to be done again."""
+    try:
+        return session.gradients(session.order.batch(session.progress.step))
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+    step_down(session)  # only here, since the error held on to what the step had in memory
+    return None
 
 
 def _wait(recorder: Recorder, requests: Requests) -> None:

@@ -39,16 +39,19 @@ class Recorder:
         self.event("note", step=step, text=text)
         self.say(f"note: {text}")
 
-    def phase(self, name: str, done: int = 0, of: int = 0) -> None:
-        """How far a long preparation is; at most one event a second, but the first and last always."""
+    def phase(self, name: str, done: int = 0, of: int = 0, detail: str = "") -> None:
+        """How far a long preparation is; at most one event a second, but the first and last always.
+
+        `detail` says it in words where the two numbers are not for people, as those of bytes are not.
+        """
         now = time.monotonic()
         interval = WAIT_INTERVAL if of == 0 else PHASE_INTERVAL if done < of else 0.0
         if name == self._phase and now - self._phase_at < interval:
             return
         new, self._phase, self._phase_at = name != self._phase, name, now
-        self.event("phase", name=name, done=done, of=of)
+        self.event("phase", name=name, done=done, of=of, **({"detail": detail} if detail else {}))
         if self.terminal is not None and self.terminal.isatty():
-            self._redraw(f"{name} {done}/{of}" if of else name)
+            self._redraw(f"{name}: {detail}" if detail else f"{name} {done}/{of}" if of else name)
         elif new:
             self.say(name)
 

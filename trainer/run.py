@@ -164,7 +164,7 @@ def _living(last: Event, step: int, steps: int, now: float) -> State:
         return State("silent", f"no sign of life for {quiet / 60:.0f} min", step, steps, alive=True)
     if last["kind"] == "phase":
         done, of = last.get("done"), last.get("of")
-        progress = f" {done} of {of}" if of else ""
+        progress = f": {last['detail']}" if last.get("detail") else f" {done} of {of}" if of else ""
         return State("starting" if step == 0 else "training", f"{last.get('name', 'working')}{progress}", step, steps,
                      alive=True)
     if last["kind"] == "start":

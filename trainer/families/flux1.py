@@ -33,9 +33,11 @@ ACTIVATION_BYTES = {False: 12000, True: 1200}
 T5_PLACES = {True: 512, False: 256}  # dev, schnell
 
 PARTS = {  # what a base is made of, and what to give where a file lacks one
-    "transformer": "", "vae": "Flux.1's VAE (such as ae.safetensors)",
-          "text_encoder": "CLIP-L (such as clip_l.safetensors)",
-          "text_encoder_2": "T5-XXL (such as t5xxl_fp16.safetensors)"}
+    "transformer": "",
+    "vae": "Flux.1's VAE (such as ae.safetensors)",
+    "text_encoder": "CLIP-L (such as clip_l.safetensors)",
+    "text_encoder_2": "T5-XXL (such as t5xxl_fp16.safetensors)",
+}
 _CONFIGS = Path(__file__).parent / "configs" / "flux1"
 _SINGLE = {"attn.to_qkv": ("attn.to_q", "attn.to_k", "attn.to_v")}
 _SINGLE_WITH_MLP = {"attn.to_qkv_mlp": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"), "proj_out": ("proj_out",)}

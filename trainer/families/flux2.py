@@ -31,9 +31,11 @@ LATENT_FACTOR = 16  # pixels a latent: the VAE's 8, then 2 x 2 packed into chann
 ACTIVATION_BYTES = {False: 6000, True: 900}
 
 PARTS = {  # what a base is made of, and what to give where a file lacks one
-    "transformer": "", "vae": "Flux.2's VAE (such as flux2-vae.safetensors)",
-          "text_encoder": "its language model (klein 4B: Qwen3-4B, such as qwen_3_4b.safetensors; klein 9B: Qwen3-8B, "
-                          "such as qwen_3_8b_fp8mixed.safetensors; dev: mistral_3_small_flux2_fp8.safetensors)"}
+    "transformer": "",
+    "vae": "Flux.2's VAE (such as flux2-vae.safetensors)",
+    "text_encoder": "its language model (klein 4B: Qwen3-4B, such as qwen_3_4b.safetensors; klein 9B: Qwen3-8B, "
+                    "such as qwen_3_8b_fp8mixed.safetensors; dev: mistral_3_small_flux2_fp8.safetensors)",
+}
 _CONFIGS = Path(__file__).parent / "configs" / "flux2"
 _SINGLE = {path: (path,) for path in ("attn.to_qkv_mlp_proj", "attn.to_out")}
 _BASE_NAME, _DISTILLED_NAME = re.compile(r"klein.*\bbase\b|\bbase\b.*klein"), re.compile(r"klein (4b|9b)")

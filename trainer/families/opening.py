@@ -23,7 +23,7 @@ _WAYS = {  # what to do with a file that is not the base it was given as
 
 
 def locate(base: str, components: Collection[str]) -> Path:
-    """The folder or file that `base` names; a hub id is downloaded unless the cache has its `components`."""
+    """The folder or file that `base` names; a hub id's is in the cache. Raises UserError when it is not there."""
     if not hub.is_hub_id(base):
         path = Path(base).expanduser()
         if not path.exists():
@@ -32,10 +32,15 @@ def locate(base: str, components: Collection[str]) -> Path:
                 f".safetensors file or a hub id such as someone/some-model"
             )
         return path
-    folder = hub.cached(base)
-    if folder and is_complete(folder, components):
-        return folder
-    return hub.download(base, [*components, "tokenizer", "tokenizer_2", "scheduler"])
+    if (folder := hub.cached(base)) is None or not is_complete(folder, components):
+        raise UserError(f"{base} was not downloaded yet: train with it once, or give the path of a local folder")
+    return folder
+
+
+def is_here(repo: str, components: Collection[str]) -> bool:
+    """Whether the cache has these components of a model on the hub, whole."""
+    folder = hub.cached(repo)
+    return folder is not None and is_complete(folder, components)
 
 
 def open_folder(folder: Path, kind: str, components: Collection[str]) -> dict[str, Part]:

@@ -34,8 +34,10 @@ from trainer.families.unet import set_gradient_checkpointing as set_gradient_che
 ACTIVATION_BYTES = {False: 3200, True: 890}
 
 PARTS = {  # what a base is made of, and what to give where a file lacks one
-    "unet": "", "vae": "SD 1.5's VAE (such as vae-ft-mse-840000-ema-pruned.safetensors)",
-          "text_encoder": "CLIP-L (such as clip_l.safetensors)"}
+    "unet": "",
+    "vae": "SD 1.5's VAE (such as vae-ft-mse-840000-ema-pruned.safetensors)",
+    "text_encoder": "CLIP-L (such as clip_l.safetensors)",
+}
 _CONFIGS = Path(__file__).parent / "configs" / "sd15"
 
 # Opening: headers only, no weights.

@@ -36,9 +36,11 @@ from trainer.families.unet import set_gradient_checkpointing as set_gradient_che
 ACTIVATION_BYTES = {False: 5200, True: 950}
 
 PARTS = {  # what a base is made of, and what to give where a file lacks one
-    "unet": "", "vae": "SDXL's VAE (such as sdxl_vae.safetensors)",
-          "text_encoder": "CLIP-L (such as clip_l.safetensors)",
-          "text_encoder_2": "CLIP bigG (such as clip_g.safetensors)"}
+    "unet": "",
+    "vae": "SDXL's VAE (such as sdxl_vae.safetensors)",
+    "text_encoder": "CLIP-L (such as clip_l.safetensors)",
+    "text_encoder_2": "CLIP bigG (such as clip_g.safetensors)",
+}
 _FRAMING = 6  # numbers that say how a picture lies in its image
 _CONFIGS = Path(__file__).parent / "configs" / "sdxl"
 

@@ -117,6 +117,8 @@ def _what_else(first: bytes, size: int) -> str:
         return " but a pointer of Git LFS: fetch the real file with `git lfs pull`"
     if first.lstrip().startswith(b"<"):
         return " but a web page: download the file itself"
+    if first.startswith(b"GGUF"):
+        return " but a GGUF, quantised for drawing: use the .safetensors of this model (bf16, fp16 or fp8)"
     if first.startswith((b"PK", b"\x80")):
         return " but a pickle under another name: use the .safetensors of this model"
     return ". Download it again, or choose another file"
