@@ -21,7 +21,8 @@ DIGITS = 5  # more than a screen can show, and half the bytes
 NOW = ("sec", "eta", "vram", "vram_peak", "ram", "grad_norm")
 DISTANCE = ("step", "extractor", "resize", "kid", "kid_low", "kid_high", "fd", "fd_floor", "n_ref", "n_gen",
             "nn_cosine", "base_kid", "base_kid_low", "base_kid_high", "base_fd")
-EXPORT = ("step", "path", "format", "dtype", "weights", "worst_rel_error", "unmatched")
+EXPORT = ("step", "path", "format", "dtype", "weights", "worst_rel_error", "unmatched",
+          "readers", "others")
 
 
 def read(run: Run, cursor: str) -> dict[str, Any]:

@@ -146,6 +146,20 @@ def _family_adapter(sections: Mapping[str, Any]) -> list[Problem]:
     return found
 
 
+def _family_output(sections: Mapping[str, Any]) -> list[Problem]:
+    """A format of another family's files, and a cover without a picture to take."""
+    model, output, sample = sections.get("model"), sections.get("output"), sections.get("sample")
+    found = []
+    if model is not None and output is not None:
+        allowed = schema.FAMILY_FORMATS[model.family]
+        if output.format not in ("auto", *allowed):
+            found.append(Problem("output.format", f"{output.format!r} is no format of {model.family} files, which have "
+                                 + ", ".join(repr(item) for item in ("auto", *allowed))))
+    if output is not None and output.cover and sample is not None and not sample.prompts:
+        found.append(Problem("output.cover", "has no effect without sample.prompts; take it out"))
+    return found
+
+
 def _family_training(sections: Mapping[str, Any]) -> list[Problem]:
     """Timesteps and loss weights that a family's objective does not know, and sides that its grid does not fit."""
     model, train = sections.get("model"), sections.get("train")
@@ -212,7 +226,7 @@ def _target_pattern(sections: Mapping[str, Any]) -> list[Problem]:
 
 
 RULES: tuple[Callable[[Mapping[str, Any]], list[Problem]], ...] = (
-    _family_model, _family_adapter, _family_training, _target_pattern, _warm_up, _memory,
+    _family_model, _family_adapter, _family_output, _family_training, _target_pattern, _warm_up, _memory,
     _length_of_training, _method_choices, _dora_methods, _rank_target,
     _weights_with_ema, _one_holdout, _no_effect,
 )

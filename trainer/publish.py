@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -10,7 +11,8 @@ from pathlib import Path
 from trainer import captions
 from trainer.errors import UserError
 from trainer.events import EventReader
-from trainer.export import formats, metadata, verify, writer
+from trainer.export import formats, metadata, reading, verify, writer
+from trainer.export.lora_file import open_lora
 from trainer.export.writer import Pair
 from trainer.session import Session
 
@@ -25,13 +27,15 @@ def publish(session: Session, path: Path) -> None:
     dtype = formats.DTYPES[family] if chosen == "auto" else chosen
     path.parent.mkdir(exist_ok=True)
     pairs = list(session.adapter.pairs(weights))
-    written = writer.write(path, pairs, family=family, dtype=dtype, metadata=_header(session, pairs))
+    written = writer.write(path, pairs, family=family, dtype=dtype, metadata=_header(session, pairs),
+                           form=session.preset.output.format)
     comparison = verify.compare(path, pairs, family=family)
     unmatched = comparison.unmatched
+    readers, others = reading.readers(open_lora(path, family=family))
     session.recorder.event(
         "export", step=session.progress.step, path=path.relative_to(session.run.path).as_posix(), format=written.format,
         weights=weights, dtype=dtype, bytes=written.bytes, worst_rel_error=comparison.worst_rel_error,
-        unmatched=unmatched, zero=comparison.zero)
+        unmatched=unmatched, zero=comparison.zero, readers=readers, others=others)
     if unmatched:
         raise UserError(f"{path}: the exported file does not hold all of the trained adapter: "
                         + ", ".join(unmatched[:5]))
@@ -45,7 +49,14 @@ def _header(session: Session, pairs: Sequence[Pair]) -> dict[str, str]:
         prediction=session.base.prediction_type, variant=session.base.variant,
         rank=max(down.shape[0] for _, _, down, _ in pairs), steps=progress.step,
         epochs=progress.step // session.order.steps_per_epoch, global_batch=progress.global_batch,
-        started_at=_started(session), finished_at=time.time())
+        started_at=_started(session), finished_at=time.time(),
+        cover=_newest_sample(session) if session.preset.output.cover else None)
+
+
+def _newest_sample(session: Session) -> Path | None:
+    """The first prompt's newest picture of a trained step; None before there is one."""
+    pictures = [path for path in session.run.samples.glob("*_00.png") if re.fullmatch(r"(?!0+_)\d+_00", path.stem)]
+    return max(pictures, default=None)
 
 
 def _dataset(session: Session) -> metadata.Dataset:

@@ -227,6 +227,10 @@ class Evaluate(Section):
 
 
 class Output(Section):
+    format: Literal["auto", "U1", "U2", "F1", "F5", "F6"] = setting(
+        "auto", "Names in the exported file. auto: the family's usual, U1 (SD 1.5), U2 (SDXL) or F1 (Flux), which most "
+        "programs read. U1, U2: kohya's with diffusers' or Stability's block names. Flux: F5 is kohya's, F6 is for "
+        "ComfyUI and its older versions.", advanced=True)
     dtype: Literal["auto", "fp16", "bf16", "fp32"] = setting(
         "auto", "Precision of the exported file. auto: the family's usual.", advanced=True)
     save_every: int = setting(250, "Checkpoint every so many steps; 0: by minutes only.", ge=0)
@@ -237,10 +241,14 @@ class Output(Section):
     title: str = setting("", "Title in the file's metadata. Empty: the run's name.", advanced=True)
     author: str = setting("", "Author in the file's metadata.", advanced=True)
     license: str = setting("", "Licence in the file's metadata.", advanced=True)
+    cover: bool = setting(False, "Put the newest sample of the first prompt into the file, small, as its cover.",
+                          advanced=True)
+    full_paths: bool = setting(False, "Keep whole paths in the file's metadata, not only the last part of each.",
+                               advanced=True)
 
 
 class Log(Section):
-    every: int = setting(1, "A step event every so many steps.", advanced=True, ge=1)
+    every: int = setting(1, "A step event every so many steps, and at least one a minute.", advanced=True, ge=1)
     rank_every: int = setting(25, "Effective rank every so many steps; 0: never.", ge=0)
     tensorboard: bool = setting(True, "Write TensorBoard event files too.", advanced=True)
 
@@ -296,6 +304,9 @@ FAMILY_MODEL = {
 }
 UNET_TARGETS = ("attention", "feed_forward", "projection", "convolution", "text_encoder", "all")
 FLOW_TARGETS = ("attention", "feed_forward", "single_blocks", "all")
+FAMILY_FORMATS = {  # of exported files, the usual one first
+    "sd15": ("U1", "U2"), "sdxl": ("U2", "U1"), "flux1": ("F1", "F5", "F6"), "flux2": ("F1", "F5", "F6"),
+}
 FAMILY_GUIDANCE = {"sd15": 5.0, "sdxl": 5.0, "flux1": 3.5, "flux2": 4.0}  # when a preset leaves it out
 FLOW_FAMILIES = ("flux1", "flux2")
 FLOW_GRID = 16  # pixels of a token: what sides are a multiple of

@@ -9,7 +9,8 @@
     sample: "Asked for samples: they appear below when they are drawn.",
   };
 
-  const FORMATS = { U1: "kohya format (ComfyUI, A1111, diffusers)" };
+  const FORMATS = { U1: "kohya format", U2: "kohya format, Stability's names", F1: "diffusers format", F5: "kohya format",
+    F6: "ComfyUI format" };
 
   Studio.runView = (element, server) => {
     const view = new RunView(server);
@@ -241,7 +242,13 @@
   function checked(row) {
     if (row.unmatched) return h("p", { class: "st-warn" }, `${row.unmatched} of its keys match nothing in the model.`);
     if (!Number.isFinite(row.worst_rel_error)) return null;
-    return h("p", { class: "st-good" }, `✓ Read back and compared with the trained weights: worst relative error ${Studio.number(row.worst_rel_error, 2)}.`);
+    const good = h("p", { class: "st-good" }, `✓ Read back and compared with the trained weights: worst relative error ${Studio.number(row.worst_rel_error, 2)}.`);
+    return row.readers ? h("div", {}, good, ...readBy(row)) : good;
+  }
+
+  function readBy(row) {
+    const named = row.readers.length ? [h("p", { class: "st-good" }, `✓ All of it is read, at full strength, by ${row.readers.join(", ")}.`)] : [];
+    return [...named, ...(row.others ?? []).map((text) => h("p", { class: "st-warn" }, `${text}.`))];
   }
 
   function download(row, folder, kind, text) {

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from trainer import schema
 from trainer.errors import UserError
 from trainer.export import names
 from trainer.export.names import Naming
@@ -59,7 +60,7 @@ _FLUX = (
     Format("F9", "bare", "peft", False, "diffusers' names without a prefix"),
 )
 KNOWN = {"sd15": _UNET, "sdxl": _UNET, "flux1": _FLUX, "flux2": _FLUX}
-WRITTEN = {"sd15": ("U1", "U2"), "sdxl": ("U2", "U1"), "flux1": ("F1", "F5", "F6"), "flux2": ("F1", "F5", "F6")}
+WRITTEN = schema.FAMILY_FORMATS
 
 
 def find(family: str, name: str) -> Format:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
+
+from PIL import Image
 
 from trainer import schema
 from trainer.preset import dumps
@@ -15,6 +20,7 @@ from trainer.schema import Preset, Section
 
 # ComfyUI shows no metadata when the header exceeds 1 MiB; the table of tensors takes up to a third of that.
 TAG_BYTES = 256 * 1024
+COVER_BYTES = 72 * 1024  # of a cover's JPEG; it stands in the header twice, and grows by a third as text
 TAG_LENGTH = 120  # longer "tags" are sentences of a caption
 PRESET_KEY = "stiefel_studio_preset"
 
@@ -39,6 +45,7 @@ BASES = {  # by family, and variant where there are several
     "flux2-klein-4b": Base("flux2_klein_4b", "Flux.2/lora", _FLUX2),
     "flux2-klein-9b": Base("flux2_klein_9b", "Flux.2/lora", _FLUX2),
 }
+UNETS = ("sd15", "sdxl")
 PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v", "flow": "flow"}
 
 
@@ -52,12 +59,14 @@ class Dataset:
 
 
 def build(*, preset: Preset, run_name: str, dataset: Dataset, prediction: str, rank: int, steps: int,
-          epochs: int, global_batch: int, started_at: float, finished_at: float, variant: str = "") -> dict[str, str]:
+          epochs: int, global_batch: int, started_at: float, finished_at: float, variant: str = "",
+          cover: Path | None = None) -> dict[str, str]:
     """The metadata of a file, all strings: sd-scripts' `ss_*`, `modelspec.*` 1.0.1, and the preset as TOML.
 
     preset: as the run keeps it, complete; prediction: what the base was found to predict, "epsilon" or
     "v_prediction"; variant: which of its family's models it is; rank: of the file; steps and epochs done; times in
-    seconds since 1970. `writer.save` adds what depends on the file: `ss_output_name` and the hashes.
+    seconds since 1970; cover: a picture to show. `writer.save` adds what depends on the file: `ss_output_name` and
+    the hashes.
     """
     texts = {
         **_training(preset, rank, variant),
@@ -70,8 +79,9 @@ def build(*, preset: Preset, run_name: str, dataset: Dataset, prediction: str, r
         "modelspec.title": preset.output.title or run_name,
         "modelspec.date": datetime.fromtimestamp(finished_at, UTC).isoformat(timespec="seconds"),
         "modelspec.prediction_type": PREDICTIONS[prediction],
-        PRESET_KEY: dumps(without_paths(preset)),
+        PRESET_KEY: dumps(preset if preset.output.full_paths else without_paths(preset)),
         **_dataset(dataset),
+        **_cover(cover),
     }
     return {key: value for key, value in texts.items() if value}
 
@@ -85,7 +95,7 @@ def _training(preset: Preset, rank: int, variant: str) -> dict[str, str]:
         "ss_v2": "False",
         "ss_base_model_version": base.version,
         "ss_sd_model_name": last_part(preset.model.base),
-        "ss_network_module": "lycoris.kohya" if dora else "networks.lora",
+        "ss_network_module": _network_module(preset),
         "ss_network_dim": str(rank),
         "ss_network_alpha": str(float(rank)),
         "ss_network_args": _json(options),
@@ -102,7 +112,31 @@ def _training(preset: Preset, rank: int, variant: str) -> dict[str, str]:
         "modelspec.author": preset.output.author,
         "modelspec.license": preset.output.license,
         "modelspec.trigger_phrase": preset.data.trigger,
+        "trained_words": _json([preset.data.trigger]) if preset.data.trigger else "",
     }
+
+
+def _network_module(preset: Preset) -> str:
+    """sd-scripts' name for the kind of network: LyCORIS made the first with convolutions and DoRA."""
+    if preset.adapter.dora or {"convolution", "all"} & set(preset.adapter.targets) and preset.model.family in UNETS:
+        return "lycoris.kohya"
+    return "networks.lora_flux" if preset.output.format == "F5" and preset.model.family == "flux1" else "networks.lora"
+
+
+def _cover(picture: Path | None) -> dict[str, str]:
+    """A small JPEG for programs that show covers: ComfyUI's key, and the model specification's."""
+    if picture is None:
+        return {}
+    with Image.open(picture) as opened:
+        image = opened.convert("RGB")
+    side, content = 512, b""
+    while not content or len(content) > COVER_BYTES:
+        image.thumbnail((side, side))
+        buffer = io.BytesIO()
+        image.save(buffer, "JPEG", quality=85)
+        content, side = buffer.getvalue(), side * 3 // 4
+    text = base64.b64encode(content).decode()
+    return {"ssmd_cover_images": _json([text]), "modelspec.thumbnail": f"data:image/jpeg;base64,{text}"}
 
 
 def without_paths(preset: Preset) -> Preset:

@@ -29,6 +29,7 @@ Parts = tuple[Tensor, Tensor, Tensor | None]
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 CODES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
 FLUX1_MLP = 4  # rows of Flux.1's proj_mlp over its inputs, where an untrained one must be filled in
+LEGACY = range(0x100000, 0x110000)  # bytes of a file
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -84,8 +85,8 @@ def save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str])
 
     Written here and not by `safetensors.save_file`, which shuffles the metadata: the same weights and
     metadata give the same bytes, the hash can stand in the header, and no second copy of the tensors is made.
-    Adds `ss_output_name`, `sshs_model_hash` and `modelspec.hash_sha256`. Raises `UserError` when the disk is
-    full.
+    Adds `ss_output_name`, `sshs_model_hash`, `sshs_legacy_hash` and `modelspec.hash_sha256`. Raises `UserError` when
+    the disk is full.
     """
     # The order of safetensors itself, wide types first: every tensor stays aligned, and the hash is
     # everybody's.
@@ -97,8 +98,10 @@ def save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str])
     digest = hashlib.sha256()
     for _, tensor in ordered:
         digest.update(_bytes(tensor))
-    header = _header(ordered, {**metadata, "ss_output_name": path.stem, "sshs_model_hash": digest.hexdigest(),
-                               "modelspec.hash_sha256": f"0x{digest.hexdigest()}"})
+    texts = {**metadata, "ss_output_name": path.stem}
+    header = _header(ordered, texts | {"sshs_model_hash": digest.hexdigest(),
+                                       "sshs_legacy_hash": _legacy_hash(ordered, texts),
+                                       "modelspec.hash_sha256": f"0x{digest.hexdigest()}"})
     temporary = path.with_name(f".{path.name}.partial")
     try:
         with open(temporary, "wb") as file:
@@ -221,6 +224,18 @@ def _header(ordered: list[tuple[str, Tensor]], metadata: Mapping[str, str]) -> b
     text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text
+
+
+def _legacy_hash(ordered: list[tuple[str, Tensor]], metadata: Mapping[str, str]) -> str:
+    """sd-scripts' older hash: 64 KiB at 1 MiB of the file that holds no metadata but `ss_*`; 8 hex digits."""
+    header = _header(ordered, {key: text for key, text in metadata.items() if key.startswith("ss_")})
+    digest, place = hashlib.sha256(header[LEGACY.start : LEGACY.stop]), len(header)
+    for _, tensor in ordered:
+        size = tensor.numel() * tensor.element_size()
+        if place < LEGACY.stop and place + size > LEGACY.start:
+            digest.update(_bytes(tensor)[max(0, LEGACY.start - place) : LEGACY.stop - place])
+        place += size
+    return digest.hexdigest()[:8]
 
 
 def _bytes(tensor: Tensor) -> memoryview:
