@@ -12,6 +12,7 @@ from diffusers import DDIMScheduler
 from torch import Tensor
 
 Prediction = Literal["epsilon", "v_prediction"]
+MOST_WEIGHT = 10.0  # that a pixel of a small mask may get: a few pixels must not make up a whole gradient
 
 
 def schedule(scheduler_config: Mapping[str, Any]) -> Tensor:
@@ -38,15 +39,34 @@ def min_snr_weight(snr: Tensor, gamma: float, prediction_type: Prediction) -> Te
     return torch.where(snr > 0, clipped / snr.clamp(min=torch.finfo(snr.dtype).tiny), 1.0)
 
 
+def pixel_weights(mask: Tensor, background: float) -> Tensor:
+    """Weights of the loss at each place, b 1 h w, from how much of it a mask covers: 1 there, `background` elsewhere.
+
+    Their mean is 1 in each sample, so that an image counts as much as any other however small its mask is, and a
+    learning rate means the same with masks and without; no weight goes beyond `MOST_WEIGHT`.
+    """
+    weights = background + (1.0 - background) * mask
+    return weights / weights.mean(dim=(-2, -1), keepdim=True).clamp(min=1.0 / MOST_WEIGHT)
+
+
 def per_sample_loss(
-    prediction: Tensor, target: Tensor, kind: Literal["mse", "huber"] = "mse", delta: float = 0.1
+    prediction: Tensor,
+    target: Tensor,
+    kind: Literal["mse", "huber"] = "mse",
+    delta: float = 0.1,
+    weights: Tensor | None = None,
 ) -> Tensor:
-    """Mean error of each sample, in fp32: b … -> b. Huber is scaled to equal the square below `delta`."""
+    """Mean error of each sample, in fp32: b … -> b. Huber is scaled to equal the square below `delta`.
+
+    `weights` multiply the error at each place, b 1 h w.
+    """
     prediction, target = prediction.float(), target.float()
     if kind == "huber":
         error = 2.0 * F.huber_loss(prediction, target, reduction="none", delta=delta)
     else:
         error = F.mse_loss(prediction, target, reduction="none")
+    if weights is not None:
+        error = error * weights
     return error.flatten(1).mean(1)  # b
 
 

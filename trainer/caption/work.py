@@ -158,8 +158,8 @@ def ask(captioner: Captioner, work: Sequence[Work], batch_size: int, events: Eve
 
 def _read(path: Path) -> Image.Image:
     """An image upright, RGB, transparency over white, no larger than a model needs.  Raises `ImageError`."""
-    if path.suffix.lower() in images.UNSUPPORTED:
-        raise ImageError(f"{path.suffix[1:].upper()} files are not read; save it as PNG or JPEG")
+    if reason := images.unreadable_type(path.name):
+        raise ImageError(reason)
     try:
         image = images.decode(path.read_bytes())
     except OSError as error:

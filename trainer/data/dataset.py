@@ -6,8 +6,10 @@ import hashlib
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -17,16 +19,31 @@ from torch import Tensor
 from trainer import captions
 from trainer.data import images
 from trainer.data.buckets import Size, cover
-from trainer.data.folders import find_images
+from trainer.data.folders import find_images, mask_of, walk
 from trainer.data.images import ImageError
 from trainer.errors import UserError
 
 READERS = min(8, os.cpu_count() or 1)  # hashing, decoding and resizing run outside Python's lock
 
 
+Masks = Literal["off", "file", "alpha", "auto"]  # where masks come from; auto: a file, else the alpha channel
+SAME_SHAPE = 0.02  # by how much a mask's aspect ratio may differ from its image's: both may have been rounded
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Where an image's mask is, a file of its own or the image itself (its alpha), and sha256 of that file's bytes."""
+
+    path: Path
+    sha256: str
+
+
 @dataclass(frozen=True)
 class Item:
-    """One image with its caption: size in pixels after EXIF rotation, sha256 of the file's bytes."""
+    """One image with its caption: size in pixels after EXIF rotation, sha256 of the file's bytes.
+
+    `prior` marks a regularisation image.
+    """
 
     path: Path
     caption: str
@@ -34,6 +51,8 @@ class Item:
     width: int
     height: int
     sha256: str
+    mask: Mask | None = None
+    prior: bool = False
 
 
 @dataclass(frozen=True)
@@ -48,16 +67,17 @@ class Skipped:
 class Dataset:
     items: tuple[Item, ...]
     skipped: tuple[Skipped, ...]
+    excluded: int = 0  # images that the data set's own lists leave out
 
 
-def scan(folders: Sequence[Path], *, repeats: int = 1, setting: str = "data.folder",
+def scan(folders: Sequence[Path], *, repeats: int = 1, setting: str = "data.folder", masks: Masks = "off",
          progress: Callable[[int, int], None] | None = None) -> Dataset:
     """Every image in the folders and their sub-folders, in the order of its path.
 
     A folder "N_name" gives its images N repeats (the nearest such folder counts), times `repeats`.  Hidden
     files, masks and excluded images are passed over; a broken image is skipped with its reason; equal ones
     are kept.  `setting` names the folders in messages.  Raises `UserError` for a missing or empty folder,
-    nothing readable, and captions that are not UTF-8 (all of them at once).
+    nothing readable, captions that are not UTF-8, and masks that cannot be used (all of them at once).
     """
     found = [entry for folder in folders for entry in find_images(Path(folder), setting)]
     items: list[Item] = []
@@ -65,17 +85,16 @@ def scan(folders: Sequence[Path], *, repeats: int = 1, setting: str = "data.fold
     faults: list[str] = []
     pool = ThreadPoolExecutor(READERS)
     try:
-        results = pool.map(_inspect, [path for path, _ in found])
+        results = pool.map(partial(_inspect, masks=masks), [path for path, _ in found])
         for done, ((path, own), result) in enumerate(zip(found, results), 1):
             if isinstance(result, str):
                 skipped.append(Skipped(path, result))
             elif own == 0:
                 skipped.append(Skipped(path, "its folder's name says 0 repeats"))
+            elif isinstance(result, UserError):
+                faults.append(str(result))
             else:
-                try:
-                    items.append(Item(path, captions.read(captions.sidecar(path)), own * repeats, *result))
-                except UserError as error:
-                    faults.append(str(error))
+                items.append(replace(result, repeats=own * repeats))
             if progress:
                 progress(done, len(found))
     finally:
@@ -85,7 +104,8 @@ def scan(folders: Sequence[Path], *, repeats: int = 1, setting: str = "data.fold
     if not items:
         listed = "\n".join(f"  {entry.file}: {entry.reason}" for entry in skipped[:10])
         raise UserError(f"{setting}: none of the {len(skipped)} images in {_names(folders)} can be used:\n{listed}")
-    return Dataset(tuple(items), tuple(skipped))
+    there = sum(1 for folder in folders for _ in walk(Path(folder), setting))
+    return Dataset(tuple(items), tuple(skipped), there - len(found))
 
 
 def split(items: Sequence[Item], share: float, seed: int) -> tuple[tuple[Item, ...], tuple[Item, ...]]:
@@ -140,17 +160,64 @@ def crop_pixels(image: Image.Image, size: Size, offset: tuple[int, int], flip: b
     return (tensor.flip(-1) if flip else tensor).contiguous()
 
 
-def _inspect(path: Path) -> tuple[int, int, str] | str:
-    """Width, height and sha256; or why the image is skipped."""
-    if path.suffix.lower() in images.UNSUPPORTED:
-        return f"{path.suffix[1:].upper()} files are not read; save it as PNG or JPEG"
+def mask_image(item: Item, size: Size) -> Image.Image:
+    """The mask of an image, 8-bit grey, resized as `cover_image` resizes the image, each pixel the mean of its area.
+
+    Raises `UserError` when it is broken, or not the one that was hashed.
+    """
+    mask = item.mask
+    assert mask is not None
+    try:
+        data = mask.path.read_bytes()
+        if hashlib.sha256(data).hexdigest() != mask.sha256:
+            raise ImageError("changed since the data set was read; start again to train on what it is now")
+        grey = images.decode_alpha(data) if mask.path == item.path else images.decode_mask(data)
+    except (OSError, ImageError) as error:
+        raise UserError(f"{mask.path}: the mask cannot be used: {error}") from None
+    return grey.resize(cover(item.width, item.height, size), Image.Resampling.BOX)
+
+
+def crop_grey(image: Image.Image, size: Size, offset: tuple[int, int]) -> Tensor:
+    """A crop of a covering mask.  # h w, float32 in [0, 1]"""
+    (width, height), (left, top) = size, offset
+    return torch.from_numpy(np.asarray(image.crop((left, top, left + width, top + height)), dtype=np.float32) / 255.0)
+
+
+def _inspect(path: Path, masks: Masks) -> Item | UserError | str:
+    """What one image is (its repeats left at 1); or why it is skipped; or what is wrong beside it."""
+    if reason := images.unreadable_type(path.name):
+        return reason
     try:
         data = path.read_bytes()
-        return *images.inspect(data), hashlib.sha256(data).hexdigest()
+        width, height = images.inspect(data)
     except OSError as error:
         return f"cannot be read: {error.strerror}"
     except ImageError as error:
         return str(error)
+    sha256 = hashlib.sha256(data).hexdigest()
+    try:
+        mask = _find_mask(path, width / height, masks)
+        if mask is None and masks in ("alpha", "auto") and images.has_alpha(data):
+            mask = Mask(path, sha256)
+        return Item(path, captions.read(captions.sidecar(path)), 1, width, height, sha256, mask)
+    except UserError as error:
+        return error
+
+
+def _find_mask(path: Path, ratio: float, masks: Masks) -> Mask | None:
+    """The mask file beside an image of that aspect ratio, if there is one and it is wanted."""
+    file = mask_of(path)
+    if masks not in ("file", "auto") or not file.exists():
+        return None
+    try:
+        data = file.read_bytes()
+        width, height = images.inspect(data)
+    except (OSError, ImageError) as error:
+        raise UserError(f"{file}: the mask cannot be used: {error}; draw it again, or delete it") from None
+    if abs(width / height / ratio - 1) > SAME_SHAPE:
+        raise UserError(f"{file}: the mask has {width} × {height} pixels, which is another shape than its image; draw "
+                        "it again, or delete it")
+    return Mask(file, hashlib.sha256(data).hexdigest())
 
 
 def _names(folders: Sequence[Path]) -> str:

@@ -33,26 +33,34 @@ class Order:
 
     An epoch shows each image at least `repeats` times.  A batch is of one size; the last batch of a size is
     filled from the start of that epoch's order, so that no image is dropped.  Repeats of 0 leave one out.
+
+    Items marked `prior` (regularisation images) make up about `prior_share` of an epoch's samples: every epoch takes
+    the next so many of each size, of an endless shuffled row of them, so that all come up in turn.
     """
 
     def __init__(self, sizes: Sequence[Size], repeats: Sequence[int], *, global_batch: int, seed: int,
-                 crop_variants: int, flip: bool, caption_variants: int, caption_dropout: float) -> None:
+                 crop_variants: int, flip: bool, caption_variants: int, caption_dropout: float,
+                 prior: Sequence[bool] = (), prior_share: float = 0.0) -> None:
         if len(sizes) != len(repeats) or global_batch < 1:
             raise ValueError(f"{len(sizes)} sizes, {len(repeats)} repeats, batches of {global_batch}")
         self.global_batch, self.seed, self.flip = global_batch, seed, flip
         self.crop_variants, self.caption_variants = crop_variants, caption_variants
         self.caption_dropout = caption_dropout
         self.buckets: dict[Size, list[int]] = {}  # size -> items, as often as they are repeated
+        self.prior: dict[Size, list[int]] = {}
         for item, (size, count) in enumerate(zip(sizes, repeats)):
             if count:
-                self.buckets.setdefault(size, []).extend([item] * count)
+                pool = self.prior if any(prior[item:item + 1]) else self.buckets
+                pool.setdefault(size, []).extend([item] * count)
         if not self.buckets:
             raise UserError("data.folder: no image is left to train on")
+        self._quota = self._quotas(prior_share)
         self._plan: tuple[int, list[list[int]]] = (-1, [])
 
     @property
     def steps_per_epoch(self) -> int:
-        return sum(-(-len(members) // self.global_batch) for members in self.buckets.values())
+        counts = (len(self.buckets.get(size, ())) + self._quota.get(size, 0) for size in self._sizes)
+        return sum(-(-count // self.global_batch) for count in counts)
 
     def batch(self, step: int) -> list[Draw]:
         """The global batch of a step, counted from 0."""
@@ -64,8 +72,8 @@ class Order:
         """The batches of an epoch; only the last one asked for is kept."""
         if self._plan[0] != epoch:
             batches: list[list[int]] = []
-            for size in sorted(self.buckets):
-                members = list(self.buckets[size])
+            for size in self._sizes:
+                members = [*self.buckets.get(size, ()), *self._prior_of(size, epoch)]
                 random.Random(stream(self.seed, epoch, f"bucket {size}")).shuffle(members)
                 for start in range(0, len(members), self.global_batch):
                     places = range(start, start + self.global_batch)
@@ -73,6 +81,28 @@ class Order:
             random.Random(stream(self.seed, epoch, "batches")).shuffle(batches)
             self._plan = epoch, batches
         return self._plan[1]
+
+    @property
+    def _sizes(self) -> list[Size]:
+        return sorted({*self.buckets, *self.prior})
+
+    def _quotas(self, share: float) -> dict[Size, int]:
+        """How many prior samples of each size an epoch takes: its part of the share, and one at least."""
+        trained = sum(len(members) for members in self.buckets.values())
+        all_prior = sum(len(members) for members in self.prior.values())
+        return {size: max(1, round(share / (1 - share) * trained * len(members) / all_prior))
+                for size, members in self.prior.items()}
+
+    def _prior_of(self, size: Size, epoch: int) -> list[int]:
+        members, count = self.prior.get(size, []), self._quota.get(size, 0)
+        taken: list[int] = []
+        for place in range(epoch * count, (epoch + 1) * count):
+            cycle, position = divmod(place, len(members))
+            if not taken or position == 0:
+                row = list(members)
+                random.Random(stream(self.seed, cycle, f"prior {size}")).shuffle(row)
+            taken.append(row[position])
+        return taken
 
     def _draw(self, item: int, index: int) -> Draw:
         dropped = stream(self.seed, index, "dropout") < self.caption_dropout * 2**63
