@@ -24,10 +24,17 @@ def read_json(file: Path) -> dict[str, Any]:
 def component(folder: Path) -> Part:
     """A component's config and tensors, as from_pretrained would find them. Raises UserError naming what is missing."""
     config = read_json(folder / "config.json")
+    if config.get("quantization_config"):
+        raise UserError(f"{folder} holds weights that were already quantised ({_method(config)}): use the model's own "
+                        "in bf16 or fp16; memory.quantize then makes them small")
     tensors = {}
     for file in weight_files(folder):
         tensors |= read_header(file).tensors
     return Part(folder, config, tensors, "diffusers")
+
+
+def _method(config: dict[str, Any]) -> str:
+    return str(config["quantization_config"].get("quant_method", "somehow"))
 
 
 def weight_files(folder: Path) -> list[Path]:
