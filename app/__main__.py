@@ -19,6 +19,8 @@ def options(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--host", default="127.0.0.1", help="the address to listen on; default: this machine only")
     parser.add_argument("--workspace", type=Path, default=Path("workspace"),
                         help="where runs, presets and data sets are kept; default: workspace")
+    parser.add_argument("--root", type=Path, action="append", default=[], metavar="DIR",
+                        help="a folder below which data sets may be opened; may be given several times")
     parser.add_argument("--open", action="store_true", help="open a browser window")
     parser.add_argument("--listen", action="store_true", help="be reachable from other machines (needs a password)")
     parser.add_argument("--share", action="store_true", help="a public link through Gradio (needs a password)")
@@ -36,6 +38,15 @@ def password_for(chosen: argparse.Namespace) -> str | None:
     return None if is_private else secrets.token_urlsafe(16)
 
 
+def roots_of(chosen: argparse.Namespace) -> tuple[Path, ...]:
+    """The folders of --root; one that is not there is told at once."""
+    roots = tuple(dict.fromkeys(root.expanduser().resolve() for root in chosen.root))
+    for root in roots:
+        if not root.is_dir():
+            sys.exit(f"--root: {root} is not a folder; give one that holds data sets")
+    return roots
+
+
 def serve(chosen: argparse.Namespace) -> None:
     workspace = chosen.workspace.expanduser().resolve()
     password = password_for(chosen)
@@ -45,7 +56,7 @@ def serve(chosen: argparse.Namespace) -> None:
     from app.jobs import Jobs
     from app.paths import Places
 
-    places = Places(workspace)
+    places = Places(workspace, roots_of(chosen))
     workspace.mkdir(parents=True, exist_ok=True)
     host = "0.0.0.0" if chosen.listen and chosen.host in LOOPBACK else chosen.host
     try:

@@ -13,9 +13,10 @@ LONGEST = 1000  # letters of a name
 
 @dataclass(frozen=True)
 class Places:
-    """Where the app may look: its workspace, and what the web server hands out of it."""
+    """Where the app may look: its workspace, the folders of `--root`, and what the web server hands out."""
 
     workspace: Path
+    roots: tuple[Path, ...] = ()  # below these, and in the workspace, data sets may lie
     handed_out: list[str] = field(default_factory=list)  # the very list that the web server asks for each file
 
     @property
@@ -30,6 +31,19 @@ class Places:
     def drafts(self) -> Path:
         """Presets that were started without being saved: the trainer takes a file."""
         return self.workspace / "cache" / "drafts"
+
+    @property
+    def datasets(self) -> Path:
+        return self.workspace / "datasets"
+
+    @property
+    def thumbnails(self) -> Path:
+        return self.workspace / "thumbnails"
+
+    @property
+    def facts(self) -> Path:
+        """What is known of the images of data sets, so that it need not be found again."""
+        return self.workspace / "cache" / "facts"
 
     @property
     def logs(self) -> Path:
@@ -49,6 +63,13 @@ class Places:
         for path in (of.samples, of.exports, of.result):
             if str(path) not in self.handed_out and inside(of.path, path.name) == path.resolve():
                 self.handed_out.append(str(path))
+
+    def hand_out_thumbnails(self) -> None:
+        """Let the web server send small pictures of data sets; never the data sets themselves."""
+        self.thumbnails.mkdir(parents=True, exist_ok=True)
+        if str(self.thumbnails) not in self.handed_out and inside(self.workspace, "thumbnails") == (
+                self.workspace.resolve() / "thumbnails"):
+            self.handed_out.append(str(self.thumbnails))
 
 
 def inside(root: Path, name: str) -> Path:

@@ -10,12 +10,13 @@ from typing import Literal
 
 Size = tuple[int, int]  # width, height
 
+FINEST = {"sd15": 8, "sdxl": 8, "flux1": 16, "flux2": 16}  # pixels of a latent, or of a token, by family
 MAX_SIDE = 2  # times the resolution: shapes beyond 4:1 are cropped to 4:1
 
 
-def step_for(resolution: int, family_step: int) -> int:
-    """What both sides must be a multiple of: the family's, at most a quarter of the resolution."""
-    return min(family_step, max(8, resolution // 4 // 8 * 8))
+def step_for(resolution: int, finest: int) -> int:
+    """What both sides must be a multiple of: 64, and less for small pictures, down to the model's finest grid."""
+    return max(finest, min(64, resolution // (8 * finest) * finest))
 
 
 def size_for(width: int, height: int, resolution: int, *, buckets: bool, step: int) -> Size:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gzip
 from collections.abc import Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from trainer.errors import UserError
-from trainer.families import open_clip
+from trainer.families import clip_merges, open_clip
 from trainer.families.parts import text_part
 from trainer.families.tensors import (
     Part,
@@ -25,32 +23,10 @@ from trainer.families.tensors import (
     without_prefix,
 )
 
-_MERGES = Path(__file__).parent / "configs" / "clip_merges.txt.gz"
 VOCAB_SIZE = 49408  # of the tokenizer that comes with us
 _OWN_NAMES = ("embeddings.", "encoder.", "final_layer_norm.", "text_projection.")
 # Where single files keep a CLIP-L: A1111 and ComfyUI checkpoints, ComfyUI's saved encoders.
 PREFIXES = ("cond_stage_model.transformer.", "text_encoders.clip_l.transformer.", "clip_l.transformer.")
-
-
-def printable_bytes() -> list[str]:
-    """The characters that stand for the 256 bytes in byte-level BPE, in the order of OpenAI's vocabulary."""
-    plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    return [chr(byte) for byte in plain] + [chr(256 + i) for i in range(256 - len(plain))]
-
-
-@cache
-def _bundled_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
-    lines = gzip.decompress(_MERGES.read_bytes()).decode().splitlines()
-    merges = [tuple(line.split()) for line in lines]
-    letters = printable_bytes()
-    tokens = [
-        *letters,
-        *(letter + "</w>" for letter in letters),
-        *("".join(merge) for merge in merges),
-        "<|startoftext|>",
-        "<|endoftext|>",
-    ]
-    return {token: number for number, token in enumerate(tokens)}, merges
 
 
 def load_tokenizer(folder: Path | None, pad: str = "<|endoftext|>") -> CLIPTokenizer:
@@ -59,8 +35,8 @@ def load_tokenizer(folder: Path | None, pad: str = "<|endoftext|>") -> CLIPToken
     Raises UserError when the folder has no CLIP tokenizer.
     """
     if folder is None:
-        vocabulary, merges = _bundled_vocabulary()
-        return CLIPTokenizer(vocab=dict(vocabulary), merges=list(merges), model_max_length=77, pad_token=pad)
+        tokens, merges = clip_merges.vocabulary()
+        return CLIPTokenizer(vocab=dict(tokens), merges=list(merges), model_max_length=77, pad_token=pad)
     files = {file.name for file in folder.iterdir()}
     if "tokenizer.json" not in files and not {"vocab.json", "merges.txt"} <= files:
         raise UserError(f"{folder} has no CLIP tokenizer: it needs tokenizer.json, or vocab.json and merges.txt")

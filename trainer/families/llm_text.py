@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from trainer.errors import UserError
-from trainer.families.clip_text import printable_bytes
+from trainer.families.clip_merges import printable_bytes
 from trainer.families.parts import text_part
 from trainer.families.tensors import Part, TensorInfo, count_numbered, fill, mapped_tensors
 

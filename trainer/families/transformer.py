@@ -13,6 +13,7 @@ from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 
 from trainer.adapters.target import Target
+from trainer.data.buckets import step_for
 from trainer.errors import UserError
 from trainer.families import bfl, ldm
 from trainer.families.base import Base, short_hash
@@ -92,7 +93,7 @@ def set_gradient_checkpointing(denoiser: FluxTransformer2DModel, on: bool) -> No
 
 def bucket_step(resolution: int) -> int:
     """Pixels by which bucket sides differ: 64, and less for small pictures; a token is 16 pixels wide."""
-    return max(16, min(64, resolution // 128 * 16))
+    return step_for(resolution, 16)
 
 
 def pack(latents: Tensor) -> Tensor:

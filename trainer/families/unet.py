@@ -15,6 +15,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 
 from trainer.adapters.target import Target
+from trainer.data.buckets import step_for
 from trainer.errors import UserError
 from trainer.families import hub, ldm
 from trainer.families.base import Base, decide_prediction, short_hash
@@ -43,7 +44,7 @@ _TEXT_LAYER = re.compile(r"text_model\.encoder\.layers\.\d+\.(self_attn|mlp)\.(?
 
 def bucket_step(resolution: int) -> int:
     """Pixels by which bucket sides differ: 64, the UNet's coarsest grid, and less for small pictures."""
-    return max(VAE_FACTOR, min(64, resolution // 64 * VAE_FACTOR))
+    return step_for(resolution, VAE_FACTOR)
 
 
 def latent_shape(width: int, height: int) -> tuple[int, int, int]:

@@ -1,0 +1,107 @@
+"""Works out which files go where when images are moved, excluded or given masks."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Callable, Collection, Sequence
+from io import BytesIO
+from pathlib import Path
+
+from app.datasets.changes import Change, Move, Write, content, place
+from app.datasets.index import Record
+from app.paths import inside
+from trainer.data import folders
+from trainer.errors import UserError
+from trainer.run import RESERVED
+
+LONGEST = 120  # characters of a name that an upload may bring
+_FORBIDDEN = re.compile(r'[\\/:*?"<>|\x00-\x1f\x7f]')
+
+
+def moves(chosen: Sequence[Record], everything: Sequence[Record], target: Callable[[str], str]) -> list[Change]:
+    """Images with their masks and captions to other places; a caption that another image needs, too, stays."""
+    names = {record.name for record in chosen}
+    needed = {record.sidecar for record in everything if record.name not in names}
+    found: dict[str, Change] = {}
+    for record in chosen:
+        found |= {name: Move(name, target(name)) for name in record.files() if name not in needed}
+    return list(found.values())
+
+
+def into_folder(root: Path, chosen: Sequence[Record], everything: Sequence[Record], folder: str) -> list[Change]:
+    """Images into a folder of the data set; whether they are excluded goes along."""
+    check_folder(root, folder)
+    prefix = f"{folder}/" if folder else ""
+    changes = moves(chosen, everything, lambda name: prefix + name.rpartition("/")[2])
+    targets = [change.to.casefold() for change in changes if isinstance(change, Move)]
+    if repeated := {name for name in targets if targets.count(name) > 1}:
+        raise UserError(f"two of the images would be called {sorted(repeated)[0]}; rename one first")
+    excluded = {record.name.rpartition("/")[2] for record in chosen if record.excluded}
+    lists = {change.name: change for change in exclusions(root, chosen, False)}
+    if excluded:
+        before = content(root, prefix + folders.EXCLUDED)
+        after = folders.format_excluded(folders.parse_excluded(before or b"") | excluded)
+        lists[prefix + folders.EXCLUDED] = Write(prefix + folders.EXCLUDED, before, after)
+    return changes + list(lists.values())
+
+
+def exclusions(root: Path, chosen: Sequence[Record], excluded: bool) -> list[Change]:
+    """The lists of excluded images, with these added or taken out."""
+    by_folder: dict[str, set[str]] = {}
+    for record in chosen:
+        if record.excluded != excluded:
+            by_folder.setdefault(record.folder, set()).add(record.name.rpartition("/")[2])
+    changes: list[Change] = []
+    for folder, names in by_folder.items():
+        name = f"{folder}/{folders.EXCLUDED}" if folder else folders.EXCLUDED
+        before = content(root, name)
+        listed = folders.parse_excluded(before or b"")
+        after = folders.format_excluded(listed | names if excluded else listed - names)
+        changes.append(Write(name, before, after))
+    return changes
+
+
+def check_folder(root: Path, folder: str) -> None:
+    """Raises `UserError` for what cannot be a folder of a data set."""
+    if folder and any(safe_name(part) != part for part in folder.split("/")):
+        raise UserError(f"{folder[:100]!r} cannot be a folder's name; use letters, digits, blanks, '_' and '-'")
+    if folder and place(root, folder).exists() and not inside(root, folder).is_dir():
+        raise UserError(f"{folder} is a file and not a folder")
+
+
+def safe_name(name: str) -> str:
+    """A file's or folder's name that every system takes, as near as can be to the one given; "" if nothing is left."""
+    name = _FORBIDDEN.sub("_", unicodedata.normalize("NFC", name.encode("utf-8", "replace").decode()))
+    name = name.strip().lstrip(".").rstrip(". ")
+    stem, dot, suffix = name.rpartition(".")
+    if not dot:
+        stem, suffix = suffix, ""
+    if stem.casefold().partition(".")[0] in RESERVED:
+        stem += "_"
+    return stem[:LONGEST] + dot + suffix[:20]
+
+
+def free_stem(stem: str, suffixes: Collection[str], taken: Collection[str]) -> str:
+    """The stem, or stem-2, -3…, with which none of the names is taken (casefolded)."""
+    number, candidate = 1, stem
+    while any((candidate + suffix).casefold() in taken for suffix in suffixes):
+        number += 1
+        candidate = f"{stem}-{number}"
+    return candidate
+
+
+def check_mask(record: Record, png: bytes) -> None:
+    """Raises `UserError` for what is no PNG of the upright image's size."""
+    from PIL import Image
+
+    try:
+        with Image.open(BytesIO(png), formats=["PNG"]) as mask:
+            mask.load()
+            size = mask.size
+    except Exception:  # noqa: BLE001 - decoders raise anything on broken bytes
+        raise UserError(f"{record.name}: what was drawn is not a PNG picture; draw it again") from None
+    facts = record.facts
+    if facts and facts.width and size != (facts.width, facts.height):
+        raise UserError(f"{record.name}: the mask has {size[0]} × {size[1]} pixels and the image "
+                        f"{facts.width} × {facts.height}; they must be the same")

@@ -1,0 +1,69 @@
+"""The trash of a data set: a hidden folder in it, from which everything can come back until it is emptied."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from app.datasets.changes import Change, Move, place
+from app.datasets.journal import HIDDEN
+from app.paths import inside
+from trainer.errors import UserError
+
+FOLDER = f"{HIDDEN}/trash"
+
+
+def new_folder() -> str:
+    """A folder in the trash for one change, relative to the data set."""
+    return f"{FOLDER}/{int(time.time() * 1000):x}-{secrets.token_hex(3)}"
+
+
+def listing(root: Path) -> dict[str, Any]:
+    """What is in the trash, the newest first; `key` names a file to `restoring`."""
+    files = [{"key": key, "name": key.partition("/")[2], "at": _thrown_away(key), "bytes": size}
+             for key, size in _files(root)]
+    files.sort(key=lambda file: (-float(file["at"]), str(file["name"])))
+    return {"files": files, "bytes": sum(int(file["bytes"]) for file in files)}
+
+
+def restoring(root: Path, keys: Sequence[str]) -> list[Change]:
+    """Moves from the trash to where the files were.  Raises `UserError` for a key that is none, or a taken place."""
+    there = {key for key, _ in _files(root)}
+    for key in keys:
+        if key not in there:
+            raise UserError(f"{key.partition('/')[2][:200]} is no longer in the trash")
+        if os.path.lexists(place(root, key.partition("/")[2])):
+            raise UserError(f"there is a {key.partition('/')[2]} again; move that one away first")
+    return [Move(f"{FOLDER}/{key}", key.partition("/")[2]) for key in dict.fromkeys(keys)]
+
+
+def empty(root: Path) -> dict[str, Any]:
+    """Remove everything in it, for good."""
+    files = _files(root)
+    count, size = 0, 0
+    for _, bytes_ in files:
+        count, size = count + 1, size + bytes_
+    if count:
+        shutil.rmtree(inside(root, FOLDER))
+    return {"removed": count, "bytes": size}
+
+
+def _files(root: Path) -> Iterator[tuple[str, int]]:
+    top = root / FOLDER
+    for folder, _, names in os.walk(top):
+        for name in names:
+            path = os.path.join(folder, name)
+            yield os.path.relpath(path, top).replace(os.sep, "/"), os.lstat(path).st_size
+
+
+def _thrown_away(key: str) -> float:
+    """Unix seconds, as the folder's name tells."""
+    try:
+        return int(key.partition("-")[0], 16) / 1000
+    except ValueError:
+        return 0.0

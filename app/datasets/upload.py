@@ -1,0 +1,210 @@
+"""Takes files into a data set: safe names, nothing overwritten unasked, and zips that cannot break out or blow up."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import stat
+import tempfile
+import zipfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from app.datasets import trash
+from app.datasets.arrange import free_stem, safe_name
+from app.datasets.changes import Change, Move, Write, content
+from app.datasets.index import Record
+from app.datasets.journal import HIDDEN
+from trainer.data import folders
+from trainer.data.images import UNSUPPORTED, ImageError, inspect
+from trainer.errors import UserError
+from trainer.files import MAY_SYNC_AT_ONCE
+
+MOST_MEMBERS = 50_000  # files of a zip
+MOST_RATIO = 100  # unpacked to packed; pictures hardly shrink at all
+FREE_RATIO = 50_000_000  # bytes that a zip may unpack to whatever the ratio
+LARGEST_TEXT = 1_000_000  # bytes of a caption
+
+
+@dataclass
+class Batch:
+    """Files that came, copied into the trash of the data set, from where they move to their places."""
+
+    folder: str  # relative to the data set
+    files: dict[str, Path] = field(default_factory=dict)  # wanted name -> copy
+    came_as: dict[str, str] = field(default_factory=dict)  # wanted name -> the name it came with
+    refused: list[tuple[str, str]] = field(default_factory=list)
+
+
+@dataclass
+class Plan:
+    """What taking a batch in means."""
+
+    changes: list[Change] = field(default_factory=list)
+    images: int = 0
+    captions: int = 0
+    refused: list[tuple[str, str]] = field(default_factory=list)
+
+    def what(self) -> str:
+        parts = [f"{count} {word}{'s' * (count != 1)}" for count, word in
+                 ((self.images, "image"), (self.captions, "caption")) if count]
+        return f"add {' and '.join(parts) or 'files'}"
+
+
+@contextmanager
+def staged(root: Path, files: Sequence[tuple[str, Path]]) -> Iterator[Batch]:
+    """Copies of the files, and of what zips among them hold, all on the disk; what is not moved away is removed."""
+    folder = trash.new_folder()
+    batch = Batch(folder)
+    try:
+        (root / HIDDEN).mkdir(exist_ok=True)
+        draft = Path(tempfile.mkdtemp(prefix="incoming-", dir=root / HIDDEN))
+    except OSError as error:
+        raise UserError(f"{root} cannot be written ({error.strerror}); copy the data set into the workspace to "
+                        "change it") from None
+    try:
+        for name, source in files:
+            if name.lower().endswith(".zip"):
+                _unpack(name, source, draft, batch)
+            elif target := _target(name, draft, batch, name):
+                shutil.copyfile(source, target)
+        if batch.files:
+            if MAY_SYNC_AT_ONCE:
+                os.sync()
+            (root / trash.FOLDER).mkdir(exist_ok=True)
+            draft.rename(root / folder)
+            batch.files = {name: root / folder / path.relative_to(draft) for name, path in batch.files.items()}
+        yield batch
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+        _clear(root / folder, batch)
+
+
+def plan(root: Path, batch: Batch, records: Sequence[Record]) -> Plan:
+    """Where each file goes: an image whose name is taken gets a number, with its caption; a caption that comes for an
+    image that is there takes the place of its present one."""
+    result = Plan(refused=batch.refused)
+    taken = {name.casefold() for record in records for name in (record.name, record.sidecar, record.mask_name)}
+    known = {record.sidecar for record in records}
+    hashes = {record.facts.sha256: record.name for record in records if record.facts and record.facts.sha256}
+    stems: dict[str, str] = {}  # of images that came -> the stem that they get
+    for name, path in batch.files.items():
+        if _is_image(name):
+            reason = _fault(path, hashes)
+            if reason:
+                result.refused.append((batch.came_as[name], reason))
+                continue
+            stem, suffix = os.path.splitext(name)
+            if stem not in stems:
+                stems[stem] = free_stem(stem, (suffix, ".txt", folders.MASK), taken)
+            new = stems[stem] + suffix
+            if new.casefold() in taken:  # a.png and a.jpg came, and one of them is there
+                new = free_stem(stem, (suffix, ".txt", folders.MASK), taken) + suffix
+            taken.add(new.casefold())
+            result.changes.append(Move(_inside(root, path), new))
+            result.images += 1
+    for name, path in batch.files.items():
+        if not _is_image(name):
+            _plan_companion(root, name, path, stems, known, result)
+    return result
+
+
+def _plan_companion(root: Path, name: str, path: Path, stems: dict[str, str], known: set[str], result: Plan) -> None:
+    """A caption or a mask: with the image that came along, or for one that is there, or by itself."""
+    ending = folders.MASK if folders.is_mask(name) else ".txt"
+    stem = name[:-len(ending)]
+    target = stems.get(stem, stem) + ending
+    before = content(root, target)
+    if before is not None and stem in stems and target not in known:
+        result.refused.append((name, f"there is a {target} already"))
+    elif before is None:
+        result.changes.append(Move(_inside(root, path), target))
+        result.captions += ending == ".txt"
+    elif before != (after := path.read_bytes()):
+        result.changes.append(Write(target, before, after))
+        result.captions += ending == ".txt"
+
+
+def _unpack(name: str, source: Path, draft: Path, batch: Batch) -> None:
+    """A zip's images, captions and masks, in its own folders."""
+    try:
+        with zipfile.ZipFile(source) as archive:
+            members = [member for member in archive.infolist() if not member.is_dir()]
+            if reason := _refusal(members, source, draft):
+                batch.refused.append((name, reason))
+                return
+            for member in members:
+                if stat.S_ISLNK(member.external_attr >> 16) or member.filename.startswith("__MACOSX/"):
+                    continue
+                if target := _target(member.filename, draft, batch, f"{name}: {member.filename}"):
+                    with archive.open(member) as packed, open(target, "wb") as file:
+                        shutil.copyfileobj(packed, file, 1 << 20)  # zipfile stops at the size that it was told
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, zipfile.zlib.error) as error:
+        batch.refused.append((name, f"cannot be unpacked: {str(error)[:200] or 'it is broken'}"))
+
+
+def _refusal(members: Sequence[zipfile.ZipInfo], source: Path, draft: Path) -> str:
+    """Why a zip is not unpacked at all; "" when it is."""
+    size = sum(member.file_size for member in members)
+    if any(member.flag_bits & 1 for member in members):
+        return "has a password; unpack it yourself and upload the files"
+    if len(members) > MOST_MEMBERS:
+        return f"holds {len(members)} files; the most is {MOST_MEMBERS}"
+    if size > max(FREE_RATIO, MOST_RATIO * source.stat().st_size):
+        return "unpacks to over a hundred times its size, as no pictures do"
+    if size > shutil.disk_usage(draft).free * 0.9:
+        return f"needs {size / 1e9:.1f} GB of disk, more than is free"
+    return ""
+
+
+def _target(name: str, draft: Path, batch: Batch, shown: str) -> Path | None:
+    """Where a file is copied to; None when it is not one for a data set."""
+    parts = [safe_name(part) for part in name.replace("\\", "/").split("/")]
+    if "" in parts or ".." in name.replace("\\", "/").split("/"):
+        batch.refused.append((shown, "its name leads out of the data set, or is hidden"))
+        return None
+    wanted = "/".join(parts)
+    target = draft / wanted
+    is_known = folders.is_image(parts[-1]) or folders.is_mask(wanted) or wanted.lower().endswith(".txt")
+    if not is_known or target.exists():
+        batch.refused.append((shown, "came twice" if is_known else "is no image, caption (.txt) or mask"))
+        return None
+    target.parent.mkdir(parents=True, exist_ok=True)
+    batch.files[wanted], batch.came_as[wanted] = target, shown
+    return target
+
+
+def _fault(path: Path, hashes: dict[str, str]) -> str:
+    """Why an image is not taken; remembers those that are."""
+    if path.suffix.lower() in UNSUPPORTED:
+        return ""  # the health check says what to do with it
+    data = path.read_bytes()
+    digest = hashlib.sha256(data).hexdigest()
+    if digest in hashes:
+        return f"is the same picture as {hashes[digest]}"
+    try:
+        inspect(data)
+    except ImageError as error:
+        return str(error)
+    hashes[digest] = path.name
+    return ""
+
+
+def _is_image(name: str) -> bool:
+    return folders.is_image(name.rpartition("/")[2])
+
+
+def _inside(root: Path, path: Path) -> str:
+    return path.relative_to(root).as_posix()
+
+
+def _clear(folder: Path, batch: Batch) -> None:
+    """Remove copies that were not moved to a place."""
+    for path in batch.files.values():
+        path.unlink(missing_ok=True)
+    for parent, _, _ in os.walk(folder, topdown=False):
+        if not os.listdir(parent):
+            os.rmdir(parent)
