@@ -22,6 +22,7 @@ from trainer.data.buckets import Size, crop_offsets
 from trainer.data.dataset import Item
 from trainer.data.order import stream
 from trainer.data.store import LatentStore
+from trainer.families.base import quantised_id
 from trainer.material import framing, plain_draw
 from trainer.metrics import distances
 from trainer.metrics.features import Extractor, load_extractor
@@ -141,7 +142,8 @@ def measure_distance(session: Session, step: int) -> None:
 def _base_features(session: Session, extractor: Extractor, texts: Sequence[str], seeds: Sequence[int]) -> Tensor:
     """Features of the base model's own pictures: the same for every run, so computed once."""
     settings, data = session.preset.sample, session.preset.data
-    key = session.cache.key("base pictures", session.base.denoiser_id, session.base.vae_id, session.base.text_id,
+    key = session.cache.key("base pictures", quantised_id(session.base.denoiser_id, session.plan.quantize),
+                            session.base.vae_id, quantised_id(session.base.text_id, session.text_quantize),
                             extractor.name, extractor.resize, json.dumps([list(texts), list(seeds)]),
                             json.dumps(settings.model_dump(exclude={"prompts", "every", "before", "seed"})),
                             data.resolution, str(session.dtype), session.device.type)

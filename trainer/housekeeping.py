@@ -9,11 +9,11 @@ import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
-from trainer import checkpoint, evaluation
+from trainer import checkpoint, evaluation, gpu
 from trainer.adapters import effective_rank
 from trainer.control import Requests, Stopped
 from trainer.events import EventReader, rewind
-from trainer.faults import describe
+from trainer.faults import describe, out_of_memory
 from trainer.publish import publish
 from trainer.session import Session
 
@@ -185,8 +185,13 @@ def attempt(session: Session, what: str, act: Callable[[], object]) -> None:
     """Do something that must never end a run: a failing picture or measure is a note."""
     try:
         act()
+        return
     except Stopped:
         raise
     except Exception as error:
         traceback.print_exc()
-        session.recorder.note(session.progress.step, f"{what} failed, training goes on: {describe(error)}")
+        text = describe(error)
+        if out_of_memory(error):
+            text = "it did not fit into the GPU's memory beside the model that is trained"
+    session.recorder.note(session.progress.step, f"{what} failed, training goes on: {text}")
+    gpu.free_memory()  # only here, since the error held on to what was in use

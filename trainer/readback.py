@@ -10,9 +10,11 @@ import psutil
 import torch
 from torch import Tensor
 
+from trainer.memory.pace import Pace, explain, others_hold
 from trainer.record import Recorder
 
 LAG = 2  # steps that an event may come late
+SIGN_OF_LIFE = 60.0  # seconds after which a step gets an event whatever `every` says
 
 
 @dataclass
@@ -34,6 +36,9 @@ class Readback:
         self._pending: deque[_Pending] = deque()
         self._began = time.perf_counter()
         self._process = psutil.Process()
+        self._pace = Pace()
+        self._others = others_hold(device) if device.type == "cuda" else 0  # bytes of the GPU's memory at the start
+        self._told = time.monotonic()  # when the last event was written
 
     def push(self, step: int, loss: Tensor, grad_norm: Tensor, skipped: Tensor, lr: float) -> None:
         """Take a step's numbers, all scalars on the device; `skipped` is 1 for a non-finite step."""
@@ -44,7 +49,9 @@ class Readback:
             arrived = torch.cuda.Event()
             arrived.record()
         now = time.perf_counter()
-        wanted = step % self.every == 0 or step == self.steps
+        quiet = time.monotonic() - self._told > SIGN_OF_LIFE
+        wanted = step % self.every == 0 or step == self.steps or quiet
+        self._told = time.monotonic() if wanted else self._told
         self._pending.append(_Pending(step, lr, wanted, now - self._began, numbers, arrived))
         self._began = now
         self._report(LAG if arrived is not None else 0)
@@ -53,9 +60,13 @@ class Readback:
         """Record everything that is still on its way."""
         self._report(0)
 
-    def restart_clock(self) -> None:
-        """Leave out of a step's time what was done between steps (pictures, checkpoints)."""
+    def restart_clock(self, new_pace: bool = False) -> None:
+        """Leave out of a step's time what was done between steps (pictures, checkpoints).
+
+        new_pace: from now on steps are of another kind, and their times not to be compared with those before.
+        """
         self._began = time.perf_counter()
+        self._pace = Pace() if new_pace else self._pace
 
     def _report(self, keep: int) -> None:
         while len(self._pending) > keep:
@@ -66,6 +77,8 @@ class Readback:
             self.bad_in_row = self.bad_in_row + 1 if skipped else 0
             if skipped:
                 self.recorder.note(item.step, f"step {item.step} was skipped: the loss or its gradient was not finite")
+            if (times := self._pace.add(item.sec)) is not None:
+                self.recorder.note(item.step, explain(times, self._pace.usual, self.device, self._others))
             if item.wanted:
                 self.recorder.step(item.step, self.steps, loss=loss, lr=item.lr, grad_norm=grad_norm, sec=item.sec,
                                    vram=self._memory("allocated"), vram_peak=self._memory("peak"),

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-from trainer import gpu
+from trainer import gpu, speed
 from trainer.errors import UserError
+from trainer.faults import out_of_memory
 from trainer.memory.blocks import repeated_blocks
 from trainer.memory.meter import GIB
 from trainer.memory.plan import Plan, below
@@ -14,16 +15,15 @@ from trainer.session import Session, find_targets, hold, models_by_name
 
 def change(session: Session, plan: Plan) -> None:
     """Hold the session's model as `plan` says; weights are loaded anew when they are to be quantised otherwise."""
-    if session.offload is not None:
-        session.offload.remove()
-        session.offload = None
-    if plan.quantize != session.plan.quantize:
-        session.adapter.remove()
-        session.denoiser = None  # its memory goes before that of the new one comes
-        gpu.free_memory()
+    if session.denoiser is not None and plan.quantize != session.plan.quantize:
+        _let_go(session)
+    if session.denoiser is None:
         session.denoiser = session.family.load_denoiser(session.base, session.device, session.dtype, plan.quantize)
         session.adapter.move(find_targets(session.preset, models_by_name(
             session.family, session.denoiser, session.text_encoder)))
+    elif session.offload is not None:
+        session.offload.remove()
+        session.offload = None
     session.offload = hold(session.family, session.denoiser, plan, session.device)
     session.plan, session.progress.plan = plan, asdict(plan)
 
@@ -36,14 +36,39 @@ def step_down(session: Session) -> None:
     """
     gpu.free_memory()
     session.adapter.zero_grad()
-    step, blocks = session.progress.step + 1, len(repeated_blocks(session.denoiser))
-    lower = below(session.preset, blocks, session.plan)
-    if not lower:
-        raise UserError(f"step {step} does not fit into the GPU's memory, and nothing more can be saved with "
-                        f"{session.plan.in_words(blocks)}: make data.resolution or train.batch_size smaller in a new "
-                        "run, or close other programs that use the GPU and resume this one")
-    before, plan = session.plan, lower[0]
-    change(session, plan)
-    room = f" of {session.limit / GIB:.1f} GiB" if session.limit else ""
-    session.recorder.note(session.progress.step, f"Step {step} did not fit into the GPU's memory{room} with "
-                          f"{before.in_words(blocks)}. It is done again with {plan.in_words(blocks)}")
+    before, blocks = session.plan, len(repeated_blocks(session.denoiser))
+    failed = f"Step {session.progress.step + 1} did not fit into the GPU's memory"
+    if session.limit:
+        failed += f", of which the run may take {session.limit / GIB:.1f} GiB,"
+    for plan in below(session.preset, blocks, before):
+        if _can(session, plan):
+            break
+    else:
+        raise UserError(f"{failed} with {before.in_words(blocks)}, and nothing more can be saved. Close other programs "
+                        "that use the GPU and resume this run, or make data.resolution or train.batch_size smaller "
+                        "in a new one")
+    session.recorder.note(session.progress.step, f"{failed} with {before.in_words(blocks)}. It is done again, and the "
+                          f"run goes on, with {plan.in_words(blocks)}")
+    if session.limit:  # so that the next run like this begins here
+        speed.remember_plan(session.cache.root.parent, session.preset, speed.device_name(session.device), plan, 0,
+                            session.limit)
+
+
+def _can(session: Session, plan: Plan) -> bool:
+    """Whether there is memory enough to change to the plan."""
+    try:
+        change(session, plan)
+        return True
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+    _let_go(session)
+    return False
+
+
+def _let_go(session: Session) -> None:
+    """Forget the denoiser, so that its memory is free before another one comes."""
+    if session.denoiser is not None:
+        session.adapter.remove()
+    session.denoiser, session.offload = None, None
+    gpu.free_memory()

@@ -1,0 +1,140 @@
+"""The plan that fits is found by measuring, and the run is as if nobody had measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests import projects
+from tests.test_loop import assert_same_weights, events
+from trainer import preset as presets
+from trainer import run as runs
+from trainer.errors import UserError
+from trainer.loop import run_training
+from trainer.memory import probe
+from trainer.memory.meter import GIB
+from trainer.memory.plan import Plan
+from trainer.run import Run
+from trainer.session import Session
+
+QUIET = ("sample.prompts=[]", "evaluate.every=0", "log.rank_every=0", "train.steps=3", "output.save_every=0",
+         "memory.quantize=none")
+CPU = torch.device("cpu")
+
+
+class Pretended:
+    """A meter that shows what it is told to, one plan after the other; None is a plan that runs out of memory."""
+
+    def __init__(self, limit: float, *peaks: float | None) -> None:
+        self.limit, self.peaks, self.asked = int(limit * GIB), list(peaks), 0
+
+    def restart(self) -> None:
+        self.asked += 1
+
+    def peak(self) -> int:
+        peak = self.peaks.pop(0)
+        if peak is None:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return int(peak * GIB)
+
+
+def train(preset_file: Path, workspace: Path, name: str, meter: Pretended | None, *overrides: str) -> Run:
+    preset = presets.load(preset_file, [*QUIET, *overrides])
+    run = runs.create(workspace, name, presets.dumps(preset))
+    run_training(run, preset, workspace, measured_by=lambda device, budget: meter)
+    return run
+
+
+def notes(run: Run) -> list[str]:
+    return [event["text"] for event in events(run, "note") if event["text"].startswith("Memory: ")]
+
+
+@pytest.mark.parametrize("chosen", [
+    ["adapter.method=stella", "adapter.dropout=0.3"], ["adapter.method=stiefel", "train.grad_accum=2"],
+    ["adapter.method=lora", "train.ema_decay=0.9", "adapter.init=pissa"],
+    ["adapter.method=lora", "train.optimizer=scaled_adamw", "adapter.dora=false"],
+], ids=lambda chosen: chosen[0].split("=")[1] + " " + chosen[1].split("=")[0])
+def test_a_run_is_to_the_bit_as_if_nobody_had_measured(tiny_project, tmp_path, chosen) -> None:
+    plain = train(tiny_project, tmp_path, "plain", None, *chosen)
+    meter = Pretended(8, 9, None, 7)
+    probed = train(tiny_project, tmp_path, "probed", meter, *chosen)
+    assert meter.asked == 3 and len(notes(probed)) == 1
+    for file in ("adapter.safetensors", "optimizer.safetensors"):
+        assert_same_weights(plain.checkpoint(3) / file, probed.checkpoint(3) / file)
+    assert [step["loss"] for step in events(plain, "step")] == [step["loss"] for step in events(probed, "step")]
+
+
+def test_the_first_plan_that_fits_is_taken_and_told_with_what_did_not(tiny_project, tmp_path) -> None:
+    run = train(tiny_project, tmp_path, "told", Pretended(8, None, 7.7, 5.5))
+    assert notes(run) == [
+        "Memory: 8.0 GiB. Chosen: unquantised, checkpointing, 5 of 16 blocks in system memory. Measured peak 5.5 GiB. "
+        "Did not fit: unquantised, no checkpointing (out of memory); unquantised, checkpointing (7.7 GiB)."]
+
+
+def test_a_plan_that_fits_at_once_needs_no_other(tiny_project, tmp_path) -> None:
+    run = train(tiny_project, tmp_path, "easy", Pretended(24, 3))
+    assert notes(run) == ["Memory: 24.0 GiB. Chosen: unquantised, no checkpointing. Measured peak 3.0 GiB."]
+
+
+def test_the_next_run_like_it_measures_no_more_unless_there_is_more_memory(tiny_project, tmp_path) -> None:
+    train(tiny_project, tmp_path, "first", Pretended(8, 9, 7))
+    for name, limit, peaks, asked in (("again", 8, [], 0), ("more", 16, [9], 1), ("less", 7, [9, 6.6], 2)):
+        meter = Pretended(limit, *peaks)
+        run = train(tiny_project, tmp_path, name, meter, "train.lr=1e-5")
+        assert meter.asked == asked and len(notes(run)) == 1
+    again = runs.open_run(tmp_path / "runs" / "again")
+    assert notes(again) == ["Memory: 8.0 GiB. Chosen: unquantised, checkpointing. As measured in an earlier run like "
+                            "this."]
+
+
+def test_a_resume_holds_the_model_as_before_and_measures_nothing(tiny_project, tmp_path) -> None:
+    whole = train(tiny_project, tmp_path, "whole", Pretended(8, 9, 7), "train.steps=4")
+    run = train(tiny_project, tmp_path, "broken", Pretended(8, 9, 7), "train.steps=2", "train.lr_scheduler=constant")
+    same = train(tiny_project, tmp_path, "same", Pretended(8, 9, 7), "train.steps=4", "train.lr_scheduler=constant")
+    preset = presets.load(run.preset, ["train.steps=4"])
+    meter = Pretended(100)
+    run_training(run, preset, tmp_path, measured_by=lambda device, budget: meter)
+    assert meter.asked == 0 and len(notes(run)) == 1 and whole.last_step() == 4
+    assert_same_weights(run.checkpoint(4) / "adapter.safetensors", same.checkpoint(4) / "adapter.safetensors")
+    assert projects_plan(run, tmp_path) == Plan(checkpointing="full")
+
+
+def projects_plan(run: Run, workspace: Path) -> Plan:
+    return projects.session(run.preset, workspace, name=run.name).plan
+
+
+def test_too_little_memory_for_every_plan_says_what_is_needed(tiny_project, tmp_path) -> None:
+    with pytest.raises(UserError) as caught:
+        train(tiny_project, tmp_path, "small", Pretended(1, 9, 8, 7, 6, 5))
+    assert str(caught.value) == (
+        "the GPU's memory is too small: this run may take 1.0 GiB of it, and even with unquantised, checkpointing, 15 "
+        "of 16 blocks in system memory it needs 5.0 GiB. Make data.resolution, train.batch_size or adapter.rank "
+        "smaller, choose a smaller model, or leave to auto what [memory] fixes")
+
+
+def test_measuring_takes_the_largest_pictures_with_the_longest_captions(tiny_project, tmp_path) -> None:
+    session = projects.session(tiny_project, tmp_path, "data.caption_dropout=0")
+    step = probe.largest_step(session)
+    sizes = {session.latents.sizes[draw.item] for draw in session.order.batch(step)}
+    assert sizes == {max(session.latents.sizes, key=lambda size: size[0] * size[1])}
+
+
+def test_a_fault_that_is_not_memory_is_not_taken_for_it(tiny_project, tmp_path) -> None:
+    session = projects.session(tiny_project, tmp_path)
+
+    def broken(plan: Plan) -> Session:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        probe.settle(broken, [Plan()], 1, Pretended(1), session.recorder)
+
+
+@pytest.mark.parametrize(("limit", "first"), [(100, "a"), (9.5, "a"), (8, "b"), (2, "c"), (0.5, "c")])
+def test_measuring_begins_at_the_first_plan_that_may_fit(limit: float, first: str) -> None:
+    plans = {"a": Plan(), "b": Plan(checkpointing="full"), "c": Plan("nf4", "full")}
+    need: Callable[[Plan], float] = dict(zip(plans.values(), (10, 5, 2))).__getitem__
+    tried = probe.first_to_try(list(plans.values()), need, limit)
+    assert tried == list(plans.values())["abc".index(first):]
