@@ -128,6 +128,7 @@ def _train_step(adapter: Adapter, optimizer: Optimizer, net: Net, x: Tensor, y: 
     adapter.refresh("raw", x.dtype)
     loss = (net(x) - y).square().mean()
     loss.backward()
+    adapter.begin_step()
     adapter.guard(loss)
     adapter.before_step()
     optimizer.step()

@@ -59,7 +59,7 @@ def test_an_adapter_over_a_quantised_layer_learns_what_it_would_over_its_matrix(
 
 def test_bf16_layers_compute_in_bf16_and_keep_fp32_masters():
     module = nn.Linear(12, 9, dtype=torch.bfloat16)
-    adapter = build([Target("q", module, "g")], method="stella", rank=2)
+    adapter = build([Target("q", module, "g")], method="stella", rank=2, init="random")
     adapter.install()
     adapter.refresh("raw", torch.bfloat16)
     module(torch.randn(3, 12, dtype=torch.bfloat16)).square().sum().backward()

@@ -50,7 +50,7 @@ def test_the_demo_trains_to_the_end(workspace: Path, method: str) -> None:
     rank = [event for event in events if event["kind"] == "rank"][-1]
     if method != "lora":
         assert rank["orth_error"] <= 2e-6
-        assert min(rank["erank"].values()) > 0.6 * rank["rank"]
+        assert min(rank["erank"].values()) > (0.6 if method == "stiefel" else 0.4) * rank["rank"]
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -155,7 +155,8 @@ def test_check_tells_what_would_be_continued_and_what_cannot(tiny_project, tmp_p
 
 # A rank that falls
 
-FALLING = ("adapter.method=stella", "adapter.diagonal=true", "adapter.rank_target=2", "train.steps=10")
+FALLING = ("adapter.method=stella", "adapter.diagonal=true", "adapter.rank_target=2", "train.steps=10",
+           "output.keep=10")
 
 
 def test_a_falling_rank_ends_at_its_target_and_survives_a_stop_to_the_bit(tiny_project, tmp_path) -> None:

@@ -38,8 +38,10 @@ def targets_of(net: nn.Module) -> list[Target]:
 
 
 def adapted(method: str, dtype: torch.dtype = torch.float32, **options: object) -> tuple[TinyNet, Adapter]:
+    """Three factors start away from zero here (`init`), so that every factor has a gradient at the first step."""
     net = TinyNet(dtype).to(options.get("device", "cpu"))
-    adapter = build(targets_of(net), method=method, dtype=dtype, **{"rank": 3, **options})
+    start = {"init": "random"} if method in ("stella", "trilora") else {}
+    adapter = build(targets_of(net), method=method, dtype=dtype, **{"rank": 3, **start, **options})
     adapter.install()
     return net, adapter
 
@@ -62,6 +64,7 @@ def train(net: nn.Module, adapter: Adapter, optimizer: torch.optim.Optimizer, st
 
 
 def take_step(adapter: Adapter, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+    adapter.begin_step()
     adapter.guard(loss, clip_grad_norm(adapter.parameters(), 1.0))
     adapter.before_step()
     optimizer.step()

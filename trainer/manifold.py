@@ -106,60 +106,37 @@ def _retracted(x: Tensor, delta: Tensor, retraction: str) -> Tensor:
     return torch.where(fine, y, x)
 
 
-def advance(starts: Stacks, updates: Stacks, step: Step, retraction: str, project: bool = True,
-            errors: Tensor | None = None) -> tuple[list[Tensor], list[Tensor]]:
+def advance(starts: Stacks, updates: Stacks, step: Step, retraction: str, project: bool = True, measure: bool = True,
+            taken: Tensor | None = None) -> tuple[list[Tensor], list[Tensor]]:
     """The whole way from X along D, stacks [L, dim, r] of any L and dim and one r.
 
     D is taken times `step` of its norm, shortened to the trust radius, projected onto the tangent space at X (unless
-    it lies there) and retracted: "polar", "exponential" or "qr". errors: X^T X - I of all matrices [sum of L, r, r],
-    where it is known. Returns the ends [L, dim, r] and where they are to be used [L, 1, 1]; elsewhere (non-finite, or
-    X far off the manifold) the matrix should stay. All r x r work runs as one batch, and nothing waits for the device.
+    it lies there) and retracted: "polar", "exponential" or "qr". measure: whether X^T X - I is measured and corrected;
+    else it is taken to be zero, which is true but for rounding, some 1e-8 a step. taken: a bool on the device; where
+    it is false everything stays. Returns the ends [L, dim, r] and where all was well [L, 1, 1]; elsewhere (X far off
+    the manifold, D not finite) the end is X, with its bits as long as D is finite. All r x r work runs as one batch,
+    and nothing waits for the device.
     """
     with exact_arithmetic(starts[0].device):
-        if errors is None:
-            errors = torch.cat([gram_error(x) for x in starts])
         along = torch.cat([gram(x, d) for x, d in zip(starts, updates)])  # L r r
         square = torch.cat([gram(d, d) for d in updates])
+        errors = torch.cat([gram_error(x) for x in starts]) if measure else None
         norm = _diagonal(square).sum(-1, dtype=torch.float64).sqrt()[:, None, None]
         scale = torch.minimum(step(norm), TRUST_RADIUS / norm)
         combine, fine = RETRACTIONS[retraction](errors, along, square, scale, project)
-        counts, rank = [len(x) for x in starts], along.shape[-1]
+        rank, counts = along.shape[-1], [len(x) for x in starts]
+        stay = torch.eye(2 * rank, rank, dtype=combine.dtype, device=combine.device)  # X I + D 0
+        combine = torch.where(fine if taken is None else fine & taken, combine, stay)
         ends = [(x @ part[:, :rank]).baddbmm_(d, part[:, rank:])
                 for x, d, part in zip(starts, updates, combine.split(counts))]
         return ends, list(fine.split(counts))
 
 
 def gram_error(x: Tensor) -> Tensor:
-    """X^T X - I, [L, dim, r] -> [L, r, r]: summed up in fp64, since the result is small beside what is summed."""
+    """X^T X - I, [L, dim, r] -> [L, r, r]: summed up in fp64, since it is small beside what is summed."""
     error = gram(x, x, torch.float64)
     _diagonal(error).sub_(1)
     return error.to(x.dtype)
-
-
-class Watch:
-    """X^T X - I of a part of the matrices at each step, of all of them in PERIOD steps; zero for the others.
-
-    A retraction rounds by some 1e-8, so that a matrix may well wait its turn; measuring all of them each time took as
-    long as the retraction. The first step takes all, for a start that is orthonormal in fewer digits. clock: the
-    number of steps taken, on the device, restored with the adapter; which part is measured follows from it alone.
-    """
-
-    PERIOD = 32
-
-    def __init__(self, stacks: Stacks, clock: Tensor) -> None:
-        self.stacks, self.clock = stacks, clock
-
-    def errors(self) -> Tensor:
-        """For `advance`: [sum of L, r, r]."""
-        captured = self.clock.is_cuda and torch.cuda.is_current_stream_capturing()  # where the clock cannot be read
-        measure = gram_error if not captured and self.clock == 0 else self._in_turn
-        with exact_arithmetic(self.clock.device):
-            return torch.cat([measure(x) for x in self.stacks])
-
-    def _in_turn(self, x: Tensor) -> Tensor:
-        size = -(-len(x) // self.PERIOD)
-        which = (self.clock.long() * size + torch.arange(size, device=x.device)) % len(x)
-        return x.new_zeros(len(x), x.shape[2], x.shape[2]).index_copy_(0, which, gram_error(x[which]))
 
 
 def orthonormalize(x: Tensor) -> Tensor:
@@ -191,25 +168,26 @@ def orthogonality_error(x: Tensor) -> Tensor:
 # A step is written as a small change of the identity, so that fp32 is enough for fp32 factors: with [X sD]^T [X sD] =
 # [[I + E, V], [V^T, N]] and S = sym(V), the projected end X + s D - X S has the Gram matrix I + F,
 # F = E + N - (S Q + Q^T S), Q = E + V - (S + E S) / 2, where no number near 1 is left to cancel.
-# The arguments are E, X^T D, D^T D and s.
+# The arguments are E (None for zero), X^T D, D^T D and s.
 
 
 def _diagonal(a: Tensor) -> Tensor:
     return a.diagonal(dim1=-2, dim2=-1)
 
 
-def _near_identity(e: Tensor, along: Tensor, square: Tensor, scale: Tensor, project: bool,
+def _near_identity(e: Tensor | None, along: Tensor, square: Tensor, scale: Tensor, project: bool,
                    normalize: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
     """Coefficients [(I - S)(I + W); s (I + W)] of [X D], W = normalize(F), and where F is small enough."""
-    rank, scale = e.shape[-1], scale.to(e.dtype)
-    v, f = along * scale, torch.addcmul(e, square, scale * scale)
+    rank, scale = along.shape[-1], scale.to(along.dtype)
+    v, f = along * scale, square * (scale * scale)
     s = sym(v)
     if project:
-        q = (e + v).sub_(s, alpha=0.5).baddbmm_(e, s, alpha=-0.5)
+        q = v.sub_(s, alpha=0.5) if e is None else (e + v).sub_(s, alpha=0.5).baddbmm_(e, s, alpha=-0.5)
         sq = s @ q
         f = f.sub_(sq).sub_(sq.mT)
     else:
         f = f.add_(s, alpha=2.0)
+    f = f if e is None else f.add_(e)
     w = normalize(f)
     combine = f.new_empty(len(f), 2 * rank, rank)
     combine[:, :rank] = torch.baddbmm(w - s, s, w, alpha=-1) if project else w
@@ -219,11 +197,11 @@ def _near_identity(e: Tensor, along: Tensor, square: Tensor, scale: Tensor, proj
     return combine, torch.linalg.matrix_norm(f, keepdim=True) < DOMAIN  # false for NaN as well
 
 
-def _polar(e: Tensor, along: Tensor, square: Tensor, scale: Tensor, project: bool) -> tuple[Tensor, Tensor]:
+def _polar(e: Tensor | None, along: Tensor, square: Tensor, scale: Tensor, project: bool) -> tuple[Tensor, Tensor]:
     return _near_identity(e, along, square, scale, project, _inverse_sqrt)
 
 
-def _qr(e: Tensor, along: Tensor, square: Tensor, scale: Tensor, project: bool) -> tuple[Tensor, Tensor]:
+def _qr(e: Tensor | None, along: Tensor, square: Tensor, scale: Tensor, project: bool) -> tuple[Tensor, Tensor]:
     return _near_identity(e, along, square, scale, project, _inverse_cholesky)
 
 
@@ -259,14 +237,16 @@ def _inverse_cholesky(f: Tensor) -> Tensor:
     return u
 
 
-def _exponential(e: Tensor, along: Tensor, square: Tensor, scale: Tensor, project: bool) -> tuple[Tensor, Tensor]:
+def _exponential(e: Tensor | None, along: Tensor, square: Tensor, scale: Tensor,
+                 project: bool) -> tuple[Tensor, Tensor]:
     """Coefficients of the geodesic's end in terms of [X D], normalised as the polar factor; in fp64 throughout."""
-    rank, v = e.shape[-1], along.double() * scale
+    rank, v = along.shape[-1], along.double() * scale
     eye = torch.eye(rank, dtype=v.dtype, device=v.device).expand_as(v)
     zero = torch.zeros_like(eye)
-    inner = torch.cat([torch.cat([e.double() + eye, v], -1), torch.cat([v.mT, square.double() * scale**2], -1)], -2)
+    first = eye if e is None else e.double() + eye
+    inner = torch.cat([torch.cat([first, v], -1), torch.cat([v.mT, square.double() * scale**2], -1)], -2)
     step = torch.cat([-sym(v) if project else zero, eye], dim=-2)  # [X sD] step = tangent
-    along = inner[:, :rank] @ step  # A = X^T tangent
+    dtype, along = along.dtype, inner[:, :rank] @ step  # A = X^T tangent
     normal = step - torch.cat([along, zero], dim=-2)  # [X sD] normal = N
     bend = -(normal.mT @ inner @ normal)
     turn = torch.cat([torch.cat([along, bend], dim=-1), torch.cat([eye, zero], dim=-1)], dim=-2)
@@ -275,7 +255,7 @@ def _exponential(e: Tensor, along: Tensor, square: Tensor, scale: Tensor, projec
     f = sym(combine.mT @ inner @ combine) - eye
     combine = torch.baddbmm(combine, combine, _inverse_sqrt(f))
     combine[:, rank:] *= scale
-    return combine.to(e.dtype), torch.linalg.matrix_norm(f, keepdim=True) < DOMAIN
+    return combine.to(dtype), torch.linalg.matrix_norm(f, keepdim=True) < DOMAIN
 
 
 def _matrix_exponential(a: Tensor, halvings: int = 3, order: int = 10) -> Tensor:

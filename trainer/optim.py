@@ -31,7 +31,7 @@ def build_optimizer(name: str, adapter: Adapter, *, lr: float, weight_decay: flo
     """
     _check(name, adapter, up_lr_ratio)
     if set(adapter.method.manifold) == {"up"} and name != "stiefel":
-        adapter.step_rule = ManifoldRule(adapter.on_manifold().values(), "qr", 0.0, adapter.updates)
+        adapter.step_rule = ManifoldRule(adapter.on_manifold().values(), "qr", 0.0)
     if name == "scaled_adamw":
         adapter.step_rule = PairPreconditioner(adapter.leaves, adapter.layout)
     groups = parameter_groups(adapter, lr, 0.0 if name == "stiefel" else weight_decay, up_lr_ratio)
@@ -163,13 +163,12 @@ class StiefelOptimizer(InPlaceState):
     def __init__(self, adapter: Adapter, groups: list[dict], weight_decay: float, momentum: float, cautious: bool,
                  gradient_weight: float | None) -> None:
         super().__init__(groups, {})
-        self.skip, self.rank = adapter.skip, adapter.layout.rank
+        self.adapter, self.skip, self.rank = adapter, adapter.skip, adapter.layout.rank
         self.decay, self.momentum = weight_decay, momentum
         self.cautious, self.gradient_weight = cautious, gradient_weight
         for leaf in adapter.parameters():
             self.state[leaf]["momentum"] = torch.zeros_like(leaf)
         self.on_manifold = list(adapter.on_manifold().values())
-        self.watch = manifold.Watch([leaf.detach() for leaf in self.on_manifold], adapter.updates)
         self.lengths = torch.cat([leaf.new_full((len(leaf), 1, 1), self.RMS * math.sqrt(leaf[0].numel()),
                                                 dtype=torch.float64) for leaf in self.on_manifold])
 
@@ -202,12 +201,9 @@ class StiefelOptimizer(InPlaceState):
         with manifold.exact_arithmetic(self.skip.device):
             updates = [torch.baddbmm(direction, leaf, manifold.sym(manifold.gram(leaf, direction)), beta=-1)
                        for leaf, direction in zip(leaves, directions)]
-        ends, fine = manifold.advance(
-            leaves, updates, lambda norm: self.lengths * group["lr"] / norm.clamp_min(1e-12), "qr", project=False,
-            errors=self.watch.errors())
-        taken = ~self.skip
-        for leaf, end, good in zip(leaves, ends, fine):
-            torch.where(good & taken, end, leaf, out=leaf)
+        ends, _ = manifold.advance(leaves, updates, lambda norm: self.lengths * group["lr"] / norm.clamp_min(1e-12),
+                                   "qr", project=False, measure=self.adapter.measures, taken=~self.skip)
+        torch._foreach_copy_(leaves, ends)
 
 
 # -- learning rate and clipping --------------------------------------------------------------------------------------

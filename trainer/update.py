@@ -15,8 +15,9 @@ EAGER_CALLS = 3  # before a graph is captured: libraries make their handles and 
 class Update:
     """Clip, guard, manifold, optimizer, manifold, average, zero the gradients: `norm = update(loss)`.
 
-    On a GPU the fourth call captures all of it in a CUDA graph, which every later call replays; bitsandbytes
-    optimizers stay eager. The learning rate is set before the call with `optim.set_lr`, which writes in place.
+    On a GPU the fourth call captures all of it in a CUDA graph, which later calls replay (a second one for steps at
+    which the adapter measures its factors); bitsandbytes optimizers stay eager. The learning rate is set before the
+    call with `optim.set_lr`, which writes in place.
     """
 
     def __init__(self, adapter: Adapter, optimizer: Optimizer, max_norm: float) -> None:
@@ -25,20 +26,23 @@ class Update:
         self.loss = torch.zeros((), device=device)
         self.norm = torch.zeros((), dtype=adapter.parameters()[0].dtype, device=device)
         self.capturable = device.type == "cuda" and getattr(optimizer, "capturable_step", True)
-        self.calls, self.graph = 0, None
+        self.calls = 0
+        self.graphs: dict[bool, torch.cuda.CUDAGraph] = {}  # by what `Adapter.begin_step` says
 
     def __call__(self, loss: Tensor) -> Tensor:
         """Take the step for gradients already accumulated; returns their norm, a buffer that the next call reuses."""
         self.loss.copy_(loss.detach())
         self.calls += 1
+        measures = self.adapter.begin_step()
         if not self.capturable or self.calls <= EAGER_CALLS:
             self._step()
             return self.norm
-        if self.graph is None:
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+        if measures not in self.graphs:
+            self.graphs[measures] = torch.cuda.CUDAGraph()
+            pool = self.graphs[not measures].pool() if (not measures) in self.graphs else None
+            with torch.cuda.graph(self.graphs[measures], pool=pool, capture_error_mode="thread_local"):
                 self._step()
-        self.graph.replay()
+        self.graphs[measures].replay()
         return self.norm
 
     def _step(self) -> None:

@@ -53,7 +53,7 @@ def build(targets: Sequence[Target], *, method: str, rank: int, init: str = "def
         factors = adapter.on_manifold().values()
         name = "polar" if retraction == "default" else retraction
         scale_dim = median_size(targets) if scale_dim is None else scale_dim
-        adapter.step_rule = ManifoldRule(factors, name, scale_dim, adapter.updates)
+        adapter.step_rule = ManifoldRule(factors, name, scale_dim)
     return adapter
 
 

@@ -15,6 +15,8 @@ from trainer.adapters.step_rule import StepRule
 from trainer.adapters.target import Target
 from trainer.manifold import orthonormalize
 
+MEASURE_EVERY = 32  # steps; rounding adds up to some 1e-7 in between
+
 
 class Adapter:
     """All adapted layers of a model as a handful of stacked leaves.
@@ -22,6 +24,7 @@ class Adapter:
     leaves: what optimizers, clipping and all-reduce see; their addresses and those of their `.grad` never change.
     One optimizer step, none of it waiting for the device:
 
+        adapter.begin_step()
         adapter.guard(loss, clip_grad_norm(adapter.parameters(), 1.0))
         adapter.before_step(); optimizer.step(); adapter.after_step(); adapter.ema_update(); adapter.zero_grad()
     """
@@ -39,6 +42,8 @@ class Adapter:
         self.found_inf = torch.zeros((), dtype=torch.float32, device=device)  # the same, as torch's optimizers read it
         self.skipped_in_a_row = torch.zeros((), dtype=torch.int64, device=device)
         self.updates = torch.zeros((), dtype=torch.float32, device=device)  # steps taken, for the average's warm-up
+        self.steps = torch.zeros((), dtype=torch.int64)  # steps begun, on the host
+        self.measures = True  # whether this step measures how far rounding has taken the factors off the manifold
         core = self.leaves.get("core")  # with a diagonal S: which singular values were cut, [layers, r]
         self.pruned = torch.zeros_like(core, dtype=torch.bool) if core is not None and core.ndim == 2 else None
         with torch.no_grad():
@@ -114,6 +119,15 @@ class Adapter:
     def zero_grad(self) -> None:
         torch._foreach_zero_([leaf.grad for leaf in self.leaves.values()])
 
+    def begin_step(self) -> bool:
+        """Count a step on the host; True if it measures and corrects what rounding did to the factors on the manifold.
+
+        One step in MEASURE_EVERY does, the first among them: measuring takes as long as the retraction itself.
+        """
+        self.measures = int(self.steps) % MEASURE_EVERY == 0
+        self.steps += 1
+        return self.measures
+
     @torch.no_grad()
     def guard(self, *numbers: Tensor) -> None:
         """Skip the coming step, on the device, unless all numbers (loss, gradient norm) are finite.
@@ -135,7 +149,7 @@ class Adapter:
     def after_step(self) -> None:
         """What the method asks after `optimizer.step()`."""
         if self.step_rule is not None:
-            self.step_rule.after(self.skip)
+            self.step_rule.after(self.skip, self.measures)
         if self.pruned is not None:
             self.leaves["core"].masked_fill_(self.pruned, 0.0)
 

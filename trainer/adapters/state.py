@@ -23,6 +23,7 @@ def gather(adapter: Adapter) -> dict[str, Tensor]:
     if adapter.pruned is not None:
         tensors["pruned"] = adapter.pruned
     tensors["updates"] = adapter.updates
+    tensors["steps"] = adapter.steps
     tensors["skipped_in_a_row"] = adapter.skipped_in_a_row
     tensors["layers"] = _names(adapter)
     return tensors

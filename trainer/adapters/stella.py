@@ -55,9 +55,9 @@ class StelLA:
         return {key: stacks[key] for key in self.layout.pair_shapes()}
 
     def start(self, leaves: Stacks, init: str, generator: torch.Generator) -> Stacks | None:
-        """default = random: S = I, so the start moves the base model, as published; zero: S = 0."""
+        """default = zero: S = 0, the base model; random: S = I, so that the start moves the base model, as published."""
         eye = torch.ones(self.layout.rank) if self.diagonal else torch.eye(self.layout.rank)
-        leaves["core"].copy_(torch.zeros_like(eye) if init == "zero" else eye)
+        leaves["core"].copy_(torch.zeros_like(eye) if init in ("default", "zero") else eye)
         if init.startswith("svd-"):
             self._start_from_svd(self.factors(leaves), minor=init == "svd-minor")
             return None

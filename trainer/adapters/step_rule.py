@@ -21,8 +21,9 @@ class StepRule(Protocol):
     def before(self) -> None:
         """Ahead of `optimizer.step()`, after clipping."""
 
-    def after(self, skip: Tensor) -> None:
-        """Behind it; where `skip`, a bool on the device, is set, parameters keep their bits."""
+    def after(self, skip: Tensor, measure: bool) -> None:
+        """Behind it; where `skip`, a bool on the device, is set, parameters keep their bits. measure: whether rounding
+        of the steps before is measured and corrected."""
 
 
 class ManifoldRule:
@@ -32,12 +33,11 @@ class ManifoldRule:
     leaves there is the update, with all its digits and without a copy of the factor. After: scale, project and
     retract the update.
     scale_dim d multiplies the update of a [dim, r] factor by sqrt(d / dim), so that columns of every size turn by
-    about lr * sqrt(d) a step; 0 leaves updates alone. clock: `Adapter.updates`.
+    about lr * sqrt(d) a step; 0 leaves updates alone.
     """
 
-    def __init__(self, leaves: Iterable[Tensor], retraction: str, scale_dim: float, clock: Tensor) -> None:
+    def __init__(self, leaves: Iterable[Tensor], retraction: str, scale_dim: float) -> None:
         self.leaves, self.retraction, self.scale_dim = list(leaves), retraction, scale_dim
-        self.watch = manifold.Watch([leaf.detach() for leaf in self.leaves], clock)
         self.updates = [torch.zeros_like(leaf, requires_grad=False) for leaf in self.leaves]
         for leaf, update in zip(self.leaves, self.updates):
             update.grad = leaf.grad
@@ -57,12 +57,10 @@ class ManifoldRule:
             manifold.riemannian_gradient_(leaf, leaf.grad)
 
     @torch.no_grad()
-    def after(self, skip: Tensor) -> None:
-        ends, fine = manifold.advance(self.leaves, self.updates, lambda norm: self.scales, self.retraction,
-                                      errors=self.watch.errors())
-        taken = ~skip
-        for leaf, end, good in zip(self.leaves, ends, fine):
-            torch.where(good & taken, end, leaf, out=leaf)
+    def after(self, skip: Tensor, measure: bool) -> None:
+        ends, _ = manifold.advance(self.leaves, self.updates, lambda norm: self.scales, self.retraction,
+                                   measure=measure, taken=~skip)
+        torch._foreach_copy_(self.leaves, ends)
         torch._foreach_zero_(self.updates)
 
 
@@ -92,7 +90,7 @@ class PairPreconditioner:
             for stack, piece in zip(stacks, pieces):
                 stack.grad.copy_(stack.grad @ piece)
 
-    def after(self, skip: Tensor) -> None:
+    def after(self, skip: Tensor, measure: bool) -> None:
         """Nothing: the factors are free."""
 
     def _inverse_grams(self, kind: str) -> Tensor:
