@@ -23,6 +23,7 @@ from trainer.export.stacked import together
 from trainer.families import hub
 from trainer.material import Material
 from trainer.metrics.features import find_weights
+from trainer.quantize.available import check_settings
 from trainer.record import clock
 from trainer.schema import Preset
 from trainer.session import LATENT_DTYPE, find_targets, open_base, pick_device, pick_dtype
@@ -59,6 +60,8 @@ def inspect(preset: Preset, workspace: Path) -> Report:
     layers = _collect(report, lambda: _adapter(preset, base, report)) if base else None
     device = _collect(report, lambda: pick_device(preset))
     _collect(report, lambda: find_weights(preset.evaluate.distance, preset.evaluate.inception_weights))
+    if device is not None:
+        _collect(report, lambda: check_settings(preset.memory.quantize, preset.memory.quantize_text_encoder, device))
     if base and layers and device is not None:
         _memory(memory(preset, base.params, layers, device), device, report)
     if material and device is not None:
@@ -114,6 +117,7 @@ def _data(preset: Preset, workspace: Path, report: Report) -> Material:
     report.warnings += [f"{skipped.file} will be skipped: {skipped.reason}" for skipped in material.skipped]
     report.facts["training images"] = len(material.train)
     report.facts["held-out images"] = len(material.held)
+    report.facts |= {"remarks": "; ".join(material.remarks)} if material.remarks else {}
     if without := sum(not item.caption for item in material.train):
         report.warnings.append(f"{without} of {len(material.train)} training images have no caption")
     if not material.held:
@@ -122,7 +126,7 @@ def _data(preset: Preset, workspace: Path, report: Report) -> Material:
     buckets = Counter(material.size(item) for item in material.train)
     report.facts["buckets"] = {f"{width}×{height}": count for (width, height), count in sorted(buckets.items())}
     cache = Cache(workspace / "cache")
-    store = material.latent_store(material.train, cache, "", LATENT_DTYPE, training=True)
+    store = material.latent_store(material.trained, cache, "", LATENT_DTYPE, training=True)
     order = material.order(store, preset.train.batch_size * preset.train.grad_accum)
     steps = preset.train.steps or (preset.train.epochs or 0) * order.steps_per_epoch
     report.facts["steps"] = steps

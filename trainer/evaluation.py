@@ -52,7 +52,7 @@ def validate(session: Session, step: int) -> float | None:
 
 
 def _losses_at(session: Session, chosen: Sequence[int], timestep: float, quantile: int) -> Tensor:
-    """The loss of each held-out image at one timestep, without weights."""
+    """The loss of each held-out image at one timestep, weighted by its mask as in training and by nothing else."""
     store, batch = session.held_latents, session.preset.train.batch_size
     losses = torch.zeros(len(store.items))
     by_size = groupby(sorted(chosen, key=lambda i: (store.sizes[i], i)), key=lambda i: store.sizes[i])
@@ -70,7 +70,8 @@ def _losses_at(session: Session, chosen: Sequence[int], timestep: float, quantil
             conditioning = session.conditioning(texts) | {"framing": framing(store, draws).to(session.device)}
             prediction = session.predict(latents, noise, timesteps, conditioning)
             target = session.objective.target(latents, noise, timesteps)
-            loss = per_sample_loss(prediction, target, kind="mse", delta=1.0)
+            loss = per_sample_loss(prediction, target, kind="mse", delta=1.0,
+                                   weights=session.pixel_weights(session.held_masks, draws))
             losses[part] = loss.float().cpu()
     return losses[list(chosen)]
 
@@ -129,7 +130,7 @@ def measure_distance(session: Session, step: int) -> None:
     texts = [session.material.held_caption(held[i % len(held)]) for i in range(evaluate.generate)]
     seeds = [stream(session.preset.train.seed, i, "distance") & 0xFFFFFFFF for i in range(len(texts))]
     reference = _features_of_files(session, extractor, held)
-    training = _features_of_files(session, extractor, _items(session.latents))
+    training = _features_of_files(session, extractor, [item for item in _items(session.latents) if not item.prior])
     base = _base_features(session, extractor, texts, seeds)
     pictures = generate(session, texts, seeds, session.shown_weights, "generating images for KID and FID")
     result = distances.measure(reference, _features(extractor, pictures), training, extractor=extractor)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,21 +23,43 @@ Progress = Callable[[int, int], None]
 
 
 class Material:
-    """The images of a run (`train`, and `held` out) and the prompts for them; nothing is encoded yet."""
+    """The images of a run (`train`, `prior` for regularisation, and `held` out) and the prompts for them.
+
+    Nothing is encoded yet.  `remarks` are what a person should know of the data set.
+    """
 
     def __init__(self, preset: Preset, bucket_step: int, progress: Progress | None = None) -> None:
-        self.preset = preset
-        folders = [preset.data.folder] if isinstance(preset.data.folder, str) else preset.data.folder
-        found = dataset.scan([Path(folder) for folder in folders], repeats=preset.data.repeats, progress=progress)
+        self.preset, data = preset, preset.data
+        scan = partial(dataset.scan, masks=data.masks, progress=progress)
+        found = scan(_paths(data.folder), repeats=data.repeats)
         self.skipped = list(found.skipped)
-        self.train, self.held = list(found.items), []
+        self.train, self.held, self.prior = list(found.items), [], []
+        if data.regularisation:
+            prior = scan(_paths(data.regularisation), setting="data.regularisation")
+            self.prior = [replace(item, prior=True) for item in prior.items]
+            self.skipped += prior.skipped
+        self.remarks = self._remarks(found.excluded)
         if preset.evaluate.folder:
-            held = dataset.scan([Path(preset.evaluate.folder)], setting="evaluate.folder", progress=progress)
+            held = scan([Path(preset.evaluate.folder)], setting="evaluate.folder")
             self.held, self.skipped = list(held.items), self.skipped + list(held.skipped)
         elif preset.evaluate.holdout > 0:
             train, kept = dataset.split(self.train, preset.evaluate.holdout, preset.train.seed)
             self.train, self.held = list(train), list(kept)
         self.bucket_step = bucket_step
+
+    def _remarks(self, excluded: int) -> list[str]:
+        masked = sum(item.mask is not None for item in self.train)
+        remarks = [f"{excluded} images are excluded in the data set, and not trained on"] if excluded else []
+        remarks += [f"{masked} of {len(self.train)} images have a mask: outside of it the loss weighs "
+                    f"{self.preset.data.mask_background:g}"] if masked else []
+        remarks += [f"{len(self.prior)} regularisation images make up about "
+                    f"{self.preset.data.regularisation_share:.0%} of the samples"] if self.prior else []
+        return remarks
+
+    @property
+    def trained(self) -> list[Item]:
+        """Every image that steps are made of, regularisation behind the others."""
+        return self.train + self.prior
 
     def skip(self, file: str, reason: str) -> None:
         """An image that turned out to be unreadable."""
@@ -43,7 +67,8 @@ class Material:
 
     def fingerprint(self) -> str:
         """Changes when an image or a caption does: a resume then says so."""
-        facts = "\n".join(f"{item.sha256} {item.repeats} {item.caption}" for item in self.train)
+        facts = "\n".join(f"{item.sha256} {item.repeats} {item.caption}" + (" prior" if item.prior else "")
+                          + (f" {item.mask.sha256}" if item.mask else "") for item in self.trained)
         return hashlib.sha256(facts.encode()).hexdigest()[:16]
 
     def size(self, item: Item) -> tuple[int, int]:
@@ -52,9 +77,13 @@ class Material:
         return buckets.size_for(item.width, item.height, data.resolution, buckets=data.buckets, step=self.bucket_step)
 
     def train_captions(self, item: Item) -> list[str]:
-        """The captions an image is trained with: one, or several orders of its tags."""
+        """The captions an image is trained with: one, or several orders of its tags.
+
+        Regularisation images get no trigger word: they show what it does not mean.
+        """
         data = self.preset.data
-        return captions.variants(item.caption, trigger=data.trigger, shuffle_tags=data.shuffle_tags,
+        trigger = "" if item.prior else data.trigger
+        return captions.variants(item.caption, trigger=trigger, shuffle_tags=data.shuffle_tags,
                                  keep_tags=data.keep_tags, count=data.caption_variants if data.shuffle_tags else 1,
                                  seed=self.preset.train.seed)
 
@@ -79,14 +108,25 @@ class Material:
         return Order(store.sizes, store.repeats(), global_batch=global_batch,
                      seed=self.preset.train.seed, crop_variants=data.crop_variants if data.crop == "random" else 1,
                      flip=data.flip, caption_variants=data.caption_variants if data.shuffle_tags else 1,
-                     caption_dropout=data.caption_dropout)
+                     caption_dropout=data.caption_dropout, prior=[item.prior for item in store.items],
+                     prior_share=data.regularisation_share)
+
+    def loss_weights(self, store: LatentStore, draws: Sequence[Draw]) -> list[float] | None:
+        """The weight of each sample's loss; None when all are alike."""
+        weight = self.preset.data.regularisation_weight
+        weights = [weight if store.items[draw.item].prior else 1.0 for draw in draws]
+        return weights if set(weights) != {1.0} else None
 
     def prompts(self) -> list[str]:
         """Every text that the run will need: all captions, sample prompts, the negative and the empty one."""
-        texts = [text for item in self.train for text in self.train_captions(item)]
+        texts = [text for item in self.trained for text in self.train_captions(item)]
         texts += [self.held_caption(item) for item in self.held]
         texts += [*self.preset.sample.prompts, self.preset.sample.negative, ""]
         return list(dict.fromkeys(texts))
+
+
+def _paths(folders: str | Sequence[str]) -> list[Path]:
+    return [Path(folder) for folder in ([folders] if isinstance(folders, str) else folders)]
 
 
 def plain_draw(item: int) -> Draw:

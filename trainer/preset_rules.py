@@ -73,6 +73,11 @@ def _no_effect(sections: Mapping[str, Any]) -> list[Problem]:
         idle.append(("data.crop_variants", "with data.crop = 'center'"))
     if data is not None and not data.shuffle_tags:
         idle.append(("data.caption_variants", "without data.shuffle_tags"))
+    if data is not None and data.masks == "off":
+        idle.append(("data.mask_background", "with data.masks = 'off'"))
+    if data is not None and not data.regularisation:
+        idle += [("data.regularisation_share", "without data.regularisation"),
+                 ("data.regularisation_weight", "without data.regularisation")]
     if train is not None and train.loss == "mse":
         idle.append(("train.huber_delta", "with train.loss = 'mse'"))
     if adapter is not None:

@@ -64,7 +64,7 @@ def _dataset(session: Session) -> metadata.Dataset:
     tags: dict[str, Counter[str]] = {}
     images: Counter[str] = Counter()
     repeats: dict[str, int] = {}
-    readable = session.latents.readable()
+    readable = [i for i in session.latents.readable() if not session.latents.items[i].prior]
     for item in (session.latents.items[i] for i in readable):
         folder = item.path.parent.name
         tags.setdefault(folder, Counter()).update(captions.split_tags(item.caption))

@@ -99,6 +99,19 @@ class Data(Section):
                              advanced=True, ge=0, le=100)
     caption_variants: int = setting(8, "How many shuffled orders of each caption are cached.", advanced=True,
                                   ge=1, le=256)
+    masks: Literal["off", "file", "alpha", "auto"] = setting(
+        "file", "Masks, white where to learn. file: NAME-masklabel.png beside the image NAME, where there is one. "
+        "alpha: the image's own transparency. auto: the file, else the alpha.", advanced=True)
+    mask_background: float = setting(
+        0.1, "Weight of the loss outside of a mask, against 1 inside. Each image counts as much as any other, however "
+        "small its mask.", advanced=True, ge=0.0, le=1.0)
+    regularisation: str | Annotated[list[Name], Field(min_length=1)] = setting(
+        "", "Folder (or folders) with images of the kind that should stay as it is, such as other people for a person. "
+        "They are trained on without the trigger word.", path=True, advanced=True)
+    regularisation_share: Annotated[float, Field(gt=0.0, le=0.9)] = setting(
+        0.5, "Share of an epoch's samples that are regularisation images; they take turns.", advanced=True)
+    regularisation_weight: float = setting(1.0, "Weight of their loss, against 1 for the other images.", advanced=True,
+                                           gt=0.0, le=10.0)
 
 
 class Adapter(Section):

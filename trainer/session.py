@@ -18,6 +18,7 @@ from trainer.adapters.stella import rank_budget
 from trainer.adapters.target import Target, matching
 from trainer.checkpoint import Progress
 from trainer.data.cache import Cache
+from trainer.data.mask_store import MaskStore
 from trainer.data.order import Draw, Order, share
 from trainer.data.store import LatentStore, TextStore
 from trainer.export import reader
@@ -27,7 +28,7 @@ from trainer.material import Material, framing, noise_seeds, to_device
 from trainer.memory.blocks import repeated_blocks
 from trainer.memory.offload import Offload
 from trainer.memory.plan import Plan
-from trainer.objective import Objective, per_sample_loss
+from trainer.objective import Objective, per_sample_loss, pixel_weights
 from trainer.record import Recorder
 from trainer.run import Run
 from trainer.schema import FAMILY_MODEL, FLOW_FAMILIES, Preset
@@ -65,6 +66,8 @@ class Session:
     captions: list[list[str]]
     latents: LatentStore
     held_latents: LatentStore
+    masks: MaskStore
+    held_masks: MaskStore
     texts: TextStore | None
     text_encoder: Any
     objective: Objective | FlowObjective
@@ -92,7 +95,10 @@ class Session:
         conditioning = self.conditioning(texts) | {"framing": framing(self.latents, draws).to(self.device)}
         prediction = self.predict(latents, noise, timesteps, conditioning)
         target = self.objective.target(latents, noise, timesteps)
-        loss = per_sample_loss(prediction, target, kind=train.loss, delta=train.huber_delta)  # b
+        loss = per_sample_loss(prediction, target, kind=train.loss, delta=train.huber_delta,
+                               weights=self.pixel_weights(self.masks, draws))  # b
+        if weights := self.material.loss_weights(self.latents, draws):
+            loss = loss * torch.tensor(weights, device=self.device)
         return (loss * self.objective.loss_weight(timesteps, train.snr_gamma)).mean()
 
     def gradients(self, draws: Sequence[Draw], rounds: int | None = None) -> Tensor:
@@ -107,6 +113,11 @@ class Session:
             self.backward(micro)
             loss += micro.detach()
         return loss
+
+    def pixel_weights(self, masks: MaskStore, draws: Sequence[Draw]) -> Tensor | None:
+        """Weights of the loss at each place, b 1 h w; None when no image of the batch has a mask."""
+        covered = masks.masks(draws, self.device)
+        return None if covered is None else pixel_weights(covered, self.preset.data.mask_background)
 
     def backward(self, loss: Tensor) -> None:
         """Gradients of a micro-batch, added to the bank's; fp16 activations' are scaled out of the underflow."""

@@ -16,6 +16,7 @@ from trainer import checkpoint, families, gpu, optim
 from trainer.adapters.target import part_rows
 from trainer.checkpoint import Progress
 from trainer.data.cache import Cache
+from trainer.data.mask_store import MaskStore
 from trainer.data.store import LatentStore, TextStore
 from trainer.errors import UserError
 from trainer.export import reader
@@ -29,6 +30,7 @@ from trainer.memory.plan import WORDS, Plan, text_rungs
 from trainer.memory.probe import FULL
 from trainer.memory.weights import bytes_of
 from trainer.metrics.features import find_weights
+from trainer.quantize.available import check_settings
 from trainer.record import Recorder
 from trainer.run import Run
 from trainer.schema import Preset
@@ -60,6 +62,7 @@ def set_up(run: Run, preset: Preset, device: torch.device, workspace: Path, reco
     for note in base.notes:
         recorder.note(0, note)
     find_weights(preset.evaluate.distance, preset.evaluate.inception_weights)  # now, not after hours of training
+    check_settings(preset.memory.quantize, preset.memory.quantize_text_encoder, device)
     cache = Cache(workspace / "cache")
     cache.remove_remains()
     material = Material(preset, family.bucket_step(preset.data.resolution), lambda done, of: (
@@ -68,6 +71,11 @@ def set_up(run: Run, preset: Preset, device: torch.device, workspace: Path, reco
     texts, text_encoder, quantize = _prepare_text(preset, family, base, material, cache, device, dtype, recorder, guard,
                                                   _text_modes(preset, family, base, saved, meter))
     latents, held = _prepare_latents(family, base, material, cache, device, recorder, guard)
+    masks, held_masks = MaskStore(latents), MaskStore(held)
+    for store in (masks, held_masks):
+        store.fill(lambda done, of: recorder.phase("caching masks", done, of), guard)
+    for remark in material.remarks:
+        recorder.note(run.last_step(), remark)
     for skipped in material.skipped:
         recorder.event("skipped", file=str(skipped.file), reason=skipped.reason)
         recorder.say(f"skipped {skipped.file}: {skipped.reason}")
@@ -77,7 +85,7 @@ def set_up(run: Run, preset: Preset, device: torch.device, workspace: Path, reco
     around = partial(
         Session, run=run, preset=preset, recorder=recorder, guard=guard, device=device, dtype=dtype, family=family,
         base=base, cache=cache, material=material, captions=[material.train_captions(item) for item in latents.items],
-        latents=latents, held_latents=held, texts=texts, text_encoder=text_encoder,
+        latents=latents, held_latents=held, masks=masks, held_masks=held_masks, texts=texts, text_encoder=text_encoder,
         objective=find_objective(preset, base).to(device), order=order, steps=steps, progress=Progress(),
         schedule=optim.build_schedule(preset.train.lr_scheduler, steps, preset.train.warmup_steps),
         text_quantize=quantize, limit=meter.limit if meter else 0)
@@ -138,7 +146,7 @@ def _prepare_text(preset: Preset, family: ModuleType, base: Any, material: Mater
 
 def _prepare_latents(family: ModuleType, base: Any, material: Material, cache: Cache, device: torch.device,
                      recorder: Recorder, guard: Guard) -> tuple[LatentStore, LatentStore]:
-    stores = (material.latent_store(material.train, cache, base.vae_id, LATENT_DTYPE, training=True),
+    stores = (material.latent_store(material.trained, cache, base.vae_id, LATENT_DTYPE, training=True),
               material.latent_store(material.held, cache, base.vae_id, LATENT_DTYPE, training=False))
     if any(store.missing() for store in stores):
         recorder.phase("loading the VAE")

@@ -8,6 +8,13 @@ from trainer.errors import UserError
 from trainer.quantize.model import quantised_linear
 
 
+def check_settings(quantize: str, quantize_text_encoder: str, device: torch.device) -> None:
+    """Raise UserError for a mode that the preset asks for itself and the device cannot hold."""
+    for setting, mode in (("quantize", quantize), ("quantize_text_encoder", quantize_text_encoder)):
+        if mode != "auto":
+            check(mode, device, f"memory.{setting}")
+
+
 def check(mode: str, device: torch.device, setting: str = "memory.quantize") -> None:
     """Raise UserError, naming the setting, unless weights of this mode can be made and read on the device."""
     if mode == "none" or device.type == "meta":
