@@ -10,13 +10,15 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 
-from tests import projects
+from tests import models, models_flux, models_sdxl, projects
 from trainer import preset as presets
 from trainer import run as runs
 from trainer.events import EventReader
 from trainer.loop import run_training
 from trainer.run import Run
 
+MAKERS = {"sd15": models.sd15_folder, "sdxl": models_sdxl.folder, "flux1": models_flux.flux1_folder,
+          "flux2": models_flux.klein_folder}  # of a folder of each family's tiny base
 METHODS = ["lora", "stiefel", "stella", "trilora"]
 SMALL = ["train.steps=4", "output.save_every=2", "output.dtype=fp32", "sample.before=false", "data.resolution=64",
          "train.batch_size=1", "evaluate.images=1", "train.lr=1e-2"]

@@ -9,7 +9,7 @@ import torch
 
 from trainer.errors import UserError
 from trainer.quantize import kernels
-from trainer.quantize.available import check
+from trainer.quantize.available import check, check_settings
 from trainer.quantize.model import MODES
 
 CPU = torch.device("cpu")
@@ -43,3 +43,20 @@ def test_missing_kernels_name_the_setting_and_the_device(monkeypatch):
                                         r"for this device \(cpu: Method 'cquantize' not available in CPU-only version "
                                         r"of bitsandbytes\.\).*'fp8' or 'none'$"):
         check("nf4", CPU, "memory.quantize_text_encoder")
+
+
+def test_settings_left_to_auto_are_not_asked_about(monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    check_settings("auto", "none", CPU)
+    with pytest.raises(UserError, match="memory.quantize_text_encoder = 'int8' needs the package bitsandbytes"):
+        check_settings("fp8", "int8", CPU)
+
+
+def test_a_check_and_a_run_say_so_before_anything_is_loaded(tiny_project, trainer, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    arguments = ("--preset", tiny_project, "--workspace", tmp_path, "--set", "memory.quantize=nf4")
+    for more in ((), ("--check",)):
+        outcome = trainer(*arguments, *more)
+        assert outcome.code == 1
+        assert "memory.quantize = 'nf4' needs the package bitsandbytes" in outcome.out + outcome.err
+        assert not list(tmp_path.glob("cache/*/*"))

@@ -154,8 +154,13 @@ def load_text_model(part: Part, device: torch.device | str, dtype: torch.dtype,
         model = kind(CLIPTextConfig.from_dict(part.config))
     tensors = mapped_tensors(part)
     tensors = open_clip.renamed(tensors) if part.layout == "open_clip" else tensors
-    by_canonical_name = {canonical(name): tensor for name, tensor in tensors.items()}
-    weights = {
-        name: by_canonical_name[canonical(name)] for name in model.state_dict() if canonical(name) in by_canonical_name
-    }
+    paths = {_module(canonical(name)): _module(name) for name in model.state_dict()}
+    weights = {}
+    for name, tensor in tensors.items():  # scales of fp8 weights go along
+        path, ending = _module(canonical(name)), name.rpartition(".")[2]
+        weights[f"{paths.get(path, path)}.{ending}"] = tensor
     return fill(model, weights, device, dtype, part.source, quantize)
+
+
+def _module(name: str) -> str:
+    return name.rpartition(".")[0]

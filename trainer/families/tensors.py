@@ -16,6 +16,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from trainer.errors import UserError
+from trainer.quantize.available import check
 from trainer.quantize.model import linears_in_blocks, quantised_linear
 
 _PICKLES = {".ckpt", ".pt", ".pth", ".bin", ".pkl"}
@@ -172,10 +173,12 @@ def fill(
 
     quantize: "none", or a mode (`trainer.quantize`) that the linears of the module's blocks are turned to, each on
     `device` as soon as it is there. The weights are copied, so that a file replaced during a run changes nothing.
-    Raises UserError naming `source` when a weight is missing or has another shape.
+    Raises UserError naming `source` when a weight is missing or has another shape, and for a mode that the device
+    cannot hold.
     """
     expected = module.state_dict()
-    _check(expected, weights, source)
+    _check_shapes(expected, weights, source)
+    check(quantize, torch.device(device))
     linears = {} if quantize == "none" else linears_in_blocks(module)
     plain = [name for name in expected if name.removesuffix(".weight") not in linears]
     state = {name: _moved(weights[name], device, dtype, _scale(weights, name)) for name in plain}
@@ -187,7 +190,7 @@ def fill(
     return module.requires_grad_(False).eval()
 
 
-def _check(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor], source: Path) -> None:
+def _check_shapes(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor], source: Path) -> None:
     missing = [name for name in expected if name not in weights]
     if missing:
         raise UserError(
