@@ -24,7 +24,6 @@ from trainer.families import hub
 from trainer.material import Material
 from trainer.metrics.features import find_weights
 from trainer.quantize.available import check_settings
-from trainer.quantize.available import check_settings
 from trainer.record import clock
 from trainer.schema import Preset
 from trainer.session import LATENT_DTYPE, find_targets, open_base, pick_device, pick_dtype
@@ -61,8 +60,6 @@ def inspect(preset: Preset, workspace: Path) -> Report:
     layers = _collect(report, lambda: _adapter(preset, base, report)) if base else None
     device = _collect(report, lambda: pick_device(preset))
     _collect(report, lambda: find_weights(preset.evaluate.distance, preset.evaluate.inception_weights))
-    if device is not None:
-        _collect(report, lambda: check_settings(preset.memory.quantize, preset.memory.quantize_text_encoder, device))
     if device is not None:
         _collect(report, lambda: check_settings(preset.memory.quantize, preset.memory.quantize_text_encoder, device))
     if base and layers and device is not None:
