@@ -7,7 +7,8 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 
-from trainer.flow import EulerSolver, FlowObjective, empirical_shift, resolution_shift, shift_sigmas
+from trainer.flow import EulerSolver, FlowObjective
+from trainer.shifts import empirical_shift, resolution_shift, shift_sigmas
 
 FLUX1, FLUX2 = FlowObjective("embedded", "linear", patch=2), FlowObjective("classifier_free", "empirical", patch=1)
 

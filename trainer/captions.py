@@ -85,6 +85,12 @@ def join_tags(tags: Iterable[str]) -> str:
     return ", ".join(tags)
 
 
+def has_words(text: str, words: str) -> bool:
+    """Whether a caption has these words as whole ones ("cat" is not in "cathedral"), whatever their case: to CLIP
+    it does not count."""
+    return bool(re.search(rf"(?<!\w){re.escape(words)}(?!\w)", text, re.IGNORECASE))
+
+
 def training_caption(text: str, *, trigger: str, shuffle_tags: bool, keep_tags: int,
                      rng: random.Random) -> str:
     """What a step trains on: the trigger word in front unless the text has it, and the tags shuffled.
@@ -136,7 +142,6 @@ def _line_end(data: bytes) -> bytes:
 
 
 def _with_trigger(text: str, trigger: str) -> str:
-    """Whole words only ("cat" is not in "cathedral"); case does not count, as to CLIP it does not."""
-    if not trigger or re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", text, re.IGNORECASE):
+    if not trigger or has_words(text, trigger):
         return text
     return join_tags([trigger, text] if text else [trigger])

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import regex
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+from trainer import captions
 from trainer.errors import UserError
 
 PATIENCE = 2.0  # seconds for one regular expression over all captions
@@ -176,7 +177,8 @@ class Trigger(_Operation):
         def edit(text: str) -> Edited:
             new, hits = text, 0
             if self.old.strip():
-                new, hits = _words(self.old.strip()).subn(lambda match: word, text)
+                former = re.compile(rf"(?<!\w){re.escape(self.old.strip())}(?!\w)", re.IGNORECASE)
+                new, hits = former.subn(lambda match: word, text)
                 new = _without_repeats(new, word).text if hits else new
             lead, body, tail = _parts(new)
             if not _has_words(body, word):
@@ -295,12 +297,7 @@ def _parts(text: str) -> tuple[str, str, str]:
 
 
 def _has_words(text: str, words: str) -> bool:
-    return bool(_words(words.strip()).search(text)) if words.strip() else False
-
-
-def _words(words: str) -> re.Pattern[str]:
-    """Whole words only, as the trigger word is looked for in training."""
-    return re.compile(rf"(?<!\w){re.escape(words)}(?!\w)", re.IGNORECASE)
+    return bool(words.strip()) and captions.has_words(text, words.strip())
 
 
 def _same(tag: str, other: str, case: bool) -> bool:
