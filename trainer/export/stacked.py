@@ -55,7 +55,7 @@ def fuse(parts: Sequence[Module | None], rows: Sequence[int], even: bool = False
 
     Parts that share `down` keep their rank; others are put side by side, `up` block by block, R being the sum of
     their ranks. even: then a missing part (None) gets a block of zeros too, so that R is parts x rank, by which
-    diffusers knows how to take them apart. There is no magnitude: DoRA's norms are of whole columns.
+    diffusers (and `unfuse`) know how to take them apart. There is no magnitude: DoRA's norms are of whole columns.
     """
     there = [part for part in parts if part is not None]
     first = there[0][1]

@@ -162,7 +162,7 @@ def _keyed(modules: Mapping[str, Parts], family: str, form: Format, path: Path) 
             rows = [width if part is None else len(part[0]) for part in parts]
             if len(parts) == 4 and parts[3] is None:
                 rows[3] = FLUX1_MLP * width
-            up, down, _ = fuse(parts, rows, even=form.name == "F5")
+            up, down, _ = fuse(parts, rows, even=True)
         keyed[place.key] = (swap_halves(up) if place.swapped else up), down, magnitude
     return keyed
 
