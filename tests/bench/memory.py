@@ -1,7 +1,8 @@
 """Peak memory and step time of true-size models with random weights: `python -m tests.bench.memory --all`.
 
 Each case is a process of its own that takes the trainer's real steps; its row is written as soon as it is done.
-`--case NAME` runs one here, `--list` names them, `--table FILE…` puts rows together, `--tiny` rehearses on a CPU.
+`--case NAME` runs one here, `--list` names them, `--tiny` rehearses on a CPU. `--table FILE…` puts rows together, with
+what the trainer's estimate says of each; it needs no GPU.
 """
 
 from __future__ import annotations
@@ -29,8 +30,9 @@ import torch
 from tests.bench import peer, true_size
 from tests.bench.true_size import SIZES, Size
 from trainer.memory.blocks import repeated_blocks
-from trainer.memory.offload import Offload
-from trainer.session import Session
+from trainer.memory.estimate import Estimator
+from trainer.memory.plan import Plan
+from trainer.session import hold
 from trainer.update import Update
 
 GIB = 2**30
@@ -99,11 +101,9 @@ def measure(case: Case, options: argparse.Namespace) -> dict[str, Any]:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     losses, seconds = run_steps(step, device, options.warm, options.steps)
-    row |= {"peak": peak(device), "reserved": reserved(device), "sec": statistics.median(seconds), "secs": seconds,
-            "loss": losses[-1], "finite": all(math.isfinite(loss) for loss in losses),
-            "host_rss": psutil.Process().memory_info().rss}
-    predicted = facts.get("predicted")
-    return row | ({"ratio": predicted / row["peak"]} if predicted and row["peak"] else {})
+    return row | {"peak": peak(device), "reserved": reserved(device), "sec": statistics.median(seconds),
+                  "secs": seconds, "loss": losses[-1], "finite": all(map(math.isfinite, losses)),
+                  "host_rss": psutil.Process().memory_info().rss}
 
 
 Step = Callable[[int], torch.Tensor]  # number -> loss
@@ -111,33 +111,28 @@ Step = Callable[[int], torch.Tensor]  # number -> loss
 
 def our_step(case: Case, size: Size, device: torch.device, dtype: torch.dtype, method: str) -> tuple[Step, dict]:
     """The trainer's own step."""
-    count, chosen = 0, true_size.preset_of(size, method, RANK, {
-        "quantize": case.quantize, "gradient_checkpointing": "none" if case.mode == "plain" else "full"})
+    chosen = true_size.preset_of(size, method, RANK)
     denoiser = true_size.denoiser_of(size, case.quantize, device, dtype)
     blocks = repeated_blocks(denoiser)
+    plan = plan_of(case, len(blocks))
     session = true_size.session_of(size, chosen, denoiser, device, dtype)
-    session.family.set_gradient_checkpointing(denoiser, case.mode != "plain")
-    if case.mode == "offload":
-        count = len(blocks) - 1
-        denoiser.offload = Offload(blocks, count, device)
-        gc.collect()
+    session.offload = hold(session.family, denoiser, plan, device)
+    gc.collect()
     update = Update(session.adapter, session.optimizer, chosen.train.max_grad_norm)
 
     def step(number: int) -> torch.Tensor:
-        return take_step(session, update, true_size.draws(size, number))
+        loss = session.gradients(true_size.draws(size, number))
+        update(loss)
+        return loss
 
-    return step, {"blocks": len(blocks), "offloaded": count,
+    return step, {"blocks": len(blocks), "offloaded": plan.offload_blocks,
                   "trained": sum(leaf.numel() for leaf in session.adapter.parameters()),
-                  "host_bytes": denoiser.offload.host_bytes if count else 0}
+                  "host_bytes": session.offload.host_bytes if session.offload else 0}
 
 
-def take_step(session: Session, update: Update, draws: list) -> torch.Tensor:
-    """What `loop.train` does for a step."""
-    session.use("raw")
-    loss = session.loss(draws)
-    session.backward(loss)
-    update(loss)
-    return loss.detach()
+def plan_of(case: Case, blocks: int) -> Plan:
+    """How a case holds its model: offloaded, all blocks but one are."""
+    return Plan(case.quantize, "none" if case.mode == "plain" else "full", blocks - 1 if case.mode == "offload" else 0)
 
 
 def peer_step(case: Case, size: Size, device: torch.device, dtype: torch.dtype, method: str) -> tuple[Step, dict]:
@@ -227,15 +222,33 @@ def run_all(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 # Showing.
 
 
-def line(row: dict[str, Any]) -> str:
+def line(row: dict[str, Any], predicted: int | None = None) -> str:
     """A row of the table."""
     if "error" in row:
         return f"| {row['name']} | {row['error']} |"
     target = TARGETS.get(row["name"])
     told = [f"{row['peak'] / GIB:.2f}" + (f" (≤ {target:g})" if target else ""), f"{row['reserved'] / GIB:.2f}",
             f"{row['build_peak'] / GIB:.2f}", f"{row['sec']:.3f}", "yes" if row["finite"] else "NO",
-            f"{row['predicted'] / GIB:.2f}" if row.get("predicted") else "", f"{row.get('ratio', 0):.3f}"]
+            f"{predicted / GIB:.2f}" if predicted else "",
+            f"{predicted / row['peak']:.3f}" if predicted and row["peak"] else ""]
     return f"| {row['name']} | {' | '.join(told)} |"
+
+
+class Predictions:
+    """What the trainer's estimate says of our rows."""
+
+    def __init__(self) -> None:
+        self.estimators: dict[tuple[str, str], Estimator] = {}
+
+    def __call__(self, row: dict[str, Any]) -> int | None:
+        if "error" in row or row["peer"]:
+            return None
+        key = row["size"], row["method"]
+        if key not in self.estimators:
+            size = SIZES[row["size"]]
+            self.estimators[key] = Estimator(true_size.preset_of(size, row["method"], RANK),
+                                             true_size.skeleton(size), torch.bfloat16)
+        return self.estimators[key](plan_of(case_of(row["name"]), row["blocks"])).peak
 
 
 HEAD = ("| case | peak GiB | reserved | while building | s/it | finite | predicted | ratio |\n"
@@ -264,9 +277,11 @@ def main() -> None:
         print(*(case.name for case in all_cases()), sep="\n")
         return
     if options.table:
+        predict = Predictions()
         rows = [json.loads(text) for file in options.table for text in file.read_text().splitlines()]
-    else:
-        rows = [measure(case_of(options.case), options)] if options.case else run_all(options)
+        print(HEAD, *(line(row, predict(row)) for row in rows), sep="\n")
+        return
+    rows = [measure(case_of(options.case), options)] if options.case else run_all(options)
     print(HEAD)
     faults = 0
     for row in rows:

@@ -31,7 +31,7 @@ def build(size: Size, denoiser: nn.Module, rank: int, checkpointing: bool, devic
     if checkpointing:
         denoiser.enable_gradient_checkpointing()
     optimizer = torch.optim.AdamW(parameters, lr=LR, fused=True)
-    objective = true_size.session.find_objective(true_size.preset_of(size, "lora", rank, {}),
+    objective = true_size.session.find_objective(true_size.preset_of(size, "lora", rank),
                                                  true_size.base_of(size)).to(device)
     latents = true_size.RandomLatents(size, family).latents([], device)
     conditioning = {name: value.to(device, dtype) for name, value in

@@ -4,7 +4,7 @@ device, and sessions that train them without a file."""
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +19,6 @@ from trainer import families, preset, session
 from trainer.checkpoint import Progress
 from trainer.data.order import Draw
 from trainer.families import tensors
-from trainer.quantize.model import linears_in_blocks, quantised_linear
 from trainer.schema import Preset
 from trainer.session import Session
 
@@ -68,7 +67,7 @@ def shrunk(size: Size) -> Size:
     """The tiny model of the same topology, at 64 pixels."""
     tiny = size.tiny or {}
     width = next(tiny[key] for key in _PROMPT_WIDTH if key in tiny)
-    return Size(size.family, dict(size.config) | dict(tiny), 64, min(size.batch, 2), (8, width),
+    return Size(size.family, dict(size.config) | dict(tiny), 64, min(size.batch, 2), (size.prompt[0], width),
                 64 if size.pooled else 0)
 
 
@@ -106,11 +105,8 @@ class RandomWeights(Mapping[str, Tensor]):
 def denoiser_of(size: Size, quantize: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
     """The denoiser with random weights, made (and quantised) tensor by tensor as files are read."""
     model = skeleton(size)
-    weights = RandomWeights(model.state_dict(), device, dtype)
-    for path, linear in linears_in_blocks(model).items() if quantize != "none" else ():
-        bias = None if linear.bias is None else weights[f"{path}.bias"]
-        model.set_submodule(path, quantised_linear(weights[f"{path}.weight"], None, bias, quantize, dtype))
-    return tensors.fill(model, weights, device, dtype, Path("random weights"))
+    return tensors.fill(model, RandomWeights(model.state_dict(), device, dtype), device, dtype, Path("random weights"),
+                        quantize)
 
 
 class RandomLatents:
@@ -138,13 +134,12 @@ class RandomTexts:
         return self.kept
 
 
-def preset_of(size: Size, method: str, rank: int, memory: Mapping[str, Any]) -> Preset:
-    """The preset that would train it."""
+def preset_of(size: Size, method: str, rank: int, changes: Sequence[str] = ()) -> Preset:
+    """The preset that would train it, with changes such as "train.ema_decay=0.99"."""
     lines = [f'[model]\nfamily = "{size.family}"\nbase = "random"', '[data]\nfolder = "none"',
              f"resolution = {size.resolution}", f'[adapter]\nmethod = "{method}"\nrank = {rank}',
-             f"targets = {json.dumps(BLOCK_LINEARS[size.family])}", f"[train]\nsteps = 100\nbatch_size = {size.batch}",
-             "[memory]", *(f"{key} = {json.dumps(value)}" for key, value in memory.items())]
-    return preset.complete(preset.parse("\n".join(lines), "random.toml"), Path())
+             f"targets = {json.dumps(BLOCK_LINEARS[size.family])}", f"[train]\nsteps = 100\nbatch_size = {size.batch}"]
+    return preset.complete(preset.parse("\n".join(lines), "random.toml", changes), Path())
 
 
 def base_of(size: Size) -> Any:
@@ -159,12 +154,13 @@ def session_of(size: Size, chosen: Preset, denoiser: nn.Module, device: torch.de
     """The trainer's session around a denoiser that is loaded; whatever comes from files is random."""
     family, base = families.get(size.family), base_of(size)
     adapter = session.build_adapter(chosen, family, denoiser, None, device)
+    without_files = {"recorder", "run", "cache", "held_latents", "held_masks", "order", "text_encoder"}
     return Session(
-        run=None, preset=chosen, recorder=None, guard=lambda: None, device=device, dtype=dtype, family=family,
-        base=base, cache=None, material=None, captions=[[""]], latents=RandomLatents(size, family), held_latents=None,
-        texts=RandomTexts(size, dtype), text_encoder=None,
-        objective=session.find_objective(chosen, base).to(device), denoiser=denoiser, adapter=adapter,
-        optimizer=session.build_optimizer(chosen, adapter), schedule=lambda step: 1.0, order=None, steps=100,
+        **dict.fromkeys(without_files), preset=chosen, guard=lambda: None, device=device, dtype=dtype, family=family,
+        base=base, material=SimpleNamespace(loss_weights=lambda latents, draws: None), captions=[[""]],
+        latents=RandomLatents(size, family), masks=SimpleNamespace(masks=lambda draws, device: None),
+        texts=RandomTexts(size, dtype), objective=session.find_objective(chosen, base).to(device), denoiser=denoiser,
+        adapter=adapter, optimizer=session.build_optimizer(chosen, adapter), schedule=lambda step: 1.0, steps=100,
         progress=Progress())
 
 

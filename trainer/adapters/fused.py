@@ -35,7 +35,7 @@ class FusedLayer(torch.autograd.Function):
         needs_x = dropped is not None and (gain is not None or not readable(layer))
         ctx.save_for_backward(source, x if needs_x else None, gain, down, up, hidden)
         ctx.layer, ctx.dropout, ctx.x_dtype = layer, dropped is not None, x.dtype
-        ctx.autocast = torch.is_autocast_enabled(kind)
+        ctx.autocast = autocasts(kind)
         return y
 
     @staticmethod
@@ -61,9 +61,14 @@ class FusedLayer(torch.autograd.Function):
         return grad_x, grad_dropped, grad_gain, grad_down, grad_up, None
 
 
+def autocasts(device_type: str) -> bool:
+    """Whether autocast is on; the meta device, on which a step's memory is counted, knows none."""
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
+
+
 def autocast(device_type: str, enabled: bool) -> AbstractContextManager:
     """Autocast as asked, at no cost where it already is so: entering the context takes as long as a small kernel."""
-    if torch.is_autocast_enabled(device_type) == enabled:
+    if autocasts(device_type) == enabled:
         return AS_IT_IS
     return torch.autocast(device_type, enabled=enabled)
 
