@@ -88,3 +88,50 @@ def test_streams_differ_by_seed_index_and_purpose_and_never_change():
     assert len(set(found)) == 12 and all(0 <= value < 2**63 for value in found)
     assert stream(1, 10, "noise") == stream(1, 10, "noise") != stream(11, 0, "noise")
     assert stream(0, 0, "noise") == 6325401088541685632  # a run of an older version resumes in the same order
+
+
+# Regularisation images
+
+PRIOR = st.lists(st.tuples(st.sampled_from(SIZES), st.integers(1, 3)), min_size=1, max_size=12)
+
+
+def with_prior(items, prior, share=0.5, **options):
+    return order(items + prior, prior=[False] * len(items) + [True] * len(prior), prior_share=share, **options)
+
+
+@given(ITEMS, PRIOR, st.integers(1, 5), st.integers(0, 40))
+def test_with_regularisation_batches_are_still_full_of_one_size_and_without_state(items, prior, global_batch, step):
+    plan = with_prior(items, prior, global_batch=global_batch)
+    batch = plan.batch(step)
+    assert len(batch) == global_batch and len({(items + prior)[draw.item][0] for draw in batch}) == 1
+    assert with_prior(items, prior, global_batch=global_batch).batch(step) == batch
+
+
+@given(ITEMS, PRIOR, st.integers(0, 3))
+def test_with_regularisation_an_epoch_still_shows_every_training_image(items, prior, epoch):
+    plan = with_prior(items, prior)
+    steps = range(epoch * plan.steps_per_epoch, (epoch + 1) * plan.steps_per_epoch)
+    shown = Counter(draw.item for step in steps for draw in plan.batch(step))
+    assert all(shown[i] >= count for i, (_, count) in enumerate(items))
+
+
+@pytest.mark.parametrize(("share", "expected"), [(0.5, 20), (0.2, 5), (0.8, 80)])
+def test_regularisation_images_make_up_their_share_and_take_turns(share, expected):
+    plan = with_prior([(SIZES[0], 1)] * 20, [(SIZES[0], 1)] * 30, share, global_batch=1)
+    assert plan.steps_per_epoch == 20 + expected
+    shown = Counter(plan.batch(step)[0].item for step in range(60 * plan.steps_per_epoch))
+    assert all(shown[item] == 60 for item in range(20))
+    turns = [shown[item] for item in range(20, 50)]
+    assert sum(turns) == 60 * expected and max(turns) - min(turns) <= 1
+
+
+def test_regularisation_images_of_a_size_that_nothing_else_has_come_up_too():
+    plan = with_prior([(SIZES[0], 1)] * 4, [(SIZES[0], 1)] * 40 + [(SIZES[1], 1)], global_batch=2)
+    shown = {draw.item for step in range(20 * plan.steps_per_epoch) for draw in plan.batch(step)}
+    assert shown == set(range(45))
+
+
+def test_without_regularisation_the_order_is_what_it_was():
+    items = [(size, 2) for size in SIZES] * 3
+    assert [with_prior(items, []).batch(step) for step in range(30)] == [order(items).batch(step) for step in range(30)]
+    assert [draw.item for draw in order(items).batch(7)] == [7, 1, 4, 4]

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from trainer.objective import Objective, min_snr_weight, per_sample_loss, schedule
+from trainer.objective import Objective, min_snr_weight, per_sample_loss, pixel_weights, schedule
 
 SD15 = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 CPU = torch.device("cpu")
@@ -115,3 +115,38 @@ def test_offset_noise_shifts_whole_channels_and_nothing_else():
 
 def test_quantile_timesteps_are_the_middles():
     assert Objective.from_config(SD15, "epsilon").quantile_timesteps(4) == [125, 375, 625, 875]
+
+
+# Masks
+
+
+def test_a_mask_weighs_places_and_keeps_each_samples_mean():
+    mask = torch.zeros(2, 1, 4, 4)
+    mask[0, :, :2, :2] = 1
+    weights = pixel_weights(mask, 0.2)
+    torch.testing.assert_close(weights.mean((1, 2, 3)), torch.ones(2))
+    torch.testing.assert_close(weights[0, 0, 0, 0] / weights[0, 0, 3, 3], torch.tensor(5.0))
+    for even in (torch.ones(1, 1, 4, 4), torch.zeros(1, 1, 4, 4)):  # all masked in, or all background
+        torch.testing.assert_close(pixel_weights(even, 0.1), torch.ones(1, 1, 4, 4))
+
+
+def test_no_place_of_a_tiny_mask_outweighs_ten_and_an_empty_one_learns_nothing():
+    mask = torch.zeros(2, 1, 16, 16)
+    mask[0, 0, 0, 0] = 1
+    weights = pixel_weights(mask, 0.0)
+    torch.testing.assert_close(weights.amax((1, 2, 3)), torch.tensor([10.0, 0.0]))
+
+
+@pytest.mark.parametrize("kind", ["mse", "huber"])
+def test_the_loss_does_not_look_outside_of_a_mask(kind):
+    generator = torch.Generator().manual_seed(0)
+    prediction = torch.randn(2, 3, 4, 4, generator=generator, requires_grad=True)
+    target = torch.randn(2, 3, 4, 4, generator=generator)
+    mask = torch.zeros(2, 1, 4, 4)
+    mask[:, :, 1:3, 1:3] = 1
+    loss = per_sample_loss(prediction, target, kind, weights=pixel_weights(mask, 0.0))
+    inside = mask.expand_as(target).bool()
+    masked = [per_sample_loss(prediction[i][inside[i]][None], target[i][inside[i]][None], kind) for i in range(2)]
+    torch.testing.assert_close(loss, torch.cat(masked))
+    gradient, = torch.autograd.grad(loss.sum(), prediction)
+    assert gradient[inside].ne(0).all() and gradient[~inside].eq(0).all()

@@ -49,11 +49,11 @@ class Material:
 
     def _remarks(self, excluded: int) -> list[str]:
         masked = sum(item.mask is not None for item in self.train)
-        remarks = [f"{excluded} images are excluded in the data set, and not trained on"] if excluded else []
-        remarks += [f"{masked} of {len(self.train)} images have a mask: outside of it the loss weighs "
+        remarks = [f"excluded in the data set: {excluded} of {excluded + len(self.train)} images"] if excluded else []
+        remarks += [f"with a mask: {masked} of {len(self.train)} images; outside of it the loss weighs "
                     f"{self.preset.data.mask_background:g}"] if masked else []
-        remarks += [f"{len(self.prior)} regularisation images make up about "
-                    f"{self.preset.data.regularisation_share:.0%} of the samples"] if self.prior else []
+        remarks += [f"regularisation images: {len(self.prior)}, about {self.preset.data.regularisation_share:.0%} of "
+                    "the samples"] if self.prior else []
         return remarks
 
     @property
