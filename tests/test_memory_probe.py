@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 from tests import projects
 from tests.test_loop import assert_same_weights, events
+from trainer import checkpoint
 from trainer import preset as presets
 from trainer import run as runs
 from trainer.errors import UserError
@@ -20,30 +22,45 @@ from trainer.memory.plan import Plan
 from trainer.run import Run
 from trainer.session import Session
 
-QUIET = ("sample.prompts=[]", "evaluate.every=0", "log.rank_every=0", "train.steps=3", "output.save_every=0",
-         "memory.quantize=none")
+QUIET = ("sample.prompts=[]", "evaluate.every=0", "log.rank_every=0", "train.steps=2", "output.save_every=0",
+         "evaluate.folder=", "memory.quantize=none")
+LATE = -1.0  # a plan that runs out of memory after it took its steps
 CPU = torch.device("cpu")
 
 
 class Pretended:
-    """A meter that shows what it is told to, one plan after the other; None is a plan that runs out of memory."""
+    """A meter that shows what it is told to, one plan after the other; None runs out of memory at once."""
 
     def __init__(self, limit: float, *peaks: float | None) -> None:
         self.limit, self.peaks, self.asked = int(limit * GIB), list(peaks), 0
 
     def restart(self) -> None:
         self.asked += 1
+        if self.peaks[0] is None:
+            self.peak()
 
     def peak(self) -> int:
         peak = self.peaks.pop(0)
-        if peak is None:
+        if peak in (None, LATE):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
         return int(peak * GIB)
 
 
-def train(preset_file: Path, workspace: Path, name: str, meter: Pretended | None, *overrides: str) -> Run:
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory) -> Path:
+    """One cache for all runs, of which only what was measured is forgotten after each test."""
+    return tmp_path_factory.mktemp("workspace")
+
+
+@pytest.fixture(autouse=True)
+def forget(workspace) -> Iterator[None]:
+    yield
+    (workspace / "cache" / "speed.json").unlink(missing_ok=True)
+
+
+def train(preset_file: Path, workspace: Path, meter: Pretended | None, *overrides: str) -> Run:
     preset = presets.load(preset_file, [*QUIET, *overrides])
-    run = runs.create(workspace, name, presets.dumps(preset))
+    run = runs.create(workspace, runs.free_name(workspace, "run"), presets.dumps(preset))
     run_training(run, preset, workspace, measured_by=lambda device, budget: meter)
     return run
 
@@ -54,61 +71,51 @@ def notes(run: Run) -> list[str]:
 
 @pytest.mark.parametrize("chosen", [
     ["adapter.method=stella", "adapter.dropout=0.3"], ["adapter.method=stiefel", "train.grad_accum=2"],
-    ["adapter.method=lora", "train.ema_decay=0.9", "adapter.init=pissa"],
-    ["adapter.method=lora", "train.optimizer=scaled_adamw", "adapter.dora=false"],
+    ["adapter.method=lora", "train.ema_decay=0.9", "adapter.init=pissa", "train.optimizer=scaled_adamw"],
 ], ids=lambda chosen: chosen[0].split("=")[1] + " " + chosen[1].split("=")[0])
-def test_a_run_is_to_the_bit_as_if_nobody_had_measured(tiny_project, tmp_path, chosen) -> None:
-    plain = train(tiny_project, tmp_path, "plain", None, *chosen)
-    meter = Pretended(8, 9, None, 7)
-    probed = train(tiny_project, tmp_path, "probed", meter, *chosen)
-    assert meter.asked == 3 and len(notes(probed)) == 1
+def test_a_run_is_to_the_bit_as_if_nobody_had_measured(tiny_project, workspace, chosen) -> None:
+    plain = train(tiny_project, workspace, None, *chosen)
+    meter = Pretended(8, LATE, 7)
+    probed = train(tiny_project, workspace, meter, *chosen)
+    assert meter.asked == 2 and len(notes(probed)) == 1
     for file in ("adapter.safetensors", "optimizer.safetensors"):
-        assert_same_weights(plain.checkpoint(3) / file, probed.checkpoint(3) / file)
+        assert_same_weights(plain.checkpoint(2) / file, probed.checkpoint(2) / file)
     assert [step["loss"] for step in events(plain, "step")] == [step["loss"] for step in events(probed, "step")]
 
 
-def test_the_first_plan_that_fits_is_taken_and_told_with_what_did_not(tiny_project, tmp_path) -> None:
-    run = train(tiny_project, tmp_path, "told", Pretended(8, None, 7.7, 5.5))
+def test_the_first_plan_that_fits_is_taken_and_told_with_what_did_not(tiny_project, workspace) -> None:
+    run = train(tiny_project, workspace, Pretended(8, None, 7.7, 5.5))
     assert notes(run) == [
         "Memory: 8.0 GiB. Chosen: unquantised, checkpointing, 5 of 16 blocks in system memory. Measured peak 5.5 GiB. "
         "Did not fit: unquantised, no checkpointing (out of memory); unquantised, checkpointing (7.7 GiB)."]
 
 
-def test_a_plan_that_fits_at_once_needs_no_other(tiny_project, tmp_path) -> None:
-    run = train(tiny_project, tmp_path, "easy", Pretended(24, 3))
+def test_a_plan_that_fits_at_once_needs_no_other(tiny_project, workspace) -> None:
+    run = train(tiny_project, workspace, Pretended(24, 3))
     assert notes(run) == ["Memory: 24.0 GiB. Chosen: unquantised, no checkpointing. Measured peak 3.0 GiB."]
 
 
-def test_the_next_run_like_it_measures_no_more_unless_there_is_more_memory(tiny_project, tmp_path) -> None:
-    train(tiny_project, tmp_path, "first", Pretended(8, 9, 7))
-    for name, limit, peaks, asked in (("again", 8, [], 0), ("more", 16, [9], 1), ("less", 7, [9, 6.6], 2)):
+def test_the_next_run_like_it_measures_no_more_unless_there_is_more_memory(tiny_project, workspace) -> None:
+    train(tiny_project, workspace, Pretended(8, None, 7))
+    for limit, peaks, asked, how in ((8, [], 0, "As measured in an earlier run like this."),
+                                     (16, [9], 1, "Measured peak 9.0 GiB."),
+                                     (7, [None, 6.6], 2, "no checkpointing (out of memory).")):
         meter = Pretended(limit, *peaks)
-        run = train(tiny_project, tmp_path, name, meter, "train.lr=1e-5")
-        assert meter.asked == asked and len(notes(run)) == 1
-    again = runs.open_run(tmp_path / "runs" / "again")
-    assert notes(again) == ["Memory: 8.0 GiB. Chosen: unquantised, checkpointing. As measured in an earlier run like "
-                            "this."]
+        run = train(tiny_project, workspace, meter, "train.lr=1e-5")
+        assert meter.asked == asked and notes(run)[0].endswith(how)
 
 
-def test_a_resume_holds_the_model_as_before_and_measures_nothing(tiny_project, tmp_path) -> None:
-    whole = train(tiny_project, tmp_path, "whole", Pretended(8, 9, 7), "train.steps=4")
-    run = train(tiny_project, tmp_path, "broken", Pretended(8, 9, 7), "train.steps=2", "train.lr_scheduler=constant")
-    same = train(tiny_project, tmp_path, "same", Pretended(8, 9, 7), "train.steps=4", "train.lr_scheduler=constant")
-    preset = presets.load(run.preset, ["train.steps=4"])
+def test_a_resume_holds_the_model_as_before_and_measures_nothing(tiny_project, workspace) -> None:
+    run = train(tiny_project, workspace, Pretended(8, None, 7), "train.steps=1")
     meter = Pretended(100)
-    run_training(run, preset, tmp_path, measured_by=lambda device, budget: meter)
-    assert meter.asked == 0 and len(notes(run)) == 1 and whole.last_step() == 4
-    assert_same_weights(run.checkpoint(4) / "adapter.safetensors", same.checkpoint(4) / "adapter.safetensors")
-    assert projects_plan(run, tmp_path) == Plan(checkpointing="full")
+    run_training(run, presets.load(run.preset, ["train.steps=2"]), workspace, measured_by=lambda *_: meter)
+    assert meter.asked == 0 and len(notes(run)) == 1 and run.last_step() == 2
+    assert checkpoint.last_progress(run).plan == asdict(Plan(checkpointing="full"))
 
 
-def projects_plan(run: Run, workspace: Path) -> Plan:
-    return projects.session(run.preset, workspace, name=run.name).plan
-
-
-def test_too_little_memory_for_every_plan_says_what_is_needed(tiny_project, tmp_path) -> None:
+def test_too_little_memory_for_every_plan_says_what_is_needed(tiny_project, workspace) -> None:
     with pytest.raises(UserError) as caught:
-        train(tiny_project, tmp_path, "small", Pretended(1, 9, 8, 7, 6, 5))
+        train(tiny_project, workspace, Pretended(1, None, None, None, None, 5))
     assert str(caught.value) == (
         "the GPU's memory is too small: this run may take 1.0 GiB of it, and even with unquantised, checkpointing, 15 "
         "of 16 blocks in system memory it needs 5.0 GiB. Make data.resolution, train.batch_size or adapter.rank "

@@ -1,0 +1,45 @@
+"""What is remembered of earlier runs, and what a device without a memory of its own is spared."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import pytest
+
+from tests import projects
+from trainer.errors import UserError
+from trainer.memory.choice import remembered
+from trainer.memory.plan import Plan
+
+LADDER = [Plan(), Plan(checkpointing="full"), Plan("nf4", "full")]
+KNOWN = {"plan": asdict(LADDER[1]), "peak": 70, "limit": 100}
+
+
+@pytest.mark.parametrize(("known", "limit", "plans"), [
+    (KNOWN, 100, LADDER[1:]), (KNOWN, 75, LADDER[1:]), (KNOWN, 109, LADDER[1:]),
+    (KNOWN, 72, []), (KNOWN, 120, []),
+    (KNOWN | {"plan": asdict(Plan("fp8"))}, 100, []),
+    (None, 100, []), ({}, 100, []), ({"sec": 1.0, "vram_peak": 5}, 100, []), (KNOWN | {"plan": {"bits": 4}}, 100, []),
+    (KNOWN | {"peak": None}, 100, []), ([1], 100, []),
+], ids=["the same", "less, but enough", "a little more", "too little", "much more", "not on the ladder", "nothing",
+        "empty", "time only", "another plan", "no peak", "no entry"])
+def test_an_earlier_choice_counts_while_the_memory_is_about_the_same(known, limit, plans) -> None:
+    assert remembered(known, LADDER, limit) == plans
+
+
+def test_on_a_cpu_nothing_is_saved_that_was_not_asked_for(tiny_project, tmp_path) -> None:
+    assert projects.session(tiny_project, tmp_path).plan == Plan()
+    chosen = projects.session(tiny_project, tmp_path, "memory.gradient_checkpointing=full", name="chosen")
+    assert chosen.plan == Plan(checkpointing="full") and chosen.denoiser.is_gradient_checkpointing
+
+
+def test_offloading_from_a_cpu_is_refused(tiny_project, tmp_path) -> None:
+    with pytest.raises(UserError, match=r"memory.offload_blocks = 3: this run would train on a device without memory"):
+        projects.session(tiny_project, tmp_path, "memory.offload_blocks=3")
+    with pytest.raises(UserError, match="memory.offload_blocks = 16: this model has 16 blocks, of which at most 15"):
+        projects.session(tiny_project, tmp_path, "memory.offload_blocks=16", name="more")
+
+
+def test_a_warm_up_longer_than_all_epochs_is_refused(tiny_project, tmp_path) -> None:
+    with pytest.raises(UserError, match="train.warmup_steps = 9: the whole training has 8 steps"):
+        projects.session(tiny_project, tmp_path, "train.epochs=2", "train.warmup_steps=9")

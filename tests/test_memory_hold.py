@@ -1,0 +1,168 @@
+"""A run that runs out of memory in a step goes on in a more sparing way, and loses nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from torch import nn
+
+from tests import projects
+from tests.test_loop import assert_same_weights, events, go_on, start
+from trainer import checkpoint
+from trainer import preset as presets
+from trainer import run as runs
+from trainer.errors import UserError
+from trainer.loop import run_training
+from trainer.memory.hold import change, step_down
+from trainer.memory.plan import Plan
+from trainer.run import Run
+from trainer.session import Session
+
+PLAIN = ("sample.prompts=[]", "evaluate.folder=", "log.rank_every=0", "output.save_every=0", "train.steps=4",
+         "train.grad_accum=2", "adapter.dropout=0.2", "train.ema_decay=0.9")
+
+
+@contextmanager
+def failing(*passes: int) -> Iterator[list[int]]:
+    """Let the denoiser run out of memory in these of its forward passes, deep inside it."""
+    seen: list[int] = []
+
+    def enter(module: nn.Module, _inputs: object) -> None:
+        if isinstance(module, UNet2DConditionModel):
+            seen.append(len(seen))
+        elif seen and seen[-1] in passes and isinstance(module, nn.Conv2d):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    hook = nn.modules.module.register_module_forward_pre_hook(enter)
+    try:
+        yield seen
+    finally:
+        hook.remove()
+
+
+@pytest.fixture(scope="module")
+def unbroken(tiny_project, tmp_path_factory) -> Run:
+    return start(tiny_project, tmp_path_factory.mktemp("unbroken"), "run", *PLAIN)
+
+
+def notes(run: Run) -> list[str]:
+    return [event["text"] for event in events(run, "note") if "memory" in event["text"]]
+
+
+def losses(run: Run) -> dict[int, float]:
+    return {event["step"]: event["loss"] for event in events(run, "step")}
+
+
+def test_a_step_that_does_not_fit_is_done_again_and_the_run_ends_as_an_unbroken_one(tiny_project, tmp_path,
+                                                                                    unbroken) -> None:
+    with failing(3, 4):  # the second micro-batch of step 2, then the first when it is done again
+        run = start(tiny_project, tmp_path, "run", *PLAIN, "output.save_every=1", "output.keep=9")
+    assert losses(run) == losses(unbroken)
+    for file in ("adapter.safetensors", "optimizer.safetensors"):
+        assert_same_weights(run.checkpoint(4) / file, unbroken.checkpoint(4) / file)
+    first, second = notes(run)
+    assert first == ("Step 2 did not fit into the GPU's memory with unquantised, no checkpointing. It is done again, "
+                     "and the run goes on, with unquantised, checkpointing")
+    assert second.endswith("with unquantised, checkpointing, 5 of 16 blocks in system memory")
+    plans = [checkpoint.load(run.checkpoint(step))[0].plan["offload_blocks"] for step in (1, 2)]
+    assert plans == [0, 5]
+
+
+def test_a_resume_goes_on_in_the_way_it_had_come_to(tiny_project, tmp_path, unbroken) -> None:
+    preset = presets.load(tiny_project, PLAIN)
+    run = runs.create(tmp_path, "run", presets.dumps(preset))
+    with failing(2):
+        session_at_stop(run, preset, tmp_path)
+    go_on(run)
+    assert checkpoint.last_progress(run).plan["checkpointing"] == "full" and len(notes(run)) == 1
+    assert losses(run) == losses(unbroken)
+
+
+def session_at_stop(run: Run, preset: presets.Preset, workspace: Path) -> None:
+    """Train until a stop, asked for by the step after the one that did not fit."""
+    real = Session.gradients
+
+    def asking(session: Session, draws: list, rounds: int | None = None) -> torch.Tensor:
+        if session.progress.step == 2:
+            run.request("stop")
+        return real(session, draws, rounds)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Session, "gradients", asking)
+        run_training(run, preset, workspace)
+    assert run.last_step() == 3
+
+
+def test_when_nothing_more_can_be_saved_the_fault_says_so_and_the_last_step_is_kept(tiny_project, tmp_path) -> None:
+    fixed = ["memory.quantize=none", "memory.offload_blocks=0"]
+    with failing(*range(2, 99)), pytest.raises(UserError, match="Step 2 did not fit into the GPU's memory with "
+                                               "unquantised, checkpointing, and nothing more can be saved. Close"):
+        start(tiny_project, tmp_path, "run", *PLAIN, *fixed)
+    run = runs.open_run(tmp_path / "runs" / "run")
+    assert run.last_step() == 1 and run.state().word == "failed"
+
+
+def test_pictures_that_do_not_fit_are_left_out(tiny_project, tmp_path) -> None:
+    with failing(0):
+        run = start(tiny_project, tmp_path, "run", "sample.before=true", "evaluate.folder=", "log.rank_every=0",
+                    "train.steps=1")
+    assert notes(run) == ["drawing samples failed, training goes on: it did not fit into the GPU's memory beside the "
+                          "model that is trained"]
+    assert run.state().word == "done" and len(events(run, "sample")) == 1
+
+
+@pytest.fixture(scope="module")
+def session(tiny_project, tmp_path_factory) -> Session:
+    return projects.session(tiny_project, tmp_path_factory.mktemp("session"), *PLAIN, "adapter.dropout=0")
+
+
+def loss_of(session: Session) -> tuple[float, list[torch.Tensor]]:
+    session.adapter.zero_grad()
+    loss = session.gradients(session.order.batch(0))
+    return loss.item(), [leaf.grad.clone() for leaf in session.adapter.parameters()]
+
+
+@pytest.mark.parametrize("plan", [Plan(checkpointing="full"), Plan("none", "full", 5), Plan("none", "full", 15),
+                                  Plan("none", "full", 2), Plan()])
+def test_any_way_to_hold_the_same_weights_gives_the_same_gradients(session, plan) -> None:
+    change(session, Plan())
+    loss, gradients = loss_of(session)
+    change(session, plan)
+    assert session.plan == plan
+    again, others = loss_of(session)
+    assert again == loss and all(torch.equal(one, other) for one, other in zip(gradients, others))
+
+
+def test_weights_loaded_anew_get_the_same_adapter(session) -> None:
+    change(session, Plan())
+    loss, _ = loss_of(session)
+    change(session, Plan("int8", "full"))
+    assert session.denoiser is not None and abs(loss_of(session)[0] - loss) < 0.05 * loss
+    session.use("off")
+    change(session, Plan())
+    assert loss_of(session)[0] == loss
+
+
+def test_a_change_that_does_not_fit_either_goes_one_further(session, monkeypatch) -> None:
+    change(session, Plan())
+    real: Callable = session.family.load_denoiser
+    tried: list[str] = []
+
+    def load(base: object, device: torch.device, dtype: torch.dtype, quantize: str) -> nn.Module:
+        tried.append(quantize)
+        if quantize == "fp8":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(base, device, dtype, quantize)
+
+    monkeypatch.setattr(session.family, "load_denoiser", load)
+    monkeypatch.setattr("trainer.memory.hold.below", lambda *_: [Plan("fp8", "full"), Plan("int8", "full")])
+    loss_of(session)
+    step_down(session)
+    assert tried == ["fp8", "int8"] and session.plan == Plan("int8", "full")
+    assert all(not leaf.grad.any() for leaf in session.adapter.parameters())
+    loss_of(session)
