@@ -112,7 +112,7 @@ def _a1111_keys(family: str, weights: dict[str, Tensor]) -> dict[str, Spot]:
 
 def _forge_keys(family: str, weights: dict[str, Tensor]) -> dict[str, Spot]:
     return {key: spot for key, spot in _comfy_keys(family, weights).items()
-            if not key.startswith(("unet.", "transformer_blocks.", "single_transformer_blocks."))}
+            if key.startswith(("lora_", "diffusion_model.", "transformer.", "text_encoder"))}
 
 
 def merged(program: str, file: dict[str, Tensor], family: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:

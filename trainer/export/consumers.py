@@ -62,7 +62,8 @@ class NamesRule:
 _OUTER = r"^transformer\.(x_embedder|context_embedder|proj_out|norm_out|time_text_embed)\b"
 _SHARED = r"^transformer\.((double|single)_stream_modulation|time_guidance_embed)"
 NAMES_RULES = (
-    NamesRule("diffusers", ("sd15",), ("U2",), ALL, "raises an error: for SD 1.5 it knows diffusers' block names only"),
+    NamesRule("diffusers", ("sd15",), ("U2",), r"^unet\.(down|mid|up)_block",
+              "raises an error or drops the UNet's blocks: of SD 1.5 it knows diffusers' block names only"),
     NamesRule("diffusers", ("sdxl",), ("U1",), r"^unet\.add_embedding\.", "drops the size embedding"),
     NamesRule("a1111", ("sdxl",), ("U1",), r"^unet\.(add_embedding\.|up_blocks\.0\.upsamplers\.)",
               "drops the size embedding and the first upsampler"),
@@ -126,6 +127,10 @@ def _names(lora: LoraFile, consumer: str, blocks: Collection[str]) -> Iterator[F
 
 
 def _unmatched(lora: LoraFile, consumer: str, blocks: Collection[str]) -> Iterator[Fault]:
+    if consumer == "diffusers" and lora.format.name in ("U1", "U2") and (lora.unknown or lora.incomplete):
+        yield Fault("raises an error over tensors that it does not know, or that lack their other half",
+                    (*lora.unknown, *lora.incomplete, *lora.entries))
+        return
     yield Fault("finds no layer for tensors of unknown names, and drops them", tuple(lora.unknown))
     yield Fault("drops layers of which one half is missing", tuple(lora.incomplete))
 
@@ -151,9 +156,13 @@ def _clip_attention(lora: LoraFile, consumer: str, blocks: Collection[str]) -> I
             layers.setdefault(layer, {})[part] = key
     for component in ("text_encoder", "text_encoder_2"):
         own = {layer: parts for layer, parts in layers.items() if layer.startswith(component + ".")}
-        if consumer == "diffusers" and not any("out_proj" in parts for parts in own.values()):
-            yield Fault("drops q, k and v of a text encoder none of whose layers has out_proj",
-                        tuple(key for parts in own.values() for key in parts.values()))
+        if consumer == "diffusers" and own and not any("out_proj" in parts for parts in own.values()):
+            if _keys(lora, lambda module, own=component: module.startswith(own + ".") and ".mlp." in module):
+                yield Fault("drops q, k and v of a text encoder none of whose layers has out_proj",
+                            tuple(key for parts in own.values() for key in parts.values()))
+            else:
+                yield Fault("raises an error over a text encoder with q, k or v and without out_proj",
+                            tuple(lora.entries))
         if consumer == "a1111" and component == "text_encoder_2":
             yield Fault("drops attention of the second text encoder where a layer lacks one of q, k, v and out",
                         tuple(key for parts in own.values() if len(parts) < len(names.CLIP_ATTENTION)
@@ -183,8 +192,10 @@ def _mixed_alpha(lora: LoraFile, consumer: str, blocks: Collection[str]) -> Iter
 def _dropped_alpha(lora: LoraFile, consumer: str, blocks: Collection[str]) -> Iterator[Fault]:
     if consumer != "diffusers" or lora.family != "flux1" or lora.format.name not in ("F3", "F4"):
         return
-    if lora.format.name == "F4" and _keys(lora, lambda module: ".attn." not in module):
-        yield Fault("raises an error over layers other than attention in these names", tuple(lora.entries))
+    if lora.format.name == "F4":
+        if len(lora.alphas) < len(lora.entries) or _keys(lora, lambda module: ".attn." not in module):
+            yield Fault("raises an error in these names over layers other than attention, or without alpha",
+                        tuple(lora.entries))
     elif lora.format.name == "F3":
         for scale, keys in _grouped({key: lora.scale(key) for key in lora.entries if lora.scale(key) != 1.0}).items():
             strength = 1 / scale if scale else math.nan
@@ -260,9 +271,6 @@ def _dora(lora: LoraFile, consumer: str, blocks: Collection[str]) -> Iterator[Fa
         elif "dora" in entry.parts:
             (inputs if entry.parts["dora"].shape[:2] == (1, entry.weight[1]) else outputs).append(key)
     if consumer == "diffusers":
-        if (inputs or outputs) and len(inputs + outputs) < len(lora.entries) and lora.family in UNET:
-            yield Fault("raises an error over DoRA magnitudes that some layers have and others not",
-                        tuple(lora.entries))
         yield Fault("cannot read DoRA magnitudes, and applies a plain LoRA instead", tuple(inputs + outputs), math.nan)
         return
     yield Fault("does not read PEFT's DoRA magnitudes, and applies a plain LoRA instead", tuple(vectors), math.nan)
