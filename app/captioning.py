@@ -52,10 +52,8 @@ class Progress:
 class Captions(Protocol):
     """What a data set must be able to do to take results over."""
 
-    def cards(self, names: list[str]) -> dict[str, Any]: ...
-
     def apply_captions(self, what: str, texts: Mapping[str, str],
-                       versions: Mapping[str, str] | None = None) -> dict[str, Any]: ...
+                       before: Mapping[str, str] | None = None) -> dict[str, Any]: ...
 
 
 class Captioning:
@@ -120,18 +118,8 @@ class Captioning:
         A caption that was changed since the model was asked stays; it is told among "skipped".
         """
         wanted = [item for item in self.results(name) if images is None or item.image in images]
-        cards = {card["name"]: card for card in captions.cards([item.image for item in wanted])["cards"]}
-        texts, versions, skipped = {}, {}, []
-        for item in wanted:
-            card = cards.get(item.image)
-            if card is None or card["fault"]:
-                skipped.append([item.image, card["fault"] if card else "the image is gone"])
-            elif card["caption"].strip() != item.before:
-                skipped.append([item.image, "its caption was changed meanwhile"])
-            else:
-                texts[item.image], versions[item.image] = item.after, card["version"]
-        answer = captions.apply_captions(ENTRY, texts, versions) if texts else {"changed": 0, "skipped": []}
-        return answer | {"skipped": skipped + list(answer.get("skipped", []))}
+        return captions.apply_captions(ENTRY, {item.image: item.after for item in wanted},
+                                       {item.image: item.before for item in wanted})
 
     def dismiss(self, name: str) -> None:
         """Throw a task away that is over; one that works is to be stopped first."""

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from app.captioning import CAPTIONER, MODELS, Captioning, as_rows
+from app.datasets.library import Library
 from app.paths import Places
 from tests import models_caption
 from trainer.caption import task as tasks
@@ -32,21 +33,6 @@ def follow(captioning: Captioning, name: str, until: tuple[str, ...]) -> str:
     return word
 
 
-class Journal:
-    """A data set as `apply` needs it."""
-
-    def __init__(self, captions: dict[str, str]) -> None:
-        self.captions, self.entries = captions, []
-
-    def cards(self, names):
-        return {"cards": [{"name": name, "caption": self.captions[name], "version": f"v{name}", "fault": ""}
-                          for name in names if name in self.captions]}
-
-    def apply_captions(self, what, texts, versions=None):
-        self.entries.append((what, dict(texts), dict(versions)))
-        return {"changed": len(texts), "skipped": []}
-
-
 def test_a_task_runs_beside_the_app_and_its_results_become_one_entry(tmp_path, folder):
     captioning = Captioning(Places(tmp_path))
     name = captioning.start(folder, {"model": str(models_caption.tagger(tmp_path / "tagger")), "preview": 5})
@@ -57,13 +43,20 @@ def test_a_task_runs_beside_the_app_and_its_results_become_one_entry(tmp_path, f
     assert captioning.progress(name).done == 5 and not captioning.progress(name).alive
     assert as_rows(captioning.results(name, 4)) == [{"image": "4.png", "before": "", "after": "red circle, blue sky"}]
     assert Captioning(Places(tmp_path)).latest(folder) == name  # after a restart of the app
-    journal = Journal({"0.png": "", "1.png": "by hand", "2.png": "\n"})
-    answer = captioning.apply(name, journal, ["0.png", "1.png", "2.png", "3.png"])
-    text = "red circle, blue sky"
-    assert journal.entries == [("Automatic captions", {"0.png": text, "2.png": text},
-                                {"0.png": "v0.png", "2.png": "v2.png"})]
-    assert answer == {"changed": 2, "skipped": [["1.png", "its caption was changed meanwhile"],
-                                                ["3.png", "the image is gone"]]}
+    library = Library(Places(tmp_path, roots=(folder,)))
+    try:
+        data_set = library.open(library.list_sets()["roots"][0]["id"])
+        data_set.save_caption("1.png", "by hand", data_set.cards(["1.png"])["cards"][0]["version"])
+        answer = captioning.apply(name, data_set, ["0.png", "1.png", "2.png"])
+        text = "red circle, blue sky"
+        assert answer["changed"] == 2 and answer["undo"] == "Automatic captions"
+        assert answer["skipped"] == [("1.png", "its caption was changed since")]
+        assert [(folder / f"{number}.txt").read_text() for number in range(3)] == [text, "by hand", text]
+        data_set.undo()
+        assert not (folder / "0.txt").exists() and not (folder / "2.txt").exists()
+        assert captioning.apply(name, data_set)["changed"] == 4
+    finally:
+        library.close()
     captioning.dismiss(name)
     assert captioning.latest(folder) is None
     with pytest.raises(UserError, match="no captioning task"):
