@@ -165,7 +165,7 @@ def test_starts_from_the_weight_take_the_dequantised_one(method, init):
 def test_training_over_it_lowers_the_loss_and_leaves_the_codes_alone(mode):
     net, adapter = adapted(mode, "stella", dtype=torch.float32)
     before = {name: tensor.clone() for name, tensor in net.named_buffers()}
-    optimizer, losses = build_optimizer("adamw", adapter, lr=1e-2), []
+    optimizer, losses = build_optimizer("adamw", adapter, lr=5e-2), []
     x = batch(0).flatten(1)[:, :40]
     for _ in range(20):
         adapter.refresh("raw", torch.float32)
