@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 MAY_SYNC_AT_ONCE = hasattr(os, "sync")  # not on Windows
+MANY = 100  # files
 _TEMPORARY = re.compile(r"\..*\.[a-z0-9_]{8}", re.DOTALL)
 
 
@@ -27,12 +28,13 @@ def write_all(contents: Mapping[Path, bytes]) -> None:
 
     A full disk is thus told before any file has changed; a kill leaves some old and some new.
     """
+    at_once = MAY_SYNC_AT_ONCE and len(contents) > MANY
     ready: dict[str, Path] = {}
     try:
         for path, content in contents.items():
-            ready[_write_beside(path, content, sync=not MAY_SYNC_AT_ONCE)] = path
-        if MAY_SYNC_AT_ONCE:
-            os.sync()  # thousands of single calls would take many seconds
+            ready[_write_beside(path, content, sync=not at_once)] = path
+        if at_once:
+            os.sync()  # it waits for other programs' files, too, but thousands of single calls take many seconds
         for temporary, path in list(ready.items()):
             os.replace(temporary, path)
             del ready[temporary]

@@ -121,7 +121,8 @@ def _of_captions(records: Sequence[Record], trigger: str) -> list[Finding]:
     lacking = [record.name for record in records if trigger and not record.fault
                and not captions.has_words(record.caption, trigger)]
     return [
-        Finding("not_utf8", "bad", "Captions that cannot be read", "They are not UTF-8. Training stops at them, and they cannot be edited.",
+        Finding("not_utf8", "bad", "Captions that cannot be read", "They are not UTF-8. Training stops at them, "
+                "and they cannot be edited.",
                 [record.name for record in records if record.fault]),
         Finding("no_caption", "warn", "Images without a caption", "They are trained with the trigger word alone, or "
                 "with nothing.", [record.name for record in records
