@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from trainer.errors import UserError
-from trainer.faults import as_user_error, describe, diverged
+from trainer.faults import as_user_error, describe, diverged, out_of_memory
 
 
 @pytest.mark.parametrize("error, message", [
@@ -22,6 +22,16 @@ from trainer.faults import as_user_error, describe, diverged
 def test_what_a_user_can_mend_says_what_and_how(error, message) -> None:
     assert str(as_user_error(error)).startswith(message)
     assert describe(error) == str(as_user_error(error))
+
+
+@pytest.mark.parametrize("error, expected", [
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), True),
+    (RuntimeError("CUDA error: out of memory"), True),
+    (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory"), False), (MemoryError(), False),
+    (ValueError("CUDA error: out of memory"), False)])
+def test_the_gpus_memory_may_run_out_in_several_words(error, expected) -> None:
+    assert out_of_memory(error) == expected
 
 
 @pytest.mark.parametrize("error, said", [

@@ -28,10 +28,19 @@ def test_the_second_run_waits_for_the_first_and_says_so(tmp_path: Path) -> None:
     assert order == ["first", "second"]
 
 
+def test_a_card_is_known_by_its_own_id_whatever_its_number(monkeypatch) -> None:
+    class Facts:
+        uuid = "GPU-1234"
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Facts)
+    assert gpu.identity(torch.device("cuda", 0)) == gpu.identity(torch.device("cuda", 3)) == "GPU-1234"
+
+
 def test_another_gpu_and_a_cpu_are_free(tmp_path: Path) -> None:
     def never() -> None:
         raise AssertionError("nobody should wait")
 
     with gpu.turn(tmp_path, torch.device("cuda", 0), never), gpu.turn(tmp_path, torch.device("cuda", 1), never), \
             gpu.turn(tmp_path, torch.device("cpu"), never), gpu.turn(tmp_path, torch.device("cpu"), never):
-        assert sorted(path.name for path in tmp_path.glob("*.lock")) == ["gpu0.lock", "gpu1.lock"]
+        assert sorted(path.name for path in tmp_path.glob("*.lock")) == ["gpu-0.lock", "gpu-1.lock"]

@@ -101,6 +101,17 @@ FAULTS = {
         {"memory": {"gradient_checkpointing": "none", "offload_blocks": 2}}, "memory.offload_blocks",
         "needs memory.gradient_checkpointing = 'full' (or 'auto'): without it every block's weights stay on the GPU "
         "until the backward pass"),
+    "blocks offloaded under DoRA": (
+        {"adapter": {"dora": True}, "memory": {"offload_blocks": 2}}, "memory.offload_blocks",
+        "does not go with adapter.dora, which reads all weights at each step; take one of them out"),
+    "a path of Windows in double quotes": (
+        {"model": {"base": "C:\bas"}}, "model.base",
+        "'C:\\x08as' holds a character that no path has: in \"double quotes\" a \\ begins an escape, such as \\b or "
+        "\\t. Write Windows paths in 'single quotes' or with /"),
+    "such a path in a list": (
+        {"data": {"folder": ["a", "C:\temp"]}}, "data.folder",
+        "'C:\\temp' holds a character that no path has: in \"double quotes\" a \\ begins an escape, such as \\b or "
+        "\\t. Write Windows paths in 'single quotes' or with /"),
     "a trained text encoder in few bits": (
         {"adapter": {"targets": ["text_encoder"]}, "memory": {"quantize_text_encoder": "nf4"}},
         "memory.quantize_text_encoder", "does not go with 'text_encoder' in adapter.targets, which trains it; "

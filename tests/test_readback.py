@@ -7,6 +7,7 @@ import time
 import pytest
 import torch
 
+from trainer import readback as readbacks
 from trainer import run as runs
 from trainer.events import Event, EventReader
 from trainer.readback import LAG, Readback
@@ -54,6 +55,31 @@ def test_steps_between_are_left_out_but_never_the_last(recorder):
         push(readback, step)
     readback.drain()
     assert [event["step"] for event in steps(recorder)] == [4, 8, 10]
+
+
+def test_a_run_of_few_events_gives_a_sign_of_life_now_and_then(recorder, monkeypatch):
+    monkeypatch.setattr(readbacks, "SIGN_OF_LIFE", 0.05)
+    readback = Readback(recorder, 100, CPU, every=90)
+    push(readback, 1)
+    time.sleep(0.06)
+    push(readback, 2)
+    push(readback, 3)
+    assert [event["step"] for event in steps(recorder)] == [2]
+
+
+def test_a_lasting_slow_down_is_a_note_and_a_new_pace_is_none(recorder, monkeypatch):
+    seconds = iter([1.0] * 3 + [0.1] * 20 + [0.3] * 20 + [0.1] * 23 + [0.3] * 19)
+    now = [0.0]
+    monkeypatch.setattr(readbacks.time, "perf_counter", lambda: now[0])
+    readback = Readback(recorder, 10**6, CPU, every=10**6)
+    for step, sec in enumerate(seconds, 1):
+        if step == 44:
+            readback.restart_clock(new_pace=True)
+        now[0] += sec
+        push(readback, step)
+    notes = [event for event in EventReader(recorder.run.events).read() if event["kind"] == "note"]
+    assert [(note["step"], note["text"].partition(" (")[0]) for note in notes] == [
+        (43, "Steps take 0.30 s now, 3.0 times as long as at first")]
 
 
 def test_a_steps_loss_is_known_even_when_it_gets_no_event(recorder):

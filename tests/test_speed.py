@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from trainer import files, preset, speed
 from trainer import run as runs
 from trainer.data.cache import Cache
+from trainer.memory.plan import Plan
 from trainer.record import Recorder
 
 TEXT = '[model]\nfamily = "sd15"\nbase = "owner/base"\n[data]\nfolder = "d"\n[train]\nsteps = 10\n'
@@ -55,12 +57,21 @@ def test_the_same_work_is_recalled_whatever_does_not_change_its_speed(tmp_path, 
 @pytest.mark.parametrize("override", [
     "model.base=owner/other", "data.resolution=768", "train.batch_size=2", "train.grad_accum=2", "train.precision=bf16",
     "adapter.method=lora", "adapter.rank=8", "adapter.dora=true", 'adapter.targets=["feed_forward"]',
-    "memory.gradient_checkpointing=full"])
+    "memory.gradient_checkpointing=full", "memory.quantize=nf4", "memory.offload_blocks=2"])
 def test_other_work_is_not(tmp_path, remember, override):
     remember([0.5])
     assert recall(tmp_path, override) is None
     remember([2.0], override)
     assert (recall(tmp_path)["sec"], recall(tmp_path, override)["sec"]) == (0.5, 2.0)
+
+
+def test_a_plan_is_remembered_beside_the_time(tmp_path, remember):
+    plan = Plan("nf4", "full", 8)
+    speed.remember_plan(tmp_path, preset.parse(TEXT, "p"), speed.device_name(CPU), plan, peak=7, limit=8)
+    assert recall(tmp_path) == {"plan": asdict(plan), "peak": 7, "limit": 8}
+    remember([0.5])
+    assert recall(tmp_path) == {"plan": asdict(plan), "peak": 7, "limit": 8, "sec": 0.5, "vram_peak": None}
+    assert recall(tmp_path, "memory.budget_gb=6") is None
 
 
 def test_nor_is_work_on_another_device(tmp_path, remember):

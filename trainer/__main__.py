@@ -20,6 +20,7 @@ from trainer.run import Run
 from trainer.schema import Preset
 
 DONE, USER_ERROR, BUG = 0, 1, 2
+LAUNCHERS = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")  # torchrun, accelerate and MPIs
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -27,6 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of kernels that nothing here uses
     try:
         options = _parser().parse_args(arguments)
+        _check_alone()
         if options.check:
             return _check(options)
         if options.json:
@@ -58,6 +60,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--check", action="store_true", help="check everything that can be checked without training")
     parser.add_argument("--json", action="store_true", help="with --check: the report as JSON")
     return parser
+
+
+def _check_alone() -> None:
+    """Refuse to be one of several processes: each of them would begin a run of its own."""
+    sizes = {name: os.environ[name] for name in LAUNCHERS if name in os.environ}
+    if any(size.isdecimal() and int(size) > 1 for size in sizes.values()):
+        raise UserError(f"several processes were started ({', '.join(f'{k}={v}' for k, v in sizes.items())}), and a "
+                        "run trains in one: start it without accelerate, torchrun or mpirun")
 
 
 def _begin(options: argparse.Namespace) -> tuple[Run, Preset, Path]:

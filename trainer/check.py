@@ -159,7 +159,7 @@ def _adapter(preset: Preset, base: Any, report: Report) -> int:
 def _time(preset: Preset, workspace: Path, device: torch.device, report: Report) -> None:
     known = speed.recall(workspace, preset, speed.device_name(device))
     report.facts["device"] = speed.device_name(device)
-    if known is None:
+    if known is None or "sec" not in known:  # a run may have measured its memory and no more
         report.facts["time"] = "unknown until a run like this one was made here"
         return
     seconds = known["sec"]

@@ -19,14 +19,15 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 
 @contextmanager
 def turn(workspace: Path, device: torch.device, on_wait: Callable[[], object]) -> Iterator[None]:
-    """Hold `workspace/gpu<n>.lock` until the block ends; `on_wait` is called while another run holds it.
+    """Hold `workspace/gpu-<id>.lock` until the block ends; `on_wait` is called while another run holds it.
 
+    The id is the card's own: its number differs between processes that see other cards (CUDA_VISIBLE_DEVICES).
     A CPU is shared as it is.  The system frees the lock of a process that is killed.
     """
     if device.type != "cuda":
         yield
         return
-    lock = FileLock(workspace / f"gpu{device.index or 0}.lock")
+    lock = FileLock(workspace / f"gpu-{identity(device)}.lock")
     while True:
         try:
             lock.acquire(timeout=0)
@@ -38,6 +39,13 @@ def turn(workspace: Path, device: torch.device, on_wait: Callable[[], object]) -
         yield
     finally:
         lock.release()
+
+
+def identity(device: torch.device) -> str:
+    """What a GPU is known by to every process: its UUID, or its number where torch has none."""
+    if not torch.cuda.is_available():
+        return str(device.index or 0)
+    return str(getattr(torch.cuda.get_device_properties(device), "uuid", device.index or 0))
 
 
 def free_memory() -> None:

@@ -192,6 +192,15 @@ def _idle_sampling(train: Any) -> list[Problem]:  # noqa: ANN401
             for key, fault in idle if fault]
 
 
+def _paths(sections: Mapping[str, Any]) -> list[Problem]:
+    """Paths of Windows in "double quotes", where \\b and \\t stand for a backspace and a tab."""
+    return [Problem(f"{name}.{key}", f"{path!r} holds a character that no path has: in \"double quotes\" a \\ begins "
+                    "an escape, such as \\b or \\t. Write Windows paths in 'single quotes' or with /")
+            for name, section in sections.items() for key in type(section).model_fields if schema.has_path(name, key)
+            for value in [getattr(section, key)] for path in ([value] if isinstance(value, str) else value)
+            if any(ord(character) < 32 for character in path)]
+
+
 def _warm_up(sections: Mapping[str, Any]) -> list[Problem]:
     """A warm-up as long as the training would never reach the learning rate."""
     train = sections.get("train")
@@ -211,6 +220,9 @@ def _memory(sections: Mapping[str, Any]) -> list[Problem]:
         found += [Problem(f"memory.{key}", "has no effect with memory.device = 'cpu'; take it out")
                   for key, given in (("budget_gb", memory.budget_gb > 0), ("offload_blocks", memory.offload_blocks > 0))
                   if given]
+    if memory.offload_blocks > 0 and adapter is not None and adapter.dora:
+        found.append(Problem("memory.offload_blocks", "does not go with adapter.dora, which reads all weights at each "
+                             "step; take one of them out"))
     if memory.offload_blocks > 0 and memory.gradient_checkpointing == "none":
         found.append(Problem("memory.offload_blocks", "needs memory.gradient_checkpointing = 'full' (or 'auto'): "
                              "without it every block's weights stay on the GPU until the backward pass"))
@@ -231,7 +243,7 @@ def _target_pattern(sections: Mapping[str, Any]) -> list[Problem]:
 
 
 RULES: tuple[Callable[[Mapping[str, Any]], list[Problem]], ...] = (
-    _family_model, _family_adapter, _family_output, _family_training, _target_pattern, _warm_up, _memory,
+    _family_model, _family_adapter, _family_output, _family_training, _target_pattern, _paths, _warm_up, _memory,
     _length_of_training, _method_choices, _dora_methods, _rank_target,
     _weights_with_ema, _one_holdout, _no_effect,
 )

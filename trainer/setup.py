@@ -30,7 +30,7 @@ from trainer.memory.plan import WORDS, Plan, text_rungs
 from trainer.memory.probe import FULL
 from trainer.memory.weights import bytes_of
 from trainer.metrics.features import find_weights
-from trainer.quantize.available import check_settings
+from trainer.quantize.available import check_settings, works
 from trainer.record import Recorder
 from trainer.run import Run
 from trainer.schema import Preset
@@ -69,7 +69,7 @@ def set_up(run: Run, preset: Preset, device: torch.device, workspace: Path, reco
         guard(), recorder.phase("reading images", done, of)))
     saved = checkpoint.last_progress(run)
     texts, text_encoder, quantize = _prepare_text(preset, family, base, material, cache, device, dtype, recorder, guard,
-                                                  _text_modes(preset, family, base, saved, meter))
+                                                  _text_modes(preset, family, base, device, saved, meter))
     latents, held = _prepare_latents(family, base, material, cache, device, recorder, guard)
     masks, held_masks = MaskStore(latents), MaskStore(held)
     for store in (masks, held_masks):
@@ -109,14 +109,14 @@ def check_warm_up(preset: Preset, steps: int) -> None:
                         "the learning rate would never be reached; make it smaller")
 
 
-def _text_modes(preset: Preset, family: ModuleType, base: Any, saved: Progress | None,
+def _text_modes(preset: Preset, family: ModuleType, base: Any, device: torch.device, saved: Progress | None,
                 meter: Meter | None) -> list[str]:
     """How the text encoder may be held, from what is likely to fit; a resumed run's own way comes first."""
-    modes = text_rungs(preset.memory) if meter is not None else text_rungs(preset.memory)[:1]
+    modes = [mode for mode in text_rungs(preset.memory) if works(mode, device)]
     if saved is not None:
-        return list(dict.fromkeys([saved.text_quantize, *modes[1:]]))
+        return modes[modes.index(saved.text_quantize):] if saved.text_quantize in modes else [saved.text_quantize]
     if meter is None or len(modes) == 1:
-        return modes
+        return modes[:1]
     skeleton = family.load_text_encoder(base, torch.device("meta"), family.TEXT_DTYPE)
     fitting = [number for number, mode in enumerate(modes)
                if bytes_of(skeleton, mode, family.TEXT_DTYPE) <= FULL * meter.limit]

@@ -12,10 +12,11 @@ from trainer import families, speed
 from trainer.checkpoint import Progress
 from trainer.errors import UserError
 from trainer.memory.blocks import repeated_blocks
+from trainer.memory.estimate import Estimator
 from trainer.memory.meter import Meter
 from trainer.memory.plan import Plan, below, plain, rungs
 from trainer.memory.probe import FULL, Build, first_to_try, settle, told
-from trainer.memory.weights import bytes_of
+from trainer.quantize.available import works
 from trainer.record import Recorder
 from trainer.schema import Preset
 from trainer.session import Session, pick_dtype
@@ -36,17 +37,16 @@ def choose(build: Build, preset: Preset, base: Any, device: torch.device, saved:
         return settle(build, [plan, *below(preset, blocks, plan)], blocks, None, recorder)[0]
     if meter is None:
         return settle(build, [_without_gpu(preset, blocks, device)], blocks, None, recorder)[0]
-    ladder, name, dtype = rungs(preset, blocks), speed.device_name(device), pick_dtype(preset, device)
+    ladder = [plan for plan in rungs(preset, blocks) if works(plan.quantize, device)]
+    name = speed.device_name(device)
     if known := remembered(speed.recall(workspace, preset, name), ladder, meter.limit):
         session, tried = settle(build, known, blocks, None, recorder)
         recorder.note(0, told(session.plan, tried, blocks, meter.limit) + " As measured in an earlier run like this.")
         return session
 
-    def need(plan: Plan) -> float:
-        kept = 1 - plan.offload_blocks / max(blocks, 1)
-        return bytes_of(skeleton, plan.quantize, dtype) * kept
-
-    session, tried = settle(build, first_to_try(ladder, need, meter.limit), blocks, meter, recorder)
+    estimate = Estimator(preset, skeleton, pick_dtype(preset, device))
+    likely = first_to_try(ladder, lambda plan: estimate(plan).peak, meter.limit)
+    session, tried = settle(build, likely, blocks, meter, recorder)
     recorder.note(0, told(session.plan, tried, blocks, meter.limit))
     speed.remember_plan(workspace, preset, name, session.plan, tried[session.plan], meter.limit)
     return session

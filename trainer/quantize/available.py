@@ -15,6 +15,15 @@ def check_settings(quantize: str, quantize_text_encoder: str, device: torch.devi
             check(mode, device, f"memory.{setting}")
 
 
+def works(mode: str, device: torch.device) -> bool:
+    """Whether weights of this mode can be made and read on the device."""
+    try:
+        check(mode, device)
+        return True
+    except UserError:
+        return False
+
+
 def check(mode: str, device: torch.device, setting: str = "memory.quantize") -> None:
     """Raise UserError, naming the setting, unless weights of this mode can be made and read on the device."""
     if mode == "none" or device.type == "meta":
