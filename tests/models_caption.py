@@ -19,17 +19,17 @@ from transformers import (
     BartConfig,
     BlipConfig,
     BlipForConditionalGeneration,
+    BlipImageProcessorPil,
     CLIPImageProcessorPil,
     Florence2Config,
     Florence2ForConditionalGeneration,
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLImageProcessorPil,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
 )
-from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 WIDTH = 32
 

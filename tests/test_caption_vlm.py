@@ -62,6 +62,15 @@ def test_half_precision_is_loaded_and_answers(folders):
         assert model.model.dtype == torch.bfloat16 and len(model.caption(IMAGES[:2])) == 2
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_a_gpu_answers_in_half_precision(folders):
+    for kind in MAKERS:
+        for dtype in (torch.bfloat16, torch.float16):
+            model = Describer(folders[kind], instruction="", max_tokens=6, device=torch.device("cuda"), dtype=dtype)
+            assert len(model.caption(IMAGES)) == 3
+
+
 def test_qwen_gets_a_token_for_each_merged_patch_and_knows_which_they_are(folders):
     model = describer(folders["qwen2_5_vl"], "hello")
     inputs = _qwen(model, IMAGES)

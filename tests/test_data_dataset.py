@@ -186,3 +186,13 @@ def test_no_file_of_the_user_changes(tmp_path):
     for item in scan([tmp_path]).items:
         dataset.load_pixels(item, (16, 16), (0, 0), True)
     assert state() == before
+
+
+def test_excluded_images_are_counted_and_masks_are_neither_images_nor_counted(tmp_path):
+    for name in ("a", "b", "c"):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{name}.png")
+    Image.new("L", (8, 8)).save(tmp_path / "a-masklabel.png")
+    (tmp_path / ".excluded").write_text("b.png\ngone.png\n")
+    found = dataset.scan([tmp_path], masks="file")
+    assert [item.path.name for item in found.items] == ["a.png", "c.png"] and found.excluded == 1
+    assert [item.mask is not None for item in found.items] == [True, False]

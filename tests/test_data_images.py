@@ -152,3 +152,36 @@ def test_enormous_images_are_refused_before_they_are_decoded(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # Pillow's own refusal
     with pytest.raises(ImageError, match="pixels that are read; make it smaller"):
         images.decode(encoded(marked(), "PNG"))
+
+
+# Masks
+
+
+@pytest.mark.parametrize(("image", "grey"), [
+    (Image.new("L", (4, 2), 200), 200),
+    (Image.new("1", (4, 2), 1), 255),
+    (Image.new("RGB", (4, 2), (90, 90, 90)), 90),
+    (Image.new("I;16", (4, 2), 32896), 128),
+    (Image.new("RGBA", (4, 2), (255, 255, 255, 0)), 0),
+    (Image.new("RGBA", (4, 2), (255, 255, 255, 128)), 128),
+    (Image.new("LA", (4, 2), (255, 255)), 255),
+])
+def test_masks_of_any_mode_become_grey_over_black(image, grey):
+    decoded = images.decode_mask(encoded(image, "PNG"))
+    assert decoded.mode == "L" and decoded.size == (4, 2) and abs(decoded.getpixel((0, 0)) - grey) <= 1
+
+
+def test_the_alpha_channel_of_any_mode_is_found():
+    palette = Image.new("P", (2, 1))
+    palette.putpalette([0, 0, 0, 255, 255, 255])
+    palette.putpixel((1, 0), 1)
+    data = encoded(palette, "PNG", transparency=1)
+    assert images.has_alpha(data) and np.asarray(images.decode_alpha(data)).tolist() == [[255, 0]]
+    grey = images.decode_alpha(encoded(Image.new("LA", (1, 1), (9, 77)), "PNG"))
+    assert grey.mode == "L" and grey.getpixel((0, 0)) == 77
+    assert not images.has_alpha(encoded(Image.new("RGB", (2, 2)), "PNG"))
+
+
+def test_a_broken_mask_is_told_in_plain_words():
+    with pytest.raises(ImageError, match="not an image"):
+        images.decode_mask(b"no")

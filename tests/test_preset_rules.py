@@ -46,6 +46,15 @@ FAULTS = {
     "variants of one caption": (
         {"data": {"caption_variants": 2}}, "data.caption_variants",
         "has no effect without data.shuffle_tags; take it out"),
+    "a weight outside of masks that are off": (
+        {"data": {"masks": "off", "mask_background": 0.5}}, "data.mask_background",
+        "has no effect with data.masks = 'off'; take it out"),
+    "a share of no regularisation": (
+        {"data": {"regularisation_share": 0.2}}, "data.regularisation_share",
+        "has no effect without data.regularisation; take it out"),
+    "a weight of no regularisation": (
+        {"data": {"regularisation_weight": 0.5}}, "data.regularisation_weight",
+        "has no effect without data.regularisation; take it out"),
     "delta without Huber": (
         {"train": {"huber_delta": 0.2}}, "train.huber_delta", "has no effect with train.loss = 'mse'; take it out"),
     "a diagonal without S": (

@@ -76,7 +76,8 @@ def _is_whole(folder: Path) -> bool:
         shards = set(json.loads(index.read_bytes())["weight_map"].values()) if index.exists() else {"model.safetensors"}
     except (ValueError, KeyError, AttributeError):
         return False
-    return all((folder / name).is_file() for name in ("config.json", "preprocessor_config.json", *shards))
+    prepared = any((folder / name).is_file() for name in ("preprocessor_config.json", "processor_config.json"))
+    return prepared and all((folder / name).is_file() for name in ("config.json", *shards))
 
 
 def _wanted(repo: str, files: Sequence[RepoSibling]) -> list[RepoSibling]:

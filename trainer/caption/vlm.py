@@ -13,11 +13,13 @@ from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
-    AutoImageProcessor,
     AutoModelForImageTextToText,
     AutoTokenizer,
     BatchFeature,
+    BlipImageProcessorPil,
+    CLIPImageProcessorPil,
     Florence2Processor,
+    Qwen2VLImageProcessorPil,
 )
 from transformers.utils import logging
 
@@ -32,8 +34,10 @@ CHAT = "<|im_start|>user\n<|vision_start|>{image}<|vision_end|>{text}<|im_end|>\
 
 @dataclass(frozen=True)
 class Kind:
-    """What differs between models: how images and instruction become inputs, how many beams, what is asked usually."""
+    """What differs between models: what resizes images (Pillow's ones: the others need torchvision), how images and
+    instruction become inputs, how many beams, what is asked usually."""
 
+    images: type
     prepare: Callable[[Describer, Sequence[Image.Image]], BatchFeature]
     beams: int
     instruction: str
@@ -56,7 +60,7 @@ class Describer:
         logging.disable_progress_bar()
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-            self.images = AutoImageProcessor.from_pretrained(folder, backend="pil", local_files_only=True)
+            self.images = self.kind.images.from_pretrained(folder, local_files_only=True)
             if self.model_type == "florence2":
                 self.processor = Florence2Processor(self.images, self.tokenizer)
             model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, use_safetensors=True,
@@ -127,7 +131,7 @@ def _qwen(model: Describer, images: Sequence[Image.Image]) -> BatchFeature:
                          "mm_token_type_ids": is_image.int()})
 
 
-FLORENCE = Kind(_florence, beams=3, instruction="<DETAILED_CAPTION>", echoes=False)
-BLIP = Kind(_blip, beams=3, instruction="", echoes=False)
-QWEN = Kind(_qwen, beams=1, instruction=DESCRIBE, echoes=True)
+FLORENCE = Kind(CLIPImageProcessorPil, _florence, beams=3, instruction="<DETAILED_CAPTION>", echoes=False)
+BLIP = Kind(BlipImageProcessorPil, _blip, beams=3, instruction="", echoes=False)
+QWEN = Kind(Qwen2VLImageProcessorPil, _qwen, beams=1, instruction=DESCRIBE, echoes=True)
 KINDS = {"florence2": FLORENCE, "blip": BLIP, "qwen2_vl": QWEN, "qwen2_5_vl": QWEN, "qwen3_vl": QWEN}
