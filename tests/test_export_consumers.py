@@ -136,7 +136,9 @@ FILES = {
         "diffusers": "raises an error over the alpha keys"}),
     "1 alpha in F6 of Flux.2": ("klein", "norm_out", "F6", alphas(RANK), {"diffusers": "error over the alpha keys"}),
     "1 alpha in F1 of Flux.1": ("flux1", "", "F1", alphas(2), {}),
-    "2 alphas differ in SD 1.5": ("sd15", "", "U1", alphas(1, every=3), {
+    "2 alphas differ in SD 1.5": ("sd15", "text_", "U1", alphas(1, every=2), {
+        "diffusers": "applies attention layers at"}),
+    "2 alphas differ in a text encoder": ("sd15", "", "U1", alphas(1, every=3), {
         "diffusers": "applies attention layers at 4 times the strength meant"}),
     "2 alphas differ in SDXL": ("sdxl", "add_embedding", "U2", alphas(1, every=3), {
         "diffusers": "applies attention layers at 4 times the strength"}),

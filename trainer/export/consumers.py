@@ -170,23 +170,24 @@ def _clip_attention(lora: LoraFile, consumer: str, blocks: Collection[str]) -> I
 
 
 def _mixed_alpha(lora: LoraFile, consumer: str, blocks: Collection[str]) -> Iterator[Fault]:
-    """diffusers' attention layers all get the most frequent alpha."""
-    values = Counter(lora.alphas.values())
-    if consumer != "diffusers" or len(values) < 2:
+    """diffusers' attention layers all get the most frequent alpha of their model."""
+    if consumer != "diffusers" or len(set(lora.alphas.values())) < 2:
         return
-    usual = values.most_common(1)[0][0]
-    other = [key for key, alpha in lora.alphas.items() if alpha != usual]
-    if lora.format.name in ("U1", "U2"):
-        by_strength: dict[float, list[str]] = {}
-        for key in other:
-            if re.search(r"\.attn[12]\.", lora.entries[key].place.modules[0]):
-                by_strength.setdefault(usual / lora.alphas[key] if lora.alphas[key] else math.nan, []).append(key)
-        for strength, keys in by_strength.items():
-            yield Fault(f"applies attention layers at {strength:.3g} times the strength meant: where alpha differs, it "
-                        f"takes the most frequent one, {usual:g}, for all of them", tuple(keys), strength)
-    elif lora.format.name == "F2":
-        keys = tuple(key for key in other if key.endswith("proj_out"))
+    if lora.format.name == "F2":
+        usual = Counter(lora.alphas.values()).most_common(1)[0][0]
+        keys = tuple(key for key, alpha in lora.alphas.items() if key.endswith("proj_out") and alpha != usual)
         yield Fault("mixes up the alpha of layers called proj_out where alpha differs", keys, math.nan)
+    if lora.format.name not in ("U1", "U2"):
+        return
+    modules = {key: lora.entries[key].place.modules[0] for key in lora.alphas}
+    for component in dict.fromkeys(module.partition(".")[0] for module in modules.values()):
+        own = {key: module for key, module in modules.items() if module.startswith(component + ".")}
+        usual = Counter(lora.alphas[key] for key in own).most_common(1)[0][0]
+        ratios = {key: usual / lora.alphas[key] if lora.alphas[key] else math.nan for key, module in own.items()
+                  if re.search(r"\.(attn[12]|self_attn)\.", module) and lora.alphas[key] != usual}
+        for strength, keys in _grouped(ratios).items():
+            yield Fault(f"applies attention layers at {strength:.3g} times the strength meant: where alpha differs, it "
+                        f"takes the most frequent one, {usual:g}, for all of them", keys, strength)
 
 
 def _dropped_alpha(lora: LoraFile, consumer: str, blocks: Collection[str]) -> Iterator[Fault]:
