@@ -11,6 +11,7 @@ import torch
 
 from tests import family_runs, projects
 from trainer.events import EventReader
+from trainer.quantize.model import MODES
 from trainer.run import Run
 
 STEPS = 10
@@ -39,7 +40,7 @@ def losses_of(run: Run) -> list[float]:
     return [event["loss"] for event in EventReader(run.events).read() if event["kind"] == "step"]
 
 
-@pytest.mark.parametrize(("method", "mode"), product(["lora", "stiefel", "stella"], ["int8", "nf4", "fp8"]))
+@pytest.mark.parametrize(("method", "mode"), list(product(["lora", "stiefel", "stella"], MODES)))
 def test_a_run_over_a_quantised_base_resumes_exactly_and_fits_diffusers(project, method, mode):
     overrides = [f"adapter.method={method}", f"memory.quantize={mode}", *SETTINGS]
     run = family_runs.train(project.preset, project.workspace, f"{method}-{mode}", *overrides)
