@@ -148,8 +148,7 @@ def test_a_run_trains_resumes_exactly_samples_and_fits_diffusers(preset, workspa
         overrides.append('adapter.targets=["attention", "text_encoder"]')
     run = family_runs.train(preset, workspace, method, *overrides)
     family_runs.assert_finished(run)
-    if method != "lora":
-        family_runs.assert_resume_is_exact(run)
+    family_runs.assert_resume_is_exact(run)
     if method in ("lora", "stella"):  # that the file says what was trained is `assert_finished`'s
         pipe = family_runs.assert_diffusers_has_our_weights(run, preset, folder, "unet", *overrides, layers=136)
     if method == "lora":

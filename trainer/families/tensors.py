@@ -216,4 +216,5 @@ def _moved(tensor: Tensor, device: torch.device | str, dtype: torch.dtype, scale
         scale = scale.to(device, torch.float32)
         scale = scale if scale.ndim == 0 or scale.ndim == tensor.ndim else scale.view(-1, *[1] * (tensor.ndim - 1))
         return (tensor.to(device, torch.float32) * scale).to(dtype)
-    return tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
+    kept = tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
+    return kept.contiguous()  # transposed in some files: products would differ in their last bits
