@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
-from tests import projects
+from app.datasets.data_set import DataSet
+from app.datasets.library import Library
+from app.paths import Places
+from tests import data_sets, projects
 from trainer.__main__ import main
 
 
@@ -54,3 +57,24 @@ def trainer(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) 
         return Outcome(code, *capfd.readouterr())
 
     return call
+
+
+@pytest.fixture
+def library(tmp_path: Path) -> Iterator[Library]:
+    """A workspace, and a folder outside of it that the app may read."""
+    (tmp_path / "pictures").mkdir()
+    made = Library(Places(tmp_path / "workspace", (tmp_path / "pictures",)))
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def cats(library: Library) -> DataSet:
+    """Three images with captions at the top and two in a sub-folder."""
+    root = library.places.datasets / "cats"
+    for seed, (name, caption) in enumerate([
+            ("a.png", "red, cat\nsecond line\n"), ("b.png", "blue, cat"), ("c.png", None), ("5_more/d.png", "red, dog"),
+            ("5_more/e.jpg", "Red, bird, masterpiece")]):
+        data_sets.draw(root / name, seed=seed, caption=caption)
+    [own] = library.list_sets()["sets"]
+    return library.open(own["id"])
