@@ -85,9 +85,9 @@ def make(folder: Path) -> Path:
     return preset
 
 
-def session(preset_file: Path, workspace: Path, *overrides: str, name: str = "run") -> Session:
+def session(preset_file: Path, workspace: Path, *overrides: str, name: str = "run", device: str = "cpu") -> Session:
     """All that a trainer of this project holds before its first step, or after its last checkpoint."""
     preset = presets.load(preset_file, overrides)
     folder = workspace / "runs" / name
     run = runs.open_run(folder) if folder.exists() else runs.create(workspace, name, presets.dumps(preset))
-    return set_up(run, preset, torch.device("cpu"), workspace, Recorder(run, tensorboard=False), lambda: None)
+    return set_up(run, preset, torch.device(device), workspace, Recorder(run, tensorboard=False), lambda: None)

@@ -163,6 +163,23 @@ def test_a_checkpoint_of_a_later_program_is_refused(run):
                                  "update it to go on")
 
 
+def test_a_checkpoint_of_an_earlier_program_says_nothing_of_how_the_model_was_held(run):
+    put(run, 5)
+    file = run.checkpoint(5) / "progress.json"
+    stored = json.loads(file.read_text())
+    file.write_text(json.dumps({key: stored[key] for key in stored if key not in ("plan", "text_quantize")}
+                               | {"format": 1}))
+    assert checkpoint.load(run.checkpoint(5))[0] == checkpoint.last_progress(run)
+    assert (checkpoint.last_progress(run).plan, checkpoint.last_progress(run).text_quantize) == ({}, "none")
+
+
+def test_how_far_a_run_is_can_be_told_without_its_tensors(run):
+    assert checkpoint.last_progress(run) is None
+    put(run, 5)
+    (run.checkpoint(5) / "adapter.safetensors").unlink()
+    assert checkpoint.last_progress(run).step == 5
+
+
 def test_the_last_the_best_and_the_pinned_stay_with_their_exports(run):
     put(run, *range(1, 9))
     (run.checkpoint(2) / checkpoint.PINNED).touch()

@@ -7,6 +7,7 @@ from dataclasses import asdict
 import pytest
 
 from tests import projects
+from trainer import checkpoint
 from trainer.errors import UserError
 from trainer.memory.choice import remembered
 from trainer.memory.plan import Plan
@@ -31,6 +32,16 @@ def test_on_a_cpu_nothing_is_saved_that_was_not_asked_for(tiny_project, tmp_path
     assert projects.session(tiny_project, tmp_path).plan == Plan()
     chosen = projects.session(tiny_project, tmp_path, "memory.gradient_checkpointing=full", name="chosen")
     assert chosen.plan == Plan(checkpointing="full") and chosen.denoiser.is_gradient_checkpointing
+
+
+@pytest.mark.parametrize(("stored", "held"), [({}, Plan(checkpointing="full")),
+                                              (asdict(Plan("int8", "full")), Plan("int8", "full"))])
+def test_a_resume_holds_the_model_as_the_checkpoint_says(tiny_project, tmp_path, stored, held) -> None:
+    first = projects.session(tiny_project, tmp_path, "memory.gradient_checkpointing=full")
+    first.progress.step, first.progress.plan = 1, stored
+    checkpoint.save(first.run, first.progress, first.adapter.state_dict(), first.optimizer.state_dict())
+    again = projects.session(tiny_project, tmp_path, "memory.gradient_checkpointing=full")
+    assert again.plan == held and again.progress.plan == asdict(held)
 
 
 def test_offloading_from_a_cpu_is_refused(tiny_project, tmp_path) -> None:

@@ -166,3 +166,43 @@ def test_a_change_that_does_not_fit_either_goes_one_further(session, monkeypatch
     assert tried == ["fp8", "int8"] and session.plan == Plan("int8", "full")
     assert all(not leaf.grad.any() for leaf in session.adapter.parameters())
     loss_of(session)
+
+
+def too_large_for(kind: str, session: Session, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Let the whole model not fit a kind of device the first time; returns where it was loaded."""
+    real, places = session.family.load_denoiser, []
+
+    def load(base: object, device: torch.device, dtype: torch.dtype, quantize: str) -> nn.Module:
+        places.append(device.type)
+        if device.type == kind and len(places) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(base, device, dtype, quantize)
+
+    monkeypatch.setattr(session.family, "load_denoiser", load)
+    return places
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs an NVIDIA GPU")])])
+def test_a_model_that_only_fits_without_its_offloaded_blocks_is_loaded_through_the_host(
+        tiny_project, tmp_path, monkeypatch, device) -> None:
+    session = projects.session(tiny_project, tmp_path, *PLAIN, "adapter.dropout=0", device=device)
+    loss, gradients = loss_of(session)
+    places = too_large_for(device, session, monkeypatch)
+    session.adapter.remove()
+    session.denoiser = None
+    change(session, Plan("none", "full", 5))
+    assert places == [device, "cpu"]
+    assert {tensor.device.type for tensor in session.offload.buffers} == {device}
+    again, others = loss_of(session)
+    assert again == pytest.approx(loss, rel=1e-4)
+    for one, other in zip(gradients, others):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+
+
+def test_a_model_that_does_not_fit_and_is_not_offloaded_is_a_fault(session, monkeypatch) -> None:
+    change(session, Plan())
+    too_large_for("cpu", session, monkeypatch)
+    with pytest.raises(torch.OutOfMemoryError):
+        change(session, Plan("fp8", "full"))
+    change(session, Plan())

@@ -7,8 +7,9 @@ import math
 import pytest
 import torch
 
-from tests.tiny import adapted, train
-from trainer import manifold, optim
+from tests.tiny import adapted, take_step, train
+from trainer import adapters, manifold, optim
+from trainer.adapters.target import Target
 from trainer.errors import UserError
 
 
@@ -179,3 +180,29 @@ def test_bitsandbytes_that_cannot_be_loaded_says_what_to_do(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "bitsandbytes.optim", None)
     with pytest.raises(UserError, match="pip install bitsandbytes.*or use adamw"):
         optim.build_optimizer("adamw8bit", adapted("lora")[1], lr=1e-3)
+
+
+def test_the_8_bit_states_of_large_stacks_stay_in_8_bits_over_a_resume():
+    def begin() -> tuple[torch.nn.Module, adapters.Adapter, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        net = torch.nn.Sequential(*(torch.nn.Linear(96, 96, bias=False) for _ in range(6)))
+        adapter = adapters.build([Target(str(i), layer, "x") for i, layer in enumerate(net)], method="stella", rank=8)
+        adapter.install()
+        return net, adapter, optim.build_optimizer("adamw8bit", adapter, lr=1e-2)
+
+    def advance(net: torch.nn.Module, adapter: adapters.Adapter, optimizer: torch.optim.Optimizer, steps: range):
+        for step in steps:
+            adapter.refresh()
+            loss = net(torch.randn(4, 96, generator=torch.Generator().manual_seed(step))).square().mean()
+            loss.backward()
+            take_step(adapter, optimizer, loss)
+
+    whole, broken, resumed = begin(), begin(), begin()
+    advance(*whole, range(6))
+    advance(*broken, range(3))
+    for kept, part in zip(broken[1:], resumed[1:]):
+        part.load_state_dict({key: tensor.clone() for key, tensor in kept.state_dict().items()})
+    advance(*resumed, range(3, 6))
+    states = {key: value for key, value in resumed[2].state_dict().items() if key.startswith("0.0.state")}
+    assert len(states) == 2 and all(value.dtype == torch.uint8 for value in states.values())
+    assert all(map(torch.equal, whole[1].parameters(), resumed[1].parameters()))

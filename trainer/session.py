@@ -23,6 +23,7 @@ from trainer.data.order import Draw, Order, share
 from trainer.data.store import LatentStore, TextStore
 from trainer.export import reader
 from trainer.families.base import quantised_id
+from trainer.faults import out_of_memory
 from trainer.flow import FlowObjective
 from trainer.material import Material, framing, noise_seeds, to_device
 from trainer.memory.blocks import repeated_blocks
@@ -166,15 +167,33 @@ class Session:
 def load_model(preset: Preset, family: ModuleType, base: Any, text_encoder: Any, device: torch.device,
                dtype: torch.dtype, plan: Plan) -> Model:
     """The denoiser, held as `plan` says, with a new adapter and its optimizer."""
-    denoiser = family.load_denoiser(base, device, dtype, plan.quantize)
+    denoiser = load_denoiser(family, base, device, dtype, plan)
     adapter = build_adapter(preset, family, denoiser, text_encoder, device)
     return Model(denoiser, adapter, build_optimizer(preset, adapter), hold(family, denoiser, plan, device), plan)
 
 
+def load_denoiser(family: ModuleType, base: Any, device: torch.device, dtype: torch.dtype, plan: Plan) -> nn.Module:
+    """The denoiser on the device; in the host's memory if it is to be offloaded and does not fit as a whole."""
+    try:
+        return family.load_denoiser(base, device, dtype, plan.quantize)
+    except Exception as error:
+        if not plan.offload_blocks or not out_of_memory(error):
+            raise
+    gpu.free_memory()
+    return family.load_denoiser(base, torch.device("cpu"), dtype, plan.quantize)
+
+
 def hold(family: ModuleType, denoiser: nn.Module, plan: Plan, device: torch.device) -> Offload | None:
-    """Checkpoint and offload a loaded denoiser's blocks as `plan` says."""
+    """Checkpoint and offload a loaded denoiser's blocks as `plan` says; what is not offloaded comes to the device."""
     family.set_gradient_checkpointing(denoiser, plan.checkpointing == "full")
-    return Offload(repeated_blocks(denoiser), plan.offload_blocks, device) if plan.offload_blocks else None
+    if not plan.offload_blocks:
+        return None
+    offload = Offload(repeated_blocks(denoiser), plan.offload_blocks, device)
+    away = {id(piece.tensor) for block in offload.blocks for piece in block.pieces}
+    for tensor in (*denoiser.parameters(), *denoiser.buffers()):
+        if id(tensor) not in away:
+            tensor.data = tensor.data.to(device)
+    return offload
 
 
 def models_by_name(family: ModuleType, denoiser: nn.Module, text_encoder: Any) -> dict[str, nn.Module]:

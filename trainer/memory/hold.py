@@ -10,7 +10,7 @@ from trainer.faults import out_of_memory
 from trainer.memory.blocks import repeated_blocks
 from trainer.memory.meter import GIB
 from trainer.memory.plan import Plan, below
-from trainer.session import Session, find_targets, hold, models_by_name
+from trainer.session import Session, find_targets, hold, load_denoiser, models_by_name
 
 
 def change(session: Session, plan: Plan) -> None:
@@ -18,7 +18,7 @@ def change(session: Session, plan: Plan) -> None:
     if session.denoiser is not None and plan.quantize != session.plan.quantize:
         _let_go(session)
     if session.denoiser is None:
-        session.denoiser = session.family.load_denoiser(session.base, session.device, session.dtype, plan.quantize)
+        session.denoiser = load_denoiser(session.family, session.base, session.device, session.dtype, plan)
         session.adapter.move(find_targets(session.preset, models_by_name(
             session.family, session.denoiser, session.text_encoder)))
     elif session.offload is not None:
