@@ -10,9 +10,10 @@ from torch import nn
 
 from tests.bench import true_size
 from tests.bench.true_size import SIZES
+from trainer import families
 from trainer.adapters import Target, build
 from trainer.memory.blocks import repeated_blocks
-from trainer.memory.estimate import UPDATE, UPDATE_FREE, Estimate, Estimator, held_weights, prompt_shapes
+from trainer.memory.estimate import UPDATE, UPDATE_FREE, Estimate, Estimator, held_weights
 from trainer.memory.offload import Offload, tensors_of
 from trainer.memory.plan import Plan
 from trainer.memory.trace import Alive, gpu_kernels
@@ -104,7 +105,7 @@ def test_weights_are_counted_as_they_will_be_held(name: str, mode: str) -> None:
 @pytest.mark.parametrize("name", list(SIZES))
 def test_prompts_have_the_shapes_that_models_take(name: str) -> None:
     size = SIZES[name]
-    shapes = prompt_shapes(size.family, true_size.config_of(size))
+    shapes = families.get(size.family).prompt_shapes(true_size.config_of(size))
     assert shapes == {"prompt_embeds": size.prompt} | ({"pooled": (size.pooled,)} if size.pooled else {})
 
 

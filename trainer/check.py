@@ -7,14 +7,15 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 import torch
+from torch import nn
 
-from trainer import download, families, speed
+from trainer import download, families, forecast, speed
 from trainer.adapters import median_size
-from trainer.adapters.target import check_targets, part_rows
+from trainer.adapters.target import Target, check_targets, part_rows
 from trainer.adapters.transfer import check_pairs
 from trainer.data.cache import Cache
 from trainer.errors import UserError
@@ -22,15 +23,16 @@ from trainer.export import reader
 from trainer.export.stacked import together
 from trainer.families import hub
 from trainer.material import Material
+from trainer.memory.meter import available
+from trainer.memory.plan import WORDS
+from trainer.memory.trace import META
 from trainer.metrics.features import find_weights
+from trainer.optim import check_packages
 from trainer.quantize.available import check_settings
 from trainer.record import clock
 from trainer.schema import Preset
 from trainer.session import LATENT_DTYPE, find_targets, open_base, pick_device, pick_dtype
 
-OVERHEAD = 0.4  # GiB that CUDA and its libraries hold beside tensors
-BYTES = {torch.float32: 4, torch.bfloat16: 2, torch.float16: 2}
-OPTIMIZER_BYTES = {"adamw": 8, "adamw8bit": 2, "scaled_adamw": 8, "sgd": 4, "stiefel": 4}  # state per trained number
 COLUMN = 22  # width of the first column of the report
 
 
@@ -41,6 +43,7 @@ class Report:
     errors: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
+    numbers: dict[str, float | None] = field(default_factory=dict)  # for programs: bytes, seconds, counts
 
     def as_json(self) -> str:
         return json.dumps(asdict(self), indent=1, ensure_ascii=False)
@@ -50,6 +53,13 @@ class Report:
         lines = [f"{name:<{COLUMN}}{_say(value)}" for name, value in self.facts.items()]
         lines += [f"warning: {text}" for text in self.warnings] + [f"error: {text}" for text in self.errors]
         return "\n".join([*lines, "" if self.errors else "ready to train"])
+
+
+class Layers(NamedTuple):
+    """What an adapter is put on."""
+
+    denoiser: nn.Module  # on the meta device
+    trained: int  # numbers
 
 
 def inspect(preset: Preset, workspace: Path) -> Report:
@@ -62,37 +72,69 @@ def inspect(preset: Preset, workspace: Path) -> Report:
     _collect(report, lambda: find_weights(preset.evaluate.distance, preset.evaluate.inception_weights))
     if device is not None:
         _collect(report, lambda: check_settings(preset.memory.quantize, preset.memory.quantize_text_encoder, device))
-    if base and layers and device is not None:
-        _memory(memory(preset, base.params, layers, device), device, report)
+        _collect(report, lambda: check_packages(preset.train.optimizer))
+        report.facts["device"] = speed.device_name(device)
+    if base and layers and material and device is not None and not report.errors:
+        _collect(report, lambda: _memory_and_disk(preset, base, layers, material, workspace, device, report))
     if material and device is not None:
         _time(preset, workspace, device, report)
     return report
 
 
-def memory(preset: Preset, params: dict[str, int], trained: int, device: torch.device) -> float:
-    """Bytes that training takes at its peak: frozen weights, adapter with optimizer, activations.
+def _memory_and_disk(preset: Preset, base: Any, layers: Layers, material: Material, workspace: Path,
+                     device: torch.device, report: Report) -> None:
+    """What the run will take, beside what there is."""
+    cache, dtype, limit = Cache(workspace / "cache"), pick_dtype(preset, device), None
+    if device.type == "cuda":
+        limit = available(device, preset.memory.budget_gb)
+    prompts = forecast.texts_to_encode(preset, base, material, cache, dtype, "none")
+    known = speed.recall(workspace, preset, speed.device_name(device))
+    found = forecast.memory(preset, base, layers.denoiser, material, device, limit, known, prompts > 0)
+    if found.text_mode != "none":
+        prompts = forecast.texts_to_encode(preset, base, material, cache, dtype, found.text_mode)
+    disk = forecast.disk(preset, base, material, cache, dtype, prompts, layers.trained)
+    host = forecast.host_bytes(found, disk.caches)
+    report.facts["held as"] = found.plan.in_words(found.blocks)
+    if limit is None:
+        _tell_memory("memory", found, found.peak + host, psutil.virtual_memory().total, report)
+    else:
+        _tell_memory("GPU memory", found, found.peak, limit, report)
+        there = psutil.virtual_memory().total
+        report.facts["memory"] = f"about {_gib(host)} of {_gib(there)} GiB"
+        if found.estimate.host:
+            report.facts["memory"] += f", {_gib(found.estimate.host)} of them the blocks that are kept there"
+        if host > there:
+            report.warnings.append(f"the computer's memory is too small for this: about {_gib(host)} GiB are needed. "
+                                   "Make memory.offload_blocks smaller")
+    report.facts["disk"] = (f"{_size(disk.caches)} for caches, {_size(disk.checkpoints)} for checkpoints and files; "
+                            f"{_size(disk.free)} are free")
+    if disk.caches + disk.checkpoints > disk.free:
+        report.warnings.append(f"the disk of {workspace} is too full for this: {_size(disk.free)} are free, and about "
+                               f"{_size(disk.caches + disk.checkpoints)} are needed. Free some space")
+    report.numbers |= {"peak": found.peak, "limit": limit, "host": host, "disk": disk.caches + disk.checkpoints,
+                       "disk_free": disk.free}
 
-    params: weights of each part of the base; trained: numbers in the adapter.
-    """
-    width = BYTES[pick_dtype(preset, device)]
-    train, family = preset.train, families.get(preset.model.family)
-    weights = params[family.DENOISER] * width
-    if "text_encoder" in preset.adapter.targets:
-        weights += sum(count for name, count in params.items() if name.startswith("text_encoder")) * width
-    adapter = trained * (4 + 4 + width + OPTIMIZER_BYTES[train.optimizer] + (4 if train.ema_decay else 0))
-    per_pixel = family.ACTIVATION_BYTES[preset.memory.gradient_checkpointing == "full"] * width / 2
-    activations = per_pixel * preset.data.resolution**2 * train.batch_size
-    return weights + adapter + activations + (OVERHEAD * 2**30 if device.type == "cuda" else 0)
 
-
-def _memory(needed: float, device: torch.device, report: Report) -> None:
-    """Bytes needed beside those of the device; more than there are is worth a warning, for the estimate is rough."""
-    on_gpu = device.type == "cuda"
-    there = torch.cuda.get_device_properties(device).total_memory if on_gpu else psutil.virtual_memory().total
-    report.facts["memory"] = f"about {needed / 2**30:.1f} of {there / 2**30:.1f} GiB"
+def _tell_memory(name: str, found: forecast.Memory, needed: int, there: int, report: Report) -> None:
+    """The peak and what it is made of; more than there is is worth a warning."""
+    estimate = found.estimate
+    parts = ("measured in an earlier run like this" if found.measured else
+             f"weights {_gib(estimate.weights)}, adapter {_gib(estimate.adapter)}, a step {_gib(estimate.step)}")
+    report.facts[name] = f"about {_gib(needed)} of {_gib(there)} GiB ({parts})"
+    if found.text:
+        held = f" in {WORDS[found.text_mode]}" if found.text_mode != "none" else ""
+        report.facts["text encoder"] = f"{_gib(found.text)} GiB{held}, while it encodes the captions before training"
     if needed > there:
         report.warnings.append("this will hardly fit: make train.batch_size or data.resolution smaller, "
-                               "or set memory.gradient_checkpointing = 'full'")
+                               "or leave what [memory] fixes to auto")
+
+
+def _gib(count: int) -> str:
+    return f"{count / 2**30:.1f}"
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
 
 
 def _base(preset: Preset, report: Report) -> Any:
@@ -134,17 +176,21 @@ def _data(preset: Preset, workspace: Path, report: Report) -> Material:
     return material
 
 
-def _adapter(preset: Preset, base: Any, report: Report) -> int:
+def _adapter(preset: Preset, base: Any, report: Report) -> Layers:
     """Layers and trained numbers, from the model's skeleton: no weights are loaded."""
     family, chosen = families.get(preset.model.family), preset.adapter
-    models = {family.DENOISER: family.load_denoiser(base, torch.device("meta"), torch.float32)}
+    models = {family.DENOISER: family.load_denoiser(base, META, torch.float32)}
     if "text_encoder" in chosen.targets:
-        models["text_encoder"] = family.load_text_encoder(base, torch.device("meta"), torch.float32)
+        models["text_encoder"] = family.load_text_encoder(base, META, torch.float32)
     targets = find_targets(preset, models)
-    core = 0 if chosen.method in ("lora", "stiefel") else chosen.rank if chosen.diagonal else chosen.rank**2
-    trained = sum(chosen.rank * (target.rows + target.columns) + core + (target.inputs if chosen.dora else 0)
-                  for target in targets)
+    groups: dict[str, list[int]] = {}
+    for target in targets:
+        groups.setdefault(target.group, []).append(_trained(preset, target))
+    trained = sum(map(sum, groups.values()))
     report.facts["adapter"] = f"{chosen.method}, rank {chosen.rank}, {len(targets)} layers, {trained:,} parameters"
+    report.facts["layers"] = "; ".join(f"{group} {len(counts)} ({sum(counts) / 1e6:.2f} M)"
+                                       for group, counts in groups.items())
+    report.numbers |= {"layers": len(targets), "parameters": trained}
     check_targets(targets, chosen.rank)
     if chosen.method == "stella" and chosen.gradient_scaling:
         d = chosen.scale_dim or median_size(targets)
@@ -153,16 +199,23 @@ def _adapter(preset: Preset, base: Any, report: Report) -> int:
         pairs = together(reader.read(Path(chosen.start_from), family=preset.model.family), part_rows(targets))
         check_pairs(targets, chosen.dora, pairs)
         report.facts["continues"] = f"{chosen.start_from}, {len(pairs)} layers"
-    return trained
+    return Layers(models[family.DENOISER], trained)
+
+
+def _trained(preset: Preset, target: Target) -> int:
+    """Numbers that are trained for a layer."""
+    chosen = preset.adapter
+    core = 0 if chosen.method in ("lora", "stiefel") else chosen.rank if chosen.diagonal else chosen.rank**2
+    return chosen.rank * (target.rows + target.columns) + core + (target.inputs if chosen.dora else 0)
 
 
 def _time(preset: Preset, workspace: Path, device: torch.device, report: Report) -> None:
     known = speed.recall(workspace, preset, speed.device_name(device))
-    report.facts["device"] = speed.device_name(device)
     if known is None or "sec" not in known:  # a run may have measured its memory and no more
-        report.facts["time"] = "unknown until a run like this one was made here"
+        report.facts["time"] = "unknown until a probe: it is measured when a run like this one trains here"
         return
     seconds = known["sec"]
+    report.numbers |= {"sec_per_it": seconds, "sec": seconds * report.facts["steps"]}
     report.facts["time"] = f"{seconds:.2f} s/it, {clock(seconds * report.facts['steps'])} in all"
 
 

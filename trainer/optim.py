@@ -94,12 +94,23 @@ def _sgd(groups: list[dict], momentum: float | None) -> Optimizer:
     return optimizer
 
 
-def _adamw8bit(groups: list[dict], betas: tuple[float, float], skip: Tensor) -> Optimizer:
+def check_packages(name: str) -> None:
+    """Raise UserError when what an optimizer is made of cannot be loaded here."""
+    if name == "adamw8bit":
+        _bitsandbytes_adamw()
+
+
+def _bitsandbytes_adamw() -> type[Optimizer]:
     try:
         from bitsandbytes.optim import AdamW8bit
     except (ImportError, OSError, RuntimeError) as error:
         raise UserError(f"train.optimizer = 'adamw8bit' needs the package bitsandbytes, which cannot be loaded here "
                         f"({error}): install it with `pip install bitsandbytes`, or use adamw") from error
+    return AdamW8bit
+
+
+def _adamw8bit(groups: list[dict], betas: tuple[float, float], skip: Tensor) -> Optimizer:
+    AdamW8bit = _bitsandbytes_adamw()
 
     class EagerAdamW8bit(InPlaceState, AdamW8bit):
         """Knows no device flag, so it asks the host whether to skip; its step cannot be captured."""

@@ -24,6 +24,7 @@ from trainer.families.tensors import (
 )
 
 VOCAB_SIZE = 49408  # of the tokenizer that comes with us
+PLACES = 77  # tokens of a chunk of a prompt, start, end and padding included
 _OWN_NAMES = ("embeddings.", "encoder.", "final_layer_norm.", "text_projection.")
 # Where single files keep a CLIP-L: A1111 and ComfyUI checkpoints, ComfyUI's saved encoders.
 PREFIXES = ("cond_stage_model.transformer.", "text_encoders.clip_l.transformer.", "clip_l.transformer.")
@@ -36,7 +37,7 @@ def load_tokenizer(folder: Path | None, pad: str = "<|endoftext|>") -> CLIPToken
     """
     if folder is None:
         tokens, merges = clip_merges.vocabulary()
-        return CLIPTokenizer(vocab=dict(tokens), merges=list(merges), model_max_length=77, pad_token=pad)
+        return CLIPTokenizer(vocab=dict(tokens), merges=list(merges), model_max_length=PLACES, pad_token=pad)
     files = {file.name for file in folder.iterdir()}
     if "tokenizer.json" not in files and not {"vocab.json", "merges.txt"} <= files:
         raise UserError(f"{folder} has no CLIP tokenizer: it needs tokenizer.json, or vocab.json and merges.txt")

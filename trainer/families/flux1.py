@@ -28,8 +28,6 @@ from trainer.flow import FlowObjective
 
 LATENT_CHANNELS = 16
 VAE_FACTOR = 8
-# Peak bytes a pixel of one step beside weights, in 16 bits, without and with gradient checkpointing: estimated.
-ACTIVATION_BYTES = {False: 12000, True: 1200}
 T5_PLACES = {True: 512, False: 256}  # dev, schnell
 
 PARTS = {  # what a base is made of, and what to give where a file lacks one
@@ -143,6 +141,12 @@ def encode_prompts(text_encoder: TextEncoder, prompts: Sequence[str]) -> dict[st
     clip = text_encoder.clip
     pooled = clip.model(clip.ids(prompts)[:, 0]).pooler_output
     return {"prompt_embeds": text_encoder.t5(prompts), "pooled": pooled}
+
+
+def prompt_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Shapes of a short prompt's embeddings, without the batch, for a transformer of this config."""
+    return {"prompt_embeds": (T5_PLACES[config["guidance_embeds"]], config["joint_attention_dim"]),
+            "pooled": (config["pooled_projection_dim"],)}
 
 
 def prompt_chunks(text_encoder: TextEncoder, prompt: str) -> int:

@@ -27,8 +27,6 @@ from trainer.families.transformer import set_gradient_checkpointing as set_gradi
 from trainer.flow import FlowObjective
 
 LATENT_FACTOR = 16  # pixels a latent: the VAE's 8, then 2 x 2 packed into channels
-# Peak bytes a pixel of one step beside weights, in 16 bits, without and with gradient checkpointing: estimated.
-ACTIVATION_BYTES = {False: 6000, True: 900}
 
 PARTS = {  # what a base is made of, and what to give where a file lacks one
     "transformer": "",
@@ -166,6 +164,11 @@ def load_denoiser(base: Base, device: torch.device | str, dtype: torch.dtype,
 def encode_prompts(text_encoder: LlmText, prompts: Sequence[str]) -> dict[str, Tensor]:
     """{"prompt_embeds": b n 3d}: three layers' hidden states side by side; see LlmText."""
     return {"prompt_embeds": text_encoder(prompts)}
+
+
+def prompt_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Shapes of a short prompt's embeddings, without the batch, for a transformer of this config."""
+    return {"prompt_embeds": (llm_text.PLACES, config["joint_attention_dim"])}
 
 
 def prompt_chunks(text_encoder: LlmText, prompt: str) -> int:

@@ -29,10 +29,6 @@ from trainer.families.unet import load_vae as load_vae
 from trainer.families.unet import objective as objective
 from trainer.families.unet import set_gradient_checkpointing as set_gradient_checkpointing
 
-# Peak bytes a pixel that one step holds beside weights, in 16 bits, without and with gradient checkpointing: the
-# allocator's peak at 512 px, attention adapters of rank 16, attention without its matrix (CPU, torch 2.13).
-ACTIVATION_BYTES = {False: 3200, True: 890}
-
 PARTS = {  # what a base is made of, and what to give where a file lacks one
     "unet": "",
     "vae": "SD 1.5's VAE (such as vae-ft-mse-840000-ema-pruned.safetensors)",
@@ -104,6 +100,11 @@ def load_text_encoder(base: Base, device: torch.device | str, dtype: torch.dtype
 def encode_prompts(text_encoder: ClipTextEncoder, prompts: Sequence[str]) -> dict[str, Tensor]:
     """{"prompt_embeds": b n d} with n = 77 a chunk, in the encoder's dtype; see ClipTextEncoder for long prompts."""
     return {"prompt_embeds": text_encoder(prompts)}
+
+
+def prompt_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Shapes of a short prompt's embeddings, without the batch, for a UNet of this config."""
+    return {"prompt_embeds": (clip_text.PLACES, config["cross_attention_dim"])}
 
 
 def prompt_chunks(text_encoder: ClipTextEncoder, prompt: str) -> int:

@@ -32,9 +32,6 @@ from trainer.families.unet import load_vae as load_vae
 from trainer.families.unet import objective as objective
 from trainer.families.unet import set_gradient_checkpointing as set_gradient_checkpointing
 
-# Peak bytes a pixel of one step beside weights, as in sd15; SDXL has fewer channels at full size and more blocks.
-ACTIVATION_BYTES = {False: 5200, True: 950}
-
 PARTS = {  # what a base is made of, and what to give where a file lacks one
     "unet": "",
     "vae": "SDXL's VAE (such as sdxl_vae.safetensors)",
@@ -128,6 +125,13 @@ def load_text_encoder(base: Base, device: torch.device | str, dtype: torch.dtype
 def encode_prompts(text_encoder: ClipPair, prompts: Sequence[str]) -> dict[str, Tensor]:
     """{"prompt_embeds": b n d, "pooled": b d} with n = 77 a chunk; see ClipPair."""
     return text_encoder(prompts)
+
+
+def prompt_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Shapes of a short prompt's embeddings, without the batch, for a UNet of this config."""
+    framing = _FRAMING * config["addition_time_embed_dim"]
+    return {"prompt_embeds": (clip_text.PLACES, config["cross_attention_dim"]),
+            "pooled": (config["projection_class_embeddings_input_dim"] - framing,)}
 
 
 def prompt_chunks(text_encoder: ClipPair, prompt: str) -> int:

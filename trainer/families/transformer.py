@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 
 from trainer.adapters.target import Target
@@ -20,6 +19,7 @@ from trainer.families.base import Base, short_hash
 from trainer.families.opening import vae_part
 from trainer.families.tensors import Header, Part, fill, fingerprint, without_prefix
 from trainer.families.unet import Opened
+from trainer.families.unet import set_gradient_checkpointing as set_gradient_checkpointing
 
 EXPORT_DTYPE = "bf16"
 DENOISER = "transformer"  # its name among the base's parts, and at the beginning of its layers' names
@@ -81,14 +81,6 @@ def load(kind: type[nn.Module], base: Base, device: torch.device | str, dtype: t
     with init_empty_weights(include_buffers=False):
         transformer = kind.from_config(part.config)
     return fill(transformer, bfl.transformer_tensors(part), device, dtype, part.source, quantize)
-
-
-def set_gradient_checkpointing(denoiser: FluxTransformer2DModel, on: bool) -> None:
-    """Recompute blocks in the backward pass (non-reentrant), to hold less memory."""
-    if on:
-        denoiser.enable_gradient_checkpointing()
-    else:
-        denoiser.disable_gradient_checkpointing()
 
 
 def bucket_step(resolution: int) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, ModelMixin, UNet2DConditionModel
 from torch import Tensor, nn
 
 from trainer.adapters.target import Target
@@ -169,8 +169,8 @@ def load_denoiser(base: Base, device: torch.device | str, dtype: torch.dtype,
     return fill(unet, ldm.unet_tensors(part), device, dtype, part.source, quantize)
 
 
-def set_gradient_checkpointing(denoiser: UNet2DConditionModel, on: bool) -> None:
-    """Recompute blocks in the backward pass (non-reentrant), to hold less memory."""
+def set_gradient_checkpointing(denoiser: ModelMixin, on: bool) -> None:
+    """Recompute each transformer block (and resnet) in the backward pass, non-reentrant, to hold less memory."""
     if on:
         denoiser.enable_gradient_checkpointing()
     else:

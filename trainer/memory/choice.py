@@ -16,6 +16,7 @@ from trainer.memory.estimate import Estimator
 from trainer.memory.meter import Meter
 from trainer.memory.plan import Plan, below, plain, rungs
 from trainer.memory.probe import FULL, Build, first_to_try, settle, told
+from trainer.memory.trace import META
 from trainer.quantize.available import works
 from trainer.record import Recorder
 from trainer.schema import Preset
@@ -30,7 +31,8 @@ def choose(build: Build, preset: Preset, base: Any, device: torch.device, saved:
 
     saved: of the run's last checkpoint, whose plan is kept, so that the run goes on with the same numbers.
     """
-    skeleton = families.get(preset.model.family).load_denoiser(base, torch.device("meta"), torch.float32)
+    family = families.get(preset.model.family)
+    skeleton = family.load_denoiser(base, META, torch.float32)
     blocks = len(repeated_blocks(skeleton))
     if saved is not None:
         plan = Plan(**saved.plan) if saved.plan else plain(preset, blocks)  # older runs had nothing to choose
@@ -44,7 +46,10 @@ def choose(build: Build, preset: Preset, base: Any, device: torch.device, saved:
         recorder.note(0, told(session.plan, tried, blocks, meter.limit) + " As measured in an earlier run like this.")
         return session
 
-    estimate = Estimator(preset, skeleton, pick_dtype(preset, device))
+    text_encoder = None
+    if "text_encoder" in preset.adapter.targets:
+        text_encoder = family.load_text_encoder(base, META, family.TEXT_DTYPE)
+    estimate = Estimator(preset, skeleton, pick_dtype(preset, device), text_encoder=text_encoder)
     likely = first_to_try(ladder, lambda plan: estimate(plan).peak, meter.limit)
     session, tried = settle(build, likely, blocks, meter, recorder)
     recorder.note(0, told(session.plan, tried, blocks, meter.limit))

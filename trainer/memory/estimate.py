@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,10 +18,11 @@ from trainer.memory.blocks import repeated_blocks
 from trainer.memory.offload import BUFFERS, spread
 from trainer.memory.plan import Plan
 from trainer.memory.trace import META, Alive, gpu_kernels
+from trainer.memory.weights import bytes_of
 from trainer.quantize.linear import QuantizedLinear
 from trainer.quantize.model import linears_in_blocks, weight_bytes
 from trainer.schema import Preset
-from trainer.session import find_targets
+from trainer.session import find_targets, models_by_name
 
 STATE = {"adamw": 8, "adamw8bit": 2, "scaled_adamw": 8, "sgd": 4, "stiefel": 4}  # bytes a trained number, by optimizer
 HELD = 4 + 4 + 2  # parameter, gradient, and in 16 bits the start, from which drift is measured
@@ -31,7 +31,6 @@ RULE = {"stella": 4, "stiefel": 2}  # what the manifold's step keeps
 UPDATE = {"polar": 6, "qr": 7, "exponential": 20}  # bytes a trained number that come and go in an optimizer step
 UPDATE_FREE = 2  # without a manifold
 WORKSPACE = 96 * 2**20  # what cuBLAS takes for its products, on two threads
-PLACES = {"sd15": 77, "sdxl": 77, "flux2": 512}  # of a prompt
 
 
 @dataclass(frozen=True)
@@ -61,10 +60,10 @@ class Estimator:
     """Estimates for the plans of one preset; each kind of step is run once."""
 
     def __init__(self, preset: Preset, denoiser: nn.Module, dtype: torch.dtype, size: tuple[int, int] | None = None,
-                 beside: int = 0) -> None:
-        """denoiser: its skeleton on the meta device, which stays as it is.  size: width and height in pixels of the
-        largest pictures; left out, data.resolution's square.  beside: weights of other models on the device."""
-        self.preset, self.skeleton, self.dtype, self.beside = preset, denoiser, dtype, beside
+                 text_encoder: Any = None) -> None:
+        """denoiser, text_encoder (where it is trained): skeletons on the meta device, which stay as they are.  size:
+        width and height in pixels of the largest pictures; left out, data.resolution's square."""
+        self.preset, self.skeleton, self.dtype, self.text_encoder = preset, denoiser, dtype, text_encoder
         self.family = families.get(preset.model.family)
         self.size = size or (preset.data.resolution, preset.data.resolution)
         self.steps: dict[tuple[bool, str], tuple[int, int]] = {}
@@ -76,10 +75,12 @@ class Estimator:
             self.steps[kind] = self._trace(*kind)
         trained, activations = self.steps[kind]
         weights, host = held_weights(self.skeleton, plan, self.dtype)
+        if self.text_encoder is not None:
+            weights += bytes_of(self.text_encoder, "none", self.dtype)
         train, method = self.preset.train, self.preset.adapter.method
         rule = 0 if train.optimizer == "stiefel" else RULE.get(method, 0)
         held = HELD + STATE[train.optimizer] + rule + (EMA if train.ema_decay else 0)
-        return Estimate(weights + self.beside, trained * held, max(activations, self._update(trained)) + WORKSPACE,
+        return Estimate(weights, trained * held, max(activations, self._update(trained)) + WORKSPACE,
                         host)
 
     def _update(self, trained: int) -> int:
@@ -95,7 +96,7 @@ class Estimator:
         for path, linear in linears_in_blocks(denoiser).items() if quantised else ():
             denoiser.set_submodule(path, UnmadeLinear(linear.weight.shape, linear.bias, self.dtype))
         self.family.set_gradient_checkpointing(denoiser, checkpointing == "full")
-        targets = find_targets(self.preset, {self.family.DENOISER: denoiser})
+        targets = find_targets(self.preset, models_by_name(self.family, denoiser, copy.deepcopy(self.text_encoder)))
         method, leaves = make_leaves(self.preset, Layout(tuple(targets), self.preset.adapter.rank))
         for target in targets:
             layer.install(target, self.preset.adapter.dropout)
@@ -115,7 +116,7 @@ class Estimator:
         latents = torch.empty(batch, *self.family.latent_shape(*self.size), device=META)
         noise, timesteps = torch.empty_like(latents), torch.empty(batch, device=META)
         conditioning = {name: torch.empty(batch, *shape, dtype=dtype, device=META)
-                        for name, shape in prompt_shapes(self.preset.model.family, denoiser.config).items()}
+                        for name, shape in self.family.prompt_shapes(denoiser.config).items()}
         prediction = self.family.predict(denoiser, (latents + noise).to(dtype), timesteps, conditioning).float()
         (prediction - (noise - latents)).square().mean().backward()
 
@@ -142,16 +143,3 @@ def held_weights(denoiser: nn.Module, plan: Plan, dtype: torch.dtype) -> tuple[i
     blocks = repeated_blocks(denoiser)
     away = [size(blocks[number]) for number in spread(len(blocks), plan.offload_blocks)]
     return size(denoiser) - sum(away) + max(away, default=0) * min(BUFFERS, len(away)), sum(away)
-
-
-def prompt_shapes(family: str, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """The shapes of a prompt's embeddings, without the batch."""
-    if family == "flux1":
-        places = families.get(family).T5_PLACES[config["guidance_embeds"]]
-        return {"prompt_embeds": (places, config["joint_attention_dim"]), "pooled": (config["pooled_projection_dim"],)}
-    width = config["joint_attention_dim"] if family == "flux2" else config["cross_attention_dim"]
-    shapes = {"prompt_embeds": (PLACES[family], width)}
-    if family == "sdxl":
-        framing = 6 * config["addition_time_embed_dim"]
-        shapes["pooled"] = (config["projection_class_embeddings_input_dim"] - framing,)
-    return shapes
