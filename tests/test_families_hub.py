@@ -116,8 +116,9 @@ def test_no_network_is_explained(small_hub, monkeypatch):
         fetched()
 
 
-def test_a_repository_without_safetensors_is_explained(small_hub):
-    for file in small_hub.folder.rglob("*.safetensors"):
+@pytest.mark.parametrize("gone", ["model_index.json", "*/*.safetensors"])
+def test_a_repository_without_diffusers_folders_is_explained(small_hub, gone):
+    for file in small_hub.folder.glob(gone):
         file.unlink()
     with pytest.raises(UserError, match="has no diffusers folders with .safetensors weights"):
         fetched()

@@ -17,13 +17,15 @@ def missing(preset: Preset) -> list[Plan]:
     """What has to be downloaded before the base can be opened; without a network when nothing has.
 
     Parts that the preset gives apart from the base do not count. Raises UserError when the hub has no such model,
-    does not give it, or cannot be reached.
+    does not give it, or cannot be reached, and when it is of another family.
     """
     model, plans = preset.model, []
     if hub.is_hub_id(model.base):
         parts = [name for name in families.get(model.family).PARTS if not getattr(model, name, "")]
         if not opening.is_here(model.base, parts):
-            plans.append(hub.plan(model.base, [*parts, *_BESIDE]))
+            plan = hub.plan(model.base, [*parts, *_BESIDE])
+            opening.check_folder(hub.fetch_telling(plan), model.family, model.base)
+            plans.append(plan)
     for chosen in filter(None, (model.tokenizer, model.tokenizer_2)):
         if hub.is_hub_id(chosen) and hub.cached_tokenizer(chosen) is None:
             plans.append(hub.plan_tokenizer(chosen))

@@ -84,10 +84,22 @@ def plan(repo: str, subfolders: Collection[str]) -> Plan:
     Raises UserError when the model is gated, unknown or out of reach, or has no safetensors.
     """
     wanted = choose(_ask(repo), subfolders)
-    if not any(file.rfilename.endswith(".safetensors") for file in wanted):
+    names = [file.rfilename for file in wanted]
+    if "model_index.json" not in names or not any(name.endswith(".safetensors") for name in names):
         raise UserError(f"{repo} on the hub has no diffusers folders with .safetensors weights: download the file "
                         "that you want and give its path")
     return _missing(repo, wanted)
+
+
+def fetch_telling(plan: Plan) -> Path:
+    """Download the small files that tell what kind of model this is, and return the folder they are in."""
+    try:
+        for name, _ in plan.files:
+            if name == "unet/config.json":
+                hf_hub_download(plan.repo, name)
+        return Path(hf_hub_download(plan.repo, "model_index.json")).parent
+    except Exception as error:
+        raise _explained(plan.repo, error) from None
 
 
 def plan_tokenizer(repo: str) -> Plan:

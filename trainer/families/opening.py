@@ -45,26 +45,31 @@ def is_here(repo: str, components: Collection[str]) -> bool:
 
 def open_folder(folder: Path, kind: str, components: Collection[str]) -> dict[str, Part]:
     """The `components` of a diffusers folder of the given kind. Raises UserError saying what it is instead."""
+    check_folder(folder, kind, str(folder))
+    return {name: component(folder / name) for name in components}
+
+
+def check_folder(folder: Path, kind: str, name: str) -> None:
+    """Raise UserError, calling it `name`, unless a diffusers folder is of this kind; its two smallest files tell."""
     if not (folder / "model_index.json").is_file():
         raise explain_no_model(folder)
     unet = folder / "unet" / "config.json"
     found = folder_kind(read_json(folder / "model_index.json"), read_json(unet) if unet.is_file() else None)
     if found == "other" and (folder / "unet").is_dir():
         raise UserError(f"there is no file {unet}: the model folder is not complete")
-    _check_kind(folder, found, kind)
-    return {name: component(folder / name) for name in components}
+    _check_kind(name, found, kind)
 
 
 def open_file(file: Path, kind: str) -> Header:
     """The header of a single file of the given kind. Raises UserError saying what it is instead."""
     header = read_header(file)
-    _check_kind(file, file_kind(header.tensors), kind)
+    _check_kind(str(file), file_kind(header.tensors), kind)
     return header
 
 
-def _check_kind(path: Path, found: str, wanted: str) -> None:
+def _check_kind(name: str, found: str, wanted: str) -> None:
     if found != wanted:
-        raise UserError(f"{path} is {KINDS[found]}, and model.family = {wanted!r} needs {KINDS[wanted]}: "
+        raise UserError(f"{name} is {KINDS[found]}, and model.family = {wanted!r} needs {KINDS[wanted]}: "
                         + _WAYS.get(found, "choose another model.base"))
 
 
