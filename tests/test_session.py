@@ -87,6 +87,24 @@ def test_without_the_adapter_the_model_is_the_base(session) -> None:
         assert not torch.equal(plain, session.predict(latents, noise, timesteps, text))
 
 
+def test_new_prompts_are_encoded_in_the_hosts_memory_where_the_gpus_does_not_suffice(tiny_project, tmp_path,
+                                                                                     monkeypatch) -> None:
+    session, asked = projects.session(tiny_project, tmp_path), []
+    real = session.family.load_text_encoder
+    monkeypatch.setattr(session, "text_quantize", "nf4")
+
+    def load(base: object, device: torch.device, dtype: torch.dtype, quantize: str) -> torch.nn.Module:
+        asked.append(quantize)
+        if quantize != "none":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(base, device, dtype, quantize)
+
+    monkeypatch.setattr(session.family, "load_text_encoder", load)
+    session.encode_new(["something new"])
+    session.encode_new(["something new"])
+    assert asked == ["nf4", "none"]
+
+
 def test_a_resume_says_when_the_images_changed(own_project, tmp_path) -> None:
     first = projects.session(own_project, tmp_path)
     first.recorder.close()

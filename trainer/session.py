@@ -158,10 +158,21 @@ class Session:
         return chosen if chosen != "auto" else ("ema" if self.preset.train.ema_decay > 0 else "raw")
 
     def encode_new(self, texts: Sequence[str]) -> None:
-        """Cache prompts that came during the run; the text encoder is loaded for them alone."""
-        if self.texts is not None:
-            new = TextStore(texts, self.cache, quantised_id(self.base.text_id, self.text_quantize), self.dtype)
+        """Cache prompts that came during the run; the text encoder is loaded for them alone.
+
+        Where it does not fit beside the model, it works in the host's memory: slower, and for a few prompts only.
+        """
+        if self.texts is None:
+            return
+        new = TextStore(texts, self.cache, quantised_id(self.base.text_id, self.text_quantize), self.dtype)
+        try:
             fill_texts(new, self.family, self.base, self.device, self.text_quantize, self.recorder, self.guard)
+            return
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+        gpu.free_memory()
+        fill_texts(new, self.family, self.base, torch.device("cpu"), "none", self.recorder, self.guard)
 
 
 def load_model(preset: Preset, family: ModuleType, base: Any, text_encoder: Any, device: torch.device,
