@@ -119,10 +119,10 @@ def test_pictures_are_those_of_the_pipeline(tmp_path, guidance):
     expected = pipe("a red house", height=48, width=64, num_inference_steps=3, guidance_scale=3.5, output_type="np",
                     max_sequence_length=flux1.T5_PLACES[guidance],
                     latents=transformer.pack(noise).flatten(2).mT).images[0]
-    picture, = sample.sample(flux1, denoiser, vae, flux1.objective(base),
-                             conditioning=flux1.encode_prompts(encoder, ["a red house"]),
-                             negative=flux1.encode_prompts(encoder, [""]), seeds=[3], steps=3, guidance=3.5, width=64,
-                             height=48, device="cpu", dtype=torch.float32)
+    latents = sample.draw(flux1, denoiser, flux1.objective(base), seeds=[3], steps=3, guidance=3.5, width=64, height=48,
+                          conditioning=flux1.encode_prompts(encoder, ["a red house"]),
+                          negative=flux1.encode_prompts(encoder, [""]), device="cpu", dtype=torch.float32)
+    picture, = sample.decode(flux1, vae, latents)
     assert np.abs(np.asarray(picture) / 255 - expected).max() < 0.01
     assert bool(base.notes) == (not guidance) and base.variant == ("" if guidance else "schnell")
 

@@ -150,10 +150,10 @@ def test_pictures_are_those_of_the_pipeline(base, loaded, pipeline):
     noise = sample.initial_noise([3], flux2.latent_shape(64, 48), "cpu")
     expected = pipeline(prompt="a red house", height=48, width=64, num_inference_steps=3, guidance_scale=4.0,
                         latents=noise, output_type="np").images[0]
-    picture, = sample.sample(flux2, denoiser, vae, flux2.objective(base),
-                             conditioning=flux2.encode_prompts(encoder, ["a red house"]),
-                             negative=flux2.encode_prompts(encoder, [""]), seeds=[3], steps=3, guidance=4.0, width=64,
-                             height=48, device="cpu", dtype=torch.float32)
+    latents = sample.draw(flux2, denoiser, flux2.objective(base), seeds=[3], steps=3, guidance=4.0, width=64, height=48,
+                          conditioning=flux2.encode_prompts(encoder, ["a red house"]),
+                          negative=flux2.encode_prompts(encoder, [""]), device="cpu", dtype=torch.float32)
+    picture, = sample.decode(flux2, vae, latents)
     assert np.abs(np.asarray(picture) / 255 - expected).max() < 0.01
 
 

@@ -66,9 +66,9 @@ def test_pictures_are_those_of_the_pipeline_at_the_same_embedded_guidance(folder
     for guidance in (2.5, 4.0):
         expected = pipe(prompt_embeds=text["prompt_embeds"], height=48, width=64, num_inference_steps=2,
                         guidance_scale=guidance, latents=noise, output_type="np").images[0]
-        picture, = sample.sample(flux2, denoiser, vae, flux2.objective(base), conditioning=text, negative=text,
-                                 seeds=[3], steps=2, guidance=guidance, width=64, height=48, device="cpu",
-                                 dtype=torch.float32)
+        latents = sample.draw(flux2, denoiser, flux2.objective(base), conditioning=text, negative=text, seeds=[3],
+                              steps=2, guidance=guidance, width=64, height=48, device="cpu", dtype=torch.float32)
+        picture, = sample.decode(flux2, vae, latents)
         assert np.abs(np.asarray(picture) / 255 - expected).max() < 0.01
         pictures.append(expected)
     assert np.abs(pictures[0] - pictures[1]).max() > 0

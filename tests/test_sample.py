@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from tests import models
+from trainer import sample
 from trainer.families import sd15
 from trainer.objective import Objective
-from trainer.sample import guided, initial_noise, sample
+from trainer.sample import guided, initial_noise
 
 SD15 = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
@@ -19,6 +20,7 @@ def tiny(tmp_path_factory):
     base = sd15.open_base(str(models.sd15_folder(tmp_path_factory.mktemp("tiny") / "base", "v_prediction", True)))
     encoder = sd15.load_text_encoder(base, "cpu", torch.float32)
     return SimpleNamespace(
+        base=base,
         denoiser=sd15.load_denoiser(base, "cpu", torch.float32),
         vae=sd15.load_vae(base, "cpu", torch.float32),
         objective=sd15.objective(base),
@@ -39,26 +41,20 @@ def draw(tiny, seeds, **changes):
         "device": "cpu",
         "dtype": torch.float32,
     }
-    pictures = sample(sd15, tiny.denoiser, tiny.vae, tiny.objective, seeds=seeds, **(settings | changes))
-    return [np.asarray(picture) for picture in pictures]
+    latents = sample.draw(sd15, tiny.denoiser, tiny.objective, seeds=seeds, **(settings | changes))
+    return [np.asarray(picture) for picture in sample.decode(sd15, tiny.vae, latents)]
 
 
 def exact_family(objective, data):
-    """A family whose denoiser knows that all data is `data`, and whose VAE keeps what it is to decode."""
+    """A family whose denoiser knows that all data is `data`."""
 
     def predict(denoiser, noisy, timesteps, conditioning):
         alphas = objective.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
         noise = (noisy - alphas.sqrt() * data) / (1 - alphas).sqrt()
         return objective.target(data.expand_as(noisy), noise, timesteps)
 
-    decoded = []
-
-    def decode_latents(vae, latents):
-        decoded.append(latents)
-        return torch.zeros(len(latents), 8, 8, 3, dtype=torch.uint8)
-
     shape = data.shape
-    return SimpleNamespace(predict=predict, decode_latents=decode_latents, latent_shape=lambda w, h: shape), decoded
+    return SimpleNamespace(predict=predict, latent_shape=lambda w, h: shape)
 
 
 @pytest.mark.parametrize(
@@ -67,15 +63,14 @@ def exact_family(objective, data):
 def test_an_exact_denoiser_leads_to_its_data(prediction, zero_snr):
     objective = Objective.from_config(SD15 | (models.ZERO_SNR if zero_snr else {}), prediction)
     data = torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(5))
-    family, decoded = exact_family(objective, data)
+    family = exact_family(objective, data)
     empty = {"prompt_embeds": torch.zeros(1, 1, 1)}
     both = {"prompt_embeds": torch.zeros(2, 1, 1)}
-    pictures = sample(
-        family, None, None, objective, conditioning=both, negative=empty, seeds=[1, 2], steps=10, guidance=3.0,
+    (latents,) = sample.draw(
+        family, None, objective, conditioning=both, negative=empty, seeds=[1, 2], steps=10, guidance=3.0,
         width=64, height=64, device="cpu", dtype=torch.float32,
     )  # fmt: skip
-    assert len(list(pictures)) == 2
-    torch.testing.assert_close(decoded[0], data.expand(2, -1, -1, -1), atol=2e-3, rtol=0)
+    torch.testing.assert_close(latents, data.expand(2, -1, -1, -1), atol=2e-3, rtol=0)
 
 
 def test_pictures_have_the_size_asked_for_and_repeat_by_seed(tiny):
@@ -96,6 +91,31 @@ def test_a_picture_does_not_depend_on_its_batch(tiny):
 def test_sampling_stops_when_asked_and_keeps_what_is_done(tiny):
     asked = iter([False, False, True])
     assert len(draw(tiny, [1, 2, 3], batch_size=1, should_stop=lambda: next(asked))) == 1
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), ValueError("something else")])
+def test_a_picture_too_large_for_the_memory_is_decoded_in_tiles(tiny, error):
+    """On a GPU that has room for 64 x 64 latents at once."""
+    seen = []
+
+    def decode(z):
+        seen.append(tuple(z.shape[-2:]))
+        if max(z.shape[-2:]) > sample.TILE // 8:
+            raise error
+        return SimpleNamespace(sample=z[:, :3].repeat_interleave(8, 2).repeat_interleave(8, 3))
+
+    vae = sd15.load_vae(tiny.base, "cpu", torch.float32)
+    family = SimpleNamespace(decode_latents=sd15.decode_latents)
+    vae.decoder.forward = lambda z, *rest: decode(z).sample
+    vae.post_quant_conv = torch.nn.Identity()
+    latents = torch.randn(1, 4, 80, 72, generator=torch.Generator().manual_seed(0))
+    if isinstance(error, ValueError):
+        with pytest.raises(ValueError, match="something else"):
+            list(sample.decode(family, vae, [latents]))
+        return
+    first, second = sample.decode(family, vae, [latents, latents])
+    assert first.size == (576, 640) and list(first.getdata()) == list(second.getdata())
+    assert seen[0] == (80, 72) and all(max(size) <= 64 for size in seen[1:])
 
 
 def test_sampling_leaves_no_graph_and_no_inference_tensors(tiny):

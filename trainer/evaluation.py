@@ -105,18 +105,17 @@ def generate(session: Session, texts: Sequence[str], seeds: Sequence[int], weigh
     """One picture a prompt, with the sampler settings of the preset."""
     settings, resolution = session.preset.sample, session.preset.data.resolution
     width, height = settings.width or resolution, settings.height or resolution
-    pictures: list[Image.Image] = []
-    with torch.no_grad(), loaded(session.family.load_vae, session.base, session.device) as vae:
-        session.use(weights)
-        drawn = sample.sample(
-            session.family, session.denoiser, vae, session.objective, conditioning=session.conditioning(texts),
+    session.use(weights)
+    batches: list[Tensor] = []
+    for latents in sample.draw(
+            session.family, session.denoiser, session.objective, conditioning=session.conditioning(texts),
             negative=session.conditioning([settings.negative]), seeds=seeds, steps=settings.steps,
             guidance=settings.guidance, width=width, height=height, device=session.device, dtype=session.dtype,
-            batch_size=min(PICTURES_AT_ONCE, max(1, PIXELS_AT_ONCE // (width * height))), should_stop=session.guard)
-        for picture in drawn:
-            pictures.append(picture)
-            session.recorder.phase(phase, len(pictures), len(texts))
-    return pictures
+            batch_size=min(PICTURES_AT_ONCE, max(1, PIXELS_AT_ONCE // (width * height))), should_stop=session.guard):
+        batches.append(latents)
+        session.recorder.phase(phase, sum(map(len, batches)), len(texts))
+    with loaded(session.family.load_vae, session.base, session.device) as vae:
+        return list(sample.decode(session.family, vae, batches))
 
 
 def measure_distance(session: Session, step: int) -> None:

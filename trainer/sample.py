@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from types import ModuleType
 
@@ -11,8 +11,13 @@ from diffusers import DPMSolverMultistepScheduler, SchedulerMixin
 from PIL import Image
 from torch import Tensor, nn
 
+from trainer.families.unet import VAE_FACTOR
+from trainer.faults import out_of_memory
 from trainer.flow import FlowObjective
+from trainer.gpu import free_memory
 from trainer.objective import Objective
+
+TILE = 512  # pixels: holds a quarter of what a picture of 1024 does
 
 
 def build_solver(objective: Objective, steps: int, device: torch.device | str) -> SchedulerMixin:
@@ -57,10 +62,9 @@ def guided(
 
 
 @torch.no_grad()
-def sample(
+def draw(
     family: ModuleType,
     denoiser: nn.Module,
-    vae: nn.Module,
     objective: Objective | FlowObjective,
     *,
     conditioning: Mapping[str, Tensor],
@@ -74,8 +78,8 @@ def sample(
     dtype: torch.dtype,
     batch_size: int = 4,
     should_stop: Callable[[], bool] | None = None,
-) -> Iterator[Image.Image]:
-    """Yield a picture of width x height pixels for each seed, in order, as soon as its batch is done.
+) -> Iterator[Tensor]:
+    """Yield the latents (b c h w, fp32) of pictures of width x height pixels, one for each seed in order, by batches.
 
     `conditioning` has a row for each seed, `negative` one row for all. A picture depends on its own row and seed only
     (up to rounding). The denoiser sees `dtype`, the solver works in fp32. Ends early, between two solver steps, once
@@ -97,5 +101,27 @@ def sample(
             noisy = solver.scale_model_input(latents, timestep).to(dtype)
             prediction = guided(partial(family.predict, denoiser), noisy, timestep, prompts, away, scale)
             latents = solver.step(prediction, timestep, latents).prev_sample
-        for picture in family.decode_latents(vae, latents).cpu().numpy():
+        yield latents
+
+
+@torch.no_grad()
+def decode(family: ModuleType, vae: nn.Module, batches: Iterable[Tensor]) -> Iterator[Image.Image]:
+    """Yield the pictures of latents b c h w; in tiles once a whole picture does not fit into the GPU's memory."""
+    for latents in batches:
+        try:
+            pictures = family.decode_latents(vae, latents)  # b h w 3
+        except Exception as error:
+            if not out_of_memory(error) or vae.use_tiling:
+                raise
+            error.__traceback__ = None  # its frames hold what was decoded so far
+            use_tiles(vae)
+            free_memory()
+            pictures = family.decode_latents(vae, latents)
+        for picture in pictures.cpu().numpy():
             yield Image.fromarray(picture)
+
+
+def use_tiles(vae: nn.Module) -> None:
+    """Let a VAE decode tiles of TILE pixels that overlap by a quarter and are blended."""
+    vae.enable_tiling()
+    vae.tile_sample_min_size, vae.tile_latent_min_size = TILE, TILE // VAE_FACTOR
