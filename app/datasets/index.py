@@ -147,7 +147,7 @@ class Index:
         """How many captions have each tag, as it is mostly written."""
         spelled: Counter[str] = Counter()
         for record in self.records.values():
-            spelled.update(set(tags_of(record.caption)))
+            spelled.update(dict.fromkeys(tags_of(record.caption)).keys())
         folded: Counter[str] = Counter()
         first: dict[str, str] = {}
         for tag, count in spelled.most_common():

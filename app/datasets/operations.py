@@ -133,8 +133,10 @@ class SortTags(_Operation):
         return f"sort tags by {self.order}"
 
     def editor(self, counts: Mapping[str, int]) -> Edit:
+        by_folded = {_folded(tag): count for tag, count in counts.items()} if self.order == "frequency" else {}
+
         def rank(tag: str) -> tuple[int, str, str]:
-            return (-counts.get(tag, 0) if self.order == "frequency" else 0), _folded(tag), tag
+            return -by_folded.get(_folded(tag), 0), _folded(tag), tag
 
         def sort_line(line: str) -> str:
             tags = [tag for piece in line.split(",") if (tag := piece.strip())]

@@ -50,8 +50,8 @@ def captions(data_set: DataSet, trigger: str = "") -> Answer:
         own = {tag.casefold(): tag for tag in tags_of(text)}
         has_trigger = bool(trigger.strip()) and training.has_words(text, trigger.strip())
         with_trigger += has_trigger
-        counts.update(own)
-        together.update(own if has_trigger else ())
+        counts.update(own.keys())
+        together.update(own.keys() if has_trigger else ())
         for folded, tag in own.items():
             spelled.setdefault(folded, Counter())[tag] += 1
     lengths = [len(text.strip()) for text in texts]
