@@ -16,7 +16,11 @@ from trainer.errors import UserError
 
 ASSETS = Path(__file__).parent / "assets"
 SCRIPTS = ("core.js", "series.js", "chart.js", "panels.js", "samples.js", "run_controls.js", "run_view.js",
-           "run_list.js", "preset_form.js", "preset_editor.js")
+           "run_list.js", "preset_form.js", "preset_editor.js", "dataset_dialogs.js", "dataset_store.js",
+           "dataset_card.js", "dataset_chips.js", "dataset_grid.js", "dataset_mask.js", "dataset_viewer.js",
+           "dataset_training.js", "dataset_bulk.js", "dataset_overview.js", "dataset_health.js",
+           "dataset_captioning.js", "dataset_upload.js", "dataset_page.js")
+STYLES = ("style.css", "dataset.css")
 Answer = dict[str, Any]
 
 
@@ -78,12 +82,17 @@ class PresetEditor(OwnComponent):
     SCRIPT = "presetEditor"
 
 
+class DataSets(OwnComponent):
+    SCRIPT = "dataSets"
+
+
 def head() -> str:
     """What stands in the page's head: uPlot from its package, our scripts and styles; nothing comes from the network.
 
     The styles stand here too, since Gradio rewrites those that it is given, and breaks `:is(a, b)` at the comma.
     """
-    styles = [path.read_text(encoding="utf-8") for path in (_uplot() / "uplot.min.css", ASSETS / "style.css")]
+    sheets = (_uplot() / "uplot.min.css", *(ASSETS / name for name in STYLES))
+    styles = [path.read_text(encoding="utf-8") for path in sheets]
     scripts = [(_uplot() / "uplot.iife.min.js").read_text(encoding="utf-8")]
     scripts += [(ASSETS / name).read_text(encoding="utf-8") for name in SCRIPTS]
     scripts.append("globalThis.Studio.isReady = true;")

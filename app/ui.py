@@ -7,7 +7,7 @@ import gradio as gr
 from app import components, theme
 from app.components import Header
 from app.jobs import Jobs
-from app.tabs import preset, train
+from app.tabs import dataset, preset, train
 
 TITLE = "Stiefel Studio"
 USER = "studio"  # with a password there is one user
@@ -21,6 +21,8 @@ def build(jobs: Jobs) -> gr.Blocks:
         with gr.Tabs(elem_id="tabs"):
             with gr.Tab("Train", id="train"):
                 train.build(jobs)
+            with gr.Tab("Data set", id="dataset", render_children=True):
+                dataset.build(jobs)
             with gr.Tab("Preset", id="preset", render_children=True):
                 preset.build(jobs)
     page.queue(default_concurrency_limit=8)

@@ -79,7 +79,7 @@ def list_presets(places: Places) -> Answer:
 
 def open_preset(places: Places, asked: OpenPreset) -> Answer:
     """A preset's text with its values and faults, and a free name for a run of it."""
-    file = _find(places, asked.shelf, asked.name)
+    file = find(places, asked.shelf, asked.name)
     text = preset.read_text(file)
     return {"text": text, "run": free_name(places.workspace, file.stem), **form.state_of(text, file.name)}
 
@@ -116,7 +116,7 @@ def start_run(jobs: Jobs, asked: StartRun) -> Answer:
 
 def _file_of(places: Places, asked: StartRun) -> Path:
     try:
-        file = _find(places, asked.shelf, asked.name)
+        file = find(places, asked.shelf, asked.name)
         if preset.read_text(file) == asked.text:
             return file
     except UserError:
@@ -126,7 +126,8 @@ def _file_of(places: Places, asked: StartRun) -> Path:
     return draft
 
 
-def _find(places: Places, shelf: str, name: str) -> Path:
+def find(places: Places, shelf: str, name: str) -> Path:
+    """The file of a preset.  Raises `UserError` when there is none."""
     folder = _shelf(places, shelf)
     file = inside(folder, f"{name}.toml")
     if not file.is_file() or file.parent != folder.resolve():

@@ -1,0 +1,159 @@
+// One image large, with its caption, its crop and its mask; from here to the next one by keyboard.
+"use strict";
+(() => {
+  const Studio = globalThis.Studio;
+  const { h } = Studio;
+
+  Studio.ImageViewer = class {
+    constructor(store, failed, settings) {
+      Object.assign(this, { store, failed, settings, name: "", turn: 0 });
+      this.picture = h("img", { alt: "", draggable: "false", onload: () => this.placed() });
+      this.box = h("span", { class: "st-crop", hidden: true });
+      this.brush = new Studio.MaskBrush();
+      this.stage = h("div", { class: "st-stage" }, this.picture, this.brush.element, this.box);
+      this.title = h("h3", {});
+      this.facts = h("p", { class: "st-small" });
+      this.said = h("p", { class: "st-warn", role: "alert" });
+      this.caption = h("textarea", { id: "studio-large-caption", rows: "6", oninput: () => this.store.edit(this.name, this.caption.value), onblur: () => this.store.save(this.name),
+        onkeydown: (event) => this.ontext(event) });
+      this.crop = h("input", { type: "checkbox", onchange: () => this.showCrop() });
+      const button = (text, work, kind = "", attributes = {}) => h("button", { type: "button", class: `st-button ${kind}`, onclick: work, ...attributes }, text);
+      this.masking = button("Draw a mask", () => this.mask(true), "", { "aria-expanded": "false" });
+      this.tools = h("div", { class: "st-mask-tools", hidden: true }, this.brush.tools,
+        h("div", { class: "st-row" }, button("Save the mask", () => this.keep(), "st-primary"), this.off = button("Remove the mask", () => this.remove(), "st-danger")));
+      this.element = h("dialog", { class: "st-large-view", "aria-label": "Image", onclose: () => this.left(), oncancel: (event) => { event.preventDefault(); this.close(); } },
+        h("div", { class: "st-large-body" }, this.stage, h("div", { class: "st-large-side" }, h("div", { class: "st-row" }, this.title), this.facts, this.said,
+          h("div", { class: "st-field" }, h("label", { for: this.caption.id }, "Caption"), this.caption), h("label", { class: "st-check" }, this.crop, "Show what training keeps of it"),
+          this.masking, this.tools, h("span", { class: "st-space" }),
+          h("div", { class: "st-row" }, button("← Before", () => this.go(-1)), button("Next →", () => this.go(1)), h("span", { class: "st-space" }), button("Close", () => this.close())))));
+      new ResizeObserver(() => this.placed()).observe(this.stage);
+    }
+
+    async open(name) {
+      if (!this.element.isConnected) document.querySelector(".st-data").append(this.element);
+      const turn = (this.turn += 1);
+      Object.assign(this, { name, isFull: false });
+      this.said.textContent = "";
+      this.mask(false);
+      this.title.textContent = name;
+      this.caption.value = this.store.textOf(name);
+      const card = this.store.cards.get(name);
+      this.caption.disabled = Boolean(card?.fault);
+      this.picture.src = card?.thumb ? Studio.fileUrl(card.thumb) : "";
+      this.picture.alt = `${name} large`;
+      this.facts.textContent = card?.trouble || (card?.width ? `${card.width} × ${card.height} pixels` : "");
+      this.masking.textContent = card?.mask ? "Change the mask" : "Draw a mask";
+      this.off.hidden = !card?.mask;
+      if (!this.element.open) this.element.showModal();
+      try {
+        const { path, width, height } = await this.store.ask("read_large", { name });
+        if (turn !== this.turn) return;
+        Object.assign(this, { width, height, isFull: true });
+        this.picture.src = Studio.fileUrl(path);
+        this.showCrop();
+      } catch (error) {
+        if (turn === this.turn) this.said.textContent = error.message;
+      }
+    }
+
+    async go(by) {
+      if (!await this.leave()) return;
+      const index = (this.store.at.get(this.name) ?? 0) + by;
+      const next = this.store.names[index];
+      if (next === undefined) return;
+      if (!this.store.cards.has(next)) this.store.take((await this.store.ask("read_cards", { names: [next] })).cards);
+      await this.open(next);
+    }
+
+    ontext(event) {
+      if (event.key !== "Enter" || !(event.ctrlKey || event.metaKey)) return;
+      event.preventDefault();
+      this.store.save(this.name);
+      this.go(event.shiftKey ? -1 : 1).then(() => this.caption.focus());
+    }
+
+    /** Save what was drawn or typed before another image is shown; false when that was refused. */
+    async leave() {
+      this.store.save(this.name);
+      return !this.brush.isChanged || this.keep();
+    }
+
+    async close() {
+      if (await this.leave()) this.element.close();
+    }
+
+    left() {
+      this.turn += 1;
+      this.store.want([this.name], true);
+    }
+
+    placed() {
+      this.brush.place(this.picture);
+      if (!this.box.hidden && this.kept) Studio.placeCrop(this.box, this.picture, this.kept);
+    }
+
+    async showCrop() {
+      this.box.hidden = true;
+      if (!this.crop.checked) return;
+      const { name } = this;
+      try {
+        await this.settings.use(this.settings.changed);
+        const { family, resolution, buckets } = this.settings.values;
+        const { box, size, cut } = await this.store.ask("read_crop", { name, family, resolution, buckets });
+        if (name !== this.name) return;
+        this.kept = box;
+        this.box.hidden = false;
+        this.placed();
+        this.facts.textContent = `${this.width} × ${this.height} pixels, trained as ${size[0]} × ${size[1]}, ${Number((100 * cut).toPrecision(2))} % is cut off`;
+      } catch (error) {
+        this.said.textContent = error.message;
+      }
+    }
+
+    // The mask
+
+    async mask(isOn) {
+      this.masking.setAttribute("aria-expanded", String(isOn));
+      this.tools.hidden = !isOn;
+      this.masking.hidden = isOn;
+      if (!isOn) { this.brush.end(); return; }
+      const { name } = this;
+      try {
+        if (!this.isFull) throw new Error("The picture is not there yet; try again in a moment.");
+        const { png } = await this.store.ask("read_mask", { name });
+        if (name !== this.name) return;
+        await this.brush.begin(name, this.width, this.height, png);
+        this.placed();
+        this.brush.element.focus();
+      } catch (error) {
+        this.said.textContent = error.message;
+        this.mask(false);
+      }
+    }
+
+    async keep() {
+      const png = await this.brush.png();
+      return this.write(png, "Change the mask");
+    }
+
+    remove() { return this.write(null, "Draw a mask"); }
+
+    async write(png, label) {
+      this.said.textContent = "";
+      try {
+        const answer = await this.store.ask("save_mask", { name: this.name, png });
+        this.store.hooks.state(answer);
+      } catch (error) {
+        this.said.textContent = error.message;
+        return false;
+      }
+      this.brush.end();
+      this.mask(false);
+      this.masking.textContent = label;
+      this.off.hidden = png === null;
+      this.store.want([this.name], true);
+      this.masking.focus();
+      return true;
+    }
+  };
+})();
