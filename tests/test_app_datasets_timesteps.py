@@ -10,8 +10,9 @@ DRAWN = 4000
 
 
 @pytest.mark.parametrize("asked", [
-    {"sampling": "uniform"}, {"sampling": "logit_normal", "mean": -0.5, "scale": 0.8},
-    {"sampling": "sigmoid", "scale": 1.5}, {"sampling": "auto"}, {"sampling": "resolution", "shift": 2.0}, {"sampling": "uniform", "shift": 3.0}])
+    {"sampling": "uniform"}, {"sampling": "logit_normal", "mean": -0.5, "scale": 0.8}, {"sampling": "auto"},
+    {"sampling": "sigmoid", "scale": 1.5}, {"sampling": "resolution", "shift": 2.0},
+    {"sampling": "uniform", "shift": 3.0}])
 @pytest.mark.parametrize("resolution", [512, 1024])
 def test_it_is_what_the_objective_draws(asked, resolution):
     told = histogram("flux1", resolution=resolution, **asked)

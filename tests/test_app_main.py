@@ -45,6 +45,15 @@ def test_a_failed_share_says_how_to_reach_the_app_by_ssh(capsys):
     assert "ssh -L 7860:127.0.0.1:7860" in said and "Password: secret-secret" in said
 
 
+def test_roots_may_be_given_several_times_and_must_be_there(tmp_path, monkeypatch):
+    (tmp_path / "a").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert app.roots_of(options()) == ()
+    assert app.roots_of(options("--root", "a", "--root", str(tmp_path), "--root", "a/")) == (tmp_path / "a", tmp_path)
+    with pytest.raises(SystemExit, match="--root: .*none is not a folder; give one that holds data sets"):
+        app.roots_of(options("--root", "none"))
+
+
 def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

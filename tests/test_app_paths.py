@@ -68,3 +68,20 @@ def test_a_samples_folder_that_leads_elsewhere_is_not_handed_out(tmp_path):
     with pytest.raises(UserError):
         places.hand_out(made)
     assert str(made.samples) not in places.handed_out
+
+
+def test_only_thumbnails_of_data_sets_are_handed_out(tmp_path):
+    places = Places(tmp_path / "w")
+    places.hand_out_thumbnails()
+    places.hand_out_thumbnails()
+    assert places.handed_out == [str(tmp_path / "w" / "thumbnails")]
+
+
+def test_a_thumbnail_folder_that_leads_elsewhere_is_not_handed_out(tmp_path):
+    places = Places(tmp_path / "w")
+    (tmp_path / "w").mkdir()
+    (tmp_path / "secret").mkdir()
+    os.symlink(tmp_path / "secret", places.thumbnails)
+    with pytest.raises(UserError):
+        places.hand_out_thumbnails()
+    assert places.handed_out == []
