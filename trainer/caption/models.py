@@ -85,7 +85,7 @@ def _wanted(repo: str, files: Sequence[RepoSibling]) -> list[RepoSibling]:
     names = {file.rfilename for file in top}
     if {tagger.MODEL, tagger.TAGS} <= names:
         return [file for file in top if file.rfilename in (tagger.MODEL, tagger.TAGS)]
-    weights = [file for file in top if file.rfilename.endswith(".safetensors")]
+    weights = [file for file in top if file.rfilename.startswith("model") and file.rfilename.endswith(".safetensors")]
     if not weights or "config.json" not in names:
         raise UserError(f"{repo} on the hub has no .safetensors weights with a config.json, and no {tagger.MODEL} with "
                         f"{tagger.TAGS}: choose another captioner")

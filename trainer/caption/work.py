@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from trainer import captions, gpu
+from trainer import captions, download, gpu
 from trainer.caption import models, wording
 from trainer.caption.models import Captioner
 from trainer.caption.task import SECTION, Settings, Task
@@ -22,7 +22,6 @@ from trainer.data.dataset import READERS
 from trainer.data.images import ImageError
 from trainer.errors import UserError
 from trainer.events import EventWriter
-from trainer.families import hub
 from trainer.faults import as_user_error, describe
 
 PIXELS = 1 << 20  # that a model gets to see of one image: more costs memory and adds little to a caption
@@ -91,7 +90,8 @@ def _caption(settings: Settings, workspace: Path, events: EventWriter, results: 
         if work:
             device = gpu.pick_device(settings.device, f"{SECTION}.device")
             events.write("phase", name="looking for the model")
-            folder = models.find(settings.model, lambda progress: (requests.guard(), _tell(events, progress)))
+            folder = models.find(settings.model, lambda progress: (requests.guard(), events.write(
+                "phase", name=f"downloading the model: {download.describe(progress)}")))
             with gpu.turn(workspace, device, lambda: (events.write("waiting"), requests.guard())):
                 events.write("phase", name="loading the model")
                 captioner = models.load(settings, folder, device, gpu.pick_dtype(settings.precision, device))
@@ -104,11 +104,6 @@ def _caption(settings: Settings, workspace: Path, events: EventWriter, results: 
         return "stopped"
     events.write("end", reason="done", done=done, of=len(work))
     return "done"
-
-
-def _tell(events: EventWriter, progress: hub.Progress) -> None:
-    size, rate = progress.of / 1e9, progress.speed / 1e6
-    events.write("phase", name=f"downloading the model: {progress.done / 1e9:.1f} of {size:.1f} GB, {rate:.0f} MB/s")
 
 
 def _write_down(item: Work, said: str | ImageError, tags: bool, settings: Settings, events: EventWriter,
