@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from trainer.families import clip_text, parts, t5_text, transformer, unet
 from trainer.families.base import Base
 from trainer.families.clip_text import ClipTextEncoder
 from trainer.families.folders import read_json
+from trainer.families.opening import Opened, given, open_parts
 from trainer.families.tensors import Header, Part
 from trainer.families.transformer import DENOISER as DENOISER
 from trainer.families.transformer import EXPORT_DTYPE as EXPORT_DTYPE
@@ -63,15 +64,13 @@ def open_base(
     `base` may be the transformer alone, with `vae`, `text_encoder` (CLIP-L), `text_encoder_2` (T5) and `tokenizer_2`
     given apart. Raises UserError, naming the file, for whatever is missing, damaged or of another kind.
     """
-    others: dict[str, Callable[[], Part]] = {}
-    if vae:
-        others["vae"] = lambda: parts.vae(Path(vae), _template("vae"))
-    if text_encoder:
-        others["text_encoder"] = lambda: clip_text.other_part(
-            Path(text_encoder), "text_encoder", clip_text.PREFIXES, _template("text_encoder"))
-    if text_encoder_2:
-        others["text_encoder_2"] = lambda: t5_text.other_part(Path(text_encoder_2), _template("text_encoder_2"))
-    opened = unet.open_parts(base, "flux1", PARTS, _parts_of_file, others)
+    others = given({
+        "vae": (vae, lambda path: parts.vae(path, _template("vae"))),
+        "text_encoder": (text_encoder, lambda path: clip_text.other_part(
+            path, "text_encoder", clip_text.PREFIXES, _template("text_encoder"))),
+        "text_encoder_2": (text_encoder_2, lambda path: t5_text.other_part(path, _template("text_encoder_2"))),
+    })
+    opened = open_parts(base, "flux1", PARTS, _parts_of_file, others)
     _check_widths(opened)
     first, second = opened.tokenizer(tokenizer, "tokenizer"), opened.tokenizer(tokenizer_2, "tokenizer_2")
     unet.check_clip(opened.parts["text_encoder"], first, 1, clip_text.VOCAB_SIZE, "model.tokenizer")
@@ -97,7 +96,7 @@ def _parts_of_file(header: Header) -> dict[str, Part]:
     return {name: part for name, part in found.items() if part is not None}
 
 
-def _check_widths(opened: unet.Opened) -> None:
+def _check_widths(opened: Opened) -> None:
     config, whom = opened.parts["transformer"].config, f"the transformer of {opened.path}"
     clip, t5 = opened.parts["text_encoder"], opened.parts["text_encoder_2"]
     parts.check_text(clip, "text_encoder", clip_text.size(clip), ("clip", config["pooled_projection_dim"]), whom)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from trainer.families import hub, ldm, llm_text, parts, transformer, unet
 from trainer.families.base import Base
 from trainer.families.folders import read_json
 from trainer.families.llm_text import LlmText
+from trainer.families.opening import Opened, given, open_parts
 from trainer.families.tensors import Header, Part, fill
 from trainer.families.transformer import DENOISER as DENOISER
 from trainer.families.transformer import EXPORT_DTYPE as EXPORT_DTYPE
@@ -55,12 +56,11 @@ def open_base(base: str, *, vae: str = "", text_encoder: str = "", tokenizer: st
     where the base does not say whether it is. Raises UserError, naming the file, for whatever is missing, damaged or
     of another kind.
     """
-    others: dict[str, Callable[[], Part]] = {}
-    if vae:
-        others["vae"] = lambda: parts.vae(Path(vae), _template("vae"))
-    if text_encoder:
-        others["text_encoder"] = lambda: llm_text.other_part(Path(text_encoder), _template)
-    opened = unet.open_parts(base, "flux2", PARTS, _parts_of_file, others)
+    others = given({
+        "vae": (vae, lambda path: parts.vae(path, _template("vae"))),
+        "text_encoder": (text_encoder, lambda path: llm_text.other_part(path, _template)),
+    })
+    opened = open_parts(base, "flux2", PARTS, _parts_of_file, others)
     _check_widths(opened)
     folder = opened.tokenizer(tokenizer, "tokenizer")
     text = opened.parts["text_encoder"]
@@ -82,7 +82,7 @@ def variant_of(config: Mapping[str, Any]) -> str:
     return "" if config["guidance_embeds"] else {3072: "klein-4b", 4096: "klein-9b"}.get(width, "klein")
 
 
-def decide_distilled(opened: unet.Opened, chosen: str) -> tuple[bool, tuple[str, ...]]:
+def decide_distilled(opened: Opened, chosen: str) -> tuple[bool, tuple[str, ...]]:
     """Whether a klein is the distilled one, and notes: both have the same shapes.
 
     By model_index.json's `is_distilled`, the hub id, the file's metadata, its name, then model.distilled. Flux.2 dev,
@@ -125,7 +125,7 @@ def _parts_of_file(header: Header) -> dict[str, Part]:
     return {name: part for name, part in found.items() if part is not None}
 
 
-def _check_widths(opened: unet.Opened) -> None:
+def _check_widths(opened: Opened) -> None:
     """The text's three layers stand side by side; klein reads Qwen3, dev Mistral."""
     config, text = opened.parts["transformer"].config, opened.parts["text_encoder"]
     found = llm_text.kind_of(text), llm_text.body_config(text).get("hidden_size", 0)

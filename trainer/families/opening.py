@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from trainer.families.ldm import VAE_PREFIX, unet_config, vae_config
 from trainer.families.recognise import FAMILIES, KINDS, contents, file_kind, folder_kind
 from trainer.families.tensors import Header, Part, TensorInfo, read_header, without_prefix
 
+_WORDS = {"vae": "VAE", "text_encoder": "text encoder", "text_encoder_2": "second text encoder"}
 _WAYS = {  # what to do with a file that is not the base it was given as
     **{family: f"set model.family = {family!r}, or choose another model.base" for family in FAMILIES},
     "lora": "choose another model.base; to go on training it, give it as adapter.start_from",
@@ -103,3 +106,58 @@ def vae_part(file: Path, tensors: Mapping[str, TensorInfo], template: Mapping[st
         return Part(file, vae_config(names, layout, template), names, layout)
     except (KeyError, IndexError, AttributeError, ValueError):
         raise UserError(f"{file} has no VAE of this kind: choose another model.vae") from None
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What `model.base` names: its parts, and what only a folder (scheduler) or only a file (header) has."""
+
+    base: str
+    path: Path
+    parts: dict[str, Part]
+    header: Header | None
+    scheduler: dict[str, Any] | None
+
+    def tokenizer(self, chosen: str, subfolder: str) -> Path | None:
+        """The chosen tokenizer, a folder or a hub id, else the base's own, else None."""
+        if chosen and hub.is_hub_id(chosen):
+            if (found := hub.cached_tokenizer(chosen)) is None:
+                raise UserError(f"{chosen} was not downloaded yet: train with it once, or give a tokenizer's folder")
+            return found
+        own = self.path / subfolder
+        return Path(chosen) if chosen else own if self.path.is_dir() and own.is_dir() else None
+
+    @property
+    def name(self) -> str:
+        if hub.is_hub_id(self.base):
+            return self.base
+        return self.path.resolve().stem if self.path.is_file() else self.path.resolve().name
+
+
+def given(chosen: Mapping[str, tuple[str, Callable[[Path], Part]]]) -> dict[str, Callable[[], Part]]:
+    """What `open_parts` takes as parts apart from the base: of part -> (path, what opens it), those with a path."""
+    return {name: partial(find, Path(path)) for name, (path, find) in chosen.items() if path}
+
+
+def open_parts(base: str, kind: str, wanted: Mapping[str, str], parts_of_file: Callable[[Header], dict[str, Part]],
+               others: Mapping[str, Callable[[], Part]]) -> Opened:
+    """Find a base's parts in a folder, a single file or on the hub; `others` are parts given apart from it.
+
+    `wanted` has all parts of this kind of model, and what to give where a file lacks one, in words. Raises UserError
+    that names what is missing.
+    """
+    components = list(wanted)
+    path = locate(base, [name for name in components if name not in others])
+    header, scheduler = None, None
+    if path.is_dir():
+        parts = open_folder(path, kind, [name for name in components if name not in others])
+        scheduler = read_json(path / "scheduler" / "scheduler_config.json")
+    else:
+        header = open_file(path, kind)
+        parts = parts_of_file(header)
+    parts |= {name: find() for name, find in others.items()}
+    if missing := [name for name in components if name not in parts]:
+        lacks = ", no ".join(_WORDS[name] for name in missing)
+        ways = ", ".join(f"{wanted[name]} as model.{name}" for name in missing)
+        raise UserError(f"{path} has no {lacks}: give {ways}")
+    return Opened(base, path, parts, header, scheduler)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from trainer.families import clip_text, ldm, parts, unet
 from trainer.families.base import Base
 from trainer.families.clip_text import ClipTextEncoder
 from trainer.families.folders import read_json
-from trainer.families.opening import unet_part, vae_part
+from trainer.families.opening import given, open_parts, unet_part, vae_part
 from trainer.families.tensors import Header, Part, without_prefix
 from trainer.families.unet import DENOISER as DENOISER
 from trainer.families.unet import EXPORT_DTYPE as EXPORT_DTYPE
@@ -54,13 +54,12 @@ def open_base(
     where the base does not say. Raises UserError, naming the file, for whatever is missing, damaged or of another
     kind.
     """
-    others: dict[str, Callable[[], Part]] = {}
-    if vae:
-        others["vae"] = lambda: parts.vae(Path(vae), _template("vae"))
-    if text_encoder:
-        others["text_encoder"] = lambda: clip_text.other_part(
-            Path(text_encoder), "text_encoder", clip_text.PREFIXES, _template("text_encoder"))
-    opened = unet.open_parts(base, "sd15", PARTS, _parts_of_file, others)
+    others = given({
+        "vae": (vae, lambda path: parts.vae(path, _template("vae"))),
+        "text_encoder": (text_encoder, lambda path: clip_text.other_part(
+            path, "text_encoder", clip_text.PREFIXES, _template("text_encoder"))),
+    })
+    opened = open_parts(base, "sd15", PARTS, _parts_of_file, others)
     text, tokenizer_folder = opened.parts["text_encoder"], opened.tokenizer(tokenizer, "tokenizer")
     width = opened.parts["unet"].config.get("cross_attention_dim")
     parts.check_text(text, "text_encoder", clip_text.size(text), ("clip", width), f"the UNet of {opened.path}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from trainer.families.base import Base
 from trainer.families.clip_pair import ClipPair
 from trainer.families.clip_text import ClipTextEncoder
 from trainer.families.folders import read_json
-from trainer.families.opening import unet_part, vae_part
+from trainer.families.opening import Opened, given, open_parts, unet_part, vae_part
 from trainer.families.tensors import Header, Part, without_prefix
 from trainer.families.unet import DENOISER as DENOISER
 from trainer.families.unet import EXPORT_DTYPE as EXPORT_DTYPE
@@ -60,16 +60,14 @@ def open_base(
 
     clip_skip counts from SDXL's own layer, the one before the last. Raises UserError as there.
     """
-    others: dict[str, Callable[[], Part]] = {}
-    if vae:
-        others["vae"] = lambda: parts.vae(Path(vae), _template("vae"))
-    if text_encoder:
-        others["text_encoder"] = lambda: clip_text.other_part(
-            Path(text_encoder), "text_encoder", clip_pair.PREFIXES, _template("text_encoder"))
-    if text_encoder_2:
-        others["text_encoder_2"] = lambda: clip_pair.other_second_part(Path(text_encoder_2),
-                                                                       _template("text_encoder_2"))
-    opened = unet.open_parts(base, "sdxl", PARTS, _parts_of_file, others)
+    others = given({
+        "vae": (vae, lambda path: parts.vae(path, _template("vae"))),
+        "text_encoder": (text_encoder, lambda path: clip_text.other_part(
+            path, "text_encoder", clip_pair.PREFIXES, _template("text_encoder"))),
+        "text_encoder_2": (text_encoder_2, lambda path: clip_pair.other_second_part(
+            path, _template("text_encoder_2"))),
+    })
+    opened = open_parts(base, "sdxl", PARTS, _parts_of_file, others)
     first, second = opened.parts["text_encoder"], opened.parts["text_encoder_2"]
     folders = [opened.tokenizer(tokenizer, "tokenizer"), opened.tokenizer(tokenizer_2, "tokenizer_2")]
     _check_widths(opened)
@@ -79,7 +77,7 @@ def open_base(
     return unet.describe(opened, folders, _template("scheduler"), prediction, clip_skip)
 
 
-def _check_widths(opened: unet.Opened) -> None:
+def _check_widths(opened: Opened) -> None:
     """The second encoder's width stands with its pooled state in the UNet's config; the first's is the rest."""
     config, whom = opened.parts["unet"].config, f"the UNet of {opened.path}"
     added, each = (config.get(key) or 0 for key in ("projection_class_embeddings_input_dim", "addition_time_embed_dim"))

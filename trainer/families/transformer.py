@@ -16,9 +16,8 @@ from trainer.data.buckets import step_for
 from trainer.errors import UserError
 from trainer.families import bfl, ldm
 from trainer.families.base import Base, short_hash
-from trainer.families.opening import vae_part
+from trainer.families.opening import Opened, vae_part
 from trainer.families.tensors import Header, Part, fill, fingerprint, without_prefix
-from trainer.families.unet import Opened
 from trainer.families.unet import set_gradient_checkpointing as set_gradient_checkpointing
 
 EXPORT_DTYPE = "bf16"

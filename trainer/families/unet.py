@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,11 @@ from torch import Tensor, nn
 from trainer.adapters.target import Target
 from trainer.data.buckets import step_for
 from trainer.errors import UserError
-from trainer.families import hub, ldm
+from trainer.families import ldm
 from trainer.families.base import Base, decide_prediction, short_hash
 from trainer.families.clip_text import canonical
-from trainer.families.folders import read_json
-from trainer.families.opening import locate, open_file, open_folder
-from trainer.families.tensors import Header, Part, fill, fingerprint
+from trainer.families.opening import Opened
+from trainer.families.tensors import Part, fill, fingerprint
 from trainer.objective import Objective
 
 VAE_FACTOR = 8  # pixels a latent
@@ -32,7 +30,6 @@ DENOISER = "unet"  # its name among the base's parts, and at the beginning of it
 
 TEXT_DTYPE = torch.float32  # of text encoders while captions are encoded: they are small
 
-_WORDS = {"vae": "VAE", "text_encoder": "text encoder", "text_encoder_2": "second text encoder"}
 _UNET_LAYERS = {  # end of a module's path: group in adapter.targets
     re.compile(r".*\.(attn[12])\.to_(?:q|k|v|out\.0)"): "attention",
     re.compile(r".*\.(ff)\.net\.(?:0\.proj|2)"): "feed_forward",
@@ -53,56 +50,6 @@ def latent_shape(width: int, height: int) -> tuple[int, int, int]:
 
 
 # Opening: headers only, no weights.
-
-
-@dataclass(frozen=True)
-class Opened:
-    """What `model.base` names: its parts, and what only a folder (scheduler) or only a file (header) has."""
-
-    base: str
-    path: Path
-    parts: dict[str, Part]
-    header: Header | None
-    scheduler: dict[str, Any] | None
-
-    def tokenizer(self, chosen: str, subfolder: str) -> Path | None:
-        """The chosen tokenizer, a folder or a hub id, else the base's own, else None."""
-        if chosen and hub.is_hub_id(chosen):
-            if (found := hub.cached_tokenizer(chosen)) is None:
-                raise UserError(f"{chosen} was not downloaded yet: train with it once, or give a tokenizer's folder")
-            return found
-        own = self.path / subfolder
-        return Path(chosen) if chosen else own if self.path.is_dir() and own.is_dir() else None
-
-    @property
-    def name(self) -> str:
-        if hub.is_hub_id(self.base):
-            return self.base
-        return self.path.resolve().stem if self.path.is_file() else self.path.resolve().name
-
-
-def open_parts(base: str, kind: str, wanted: Mapping[str, str], parts_of_file: Callable[[Header], dict[str, Part]],
-               others: Mapping[str, Callable[[], Part]]) -> Opened:
-    """Find a base's parts in a folder, a single file or on the hub; `others` are parts given apart from it.
-
-    `wanted` has all parts of this kind of model, and what to give where a file lacks one, in words. Raises UserError
-    that names what is missing.
-    """
-    components = list(wanted)
-    path = locate(base, [name for name in components if name not in others])
-    header, scheduler = None, None
-    if path.is_dir():
-        parts = open_folder(path, kind, [name for name in components if name not in others])
-        scheduler = read_json(path / "scheduler" / "scheduler_config.json")
-    else:
-        header = open_file(path, kind)
-        parts = parts_of_file(header)
-    parts |= {name: find() for name, find in others.items()}
-    if missing := [name for name in components if name not in parts]:
-        lacks = ", no ".join(_WORDS[name] for name in missing)
-        ways = ", ".join(f"{wanted[name]} as model.{name}" for name in missing)
-        raise UserError(f"{path} has no {lacks}: give {ways}")
-    return Opened(base, path, parts, header, scheduler)
 
 
 def check_clip(part: Part, tokenizer: Path | None, clip_skip: int, vocab_size: int, setting: str) -> None:
