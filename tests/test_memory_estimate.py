@@ -39,8 +39,9 @@ def traced(name: str, plan: Plan) -> tuple[int, Estimate]:
     return alive.peak, Estimator(chosen, true_size.skeleton(size), torch.float32)(plan)
 
 
-@pytest.mark.parametrize("plan", [Plan(), Plan("none", "full"), Plan("fp8", "full")], ids=str)
-@pytest.mark.parametrize("name", ["sd15", "sdxl", "flux1-dev", "klein-4b"])
+@pytest.mark.parametrize(("name", "plan"), [
+    ("sd15", Plan("none", "full")), ("sdxl", Plan()), ("flux1-dev", Plan("fp8", "full")), ("flux1-dev", Plan()),
+    ("klein-4b", Plan("none", "full")), ("klein-4b", Plan("fp8")), ("flux2-dev", Plan("fp8", "full"))], ids=str)
 def test_a_step_holds_what_is_estimated(name: str, plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("trainer.memory.estimate.WORKSPACE", 0)
     monkeypatch.setattr(Estimator, "_update", lambda estimator, trained: 0)  # in tiny models it would be the larger
@@ -96,8 +97,9 @@ def test_weights_are_counted_as_they_will_be_held(name: str, mode: str) -> None:
     assert held_weights(skeleton, Plan(mode), torch.bfloat16) == (pytest.approx(there, rel=0.01), 0)
     offload = Offload(repeated_blocks(denoiser), blocks - 1, CPU)
     device, host = held_weights(skeleton, Plan(mode, "full", blocks - 1), torch.bfloat16)
+    hosts = {block.host.untyped_storage().data_ptr() for block in offload.blocks}
     stays = sum(tensor.numel() * tensor.element_size() for tensor in tensors_of(denoiser)
-                if tensor.untyped_storage().data_ptr() != offload.host.untyped_storage().data_ptr())
+                if tensor.untyped_storage().data_ptr() not in hosts)
     assert host == pytest.approx(offload.host_bytes, rel=0.35)  # tiny tensors are mostly filling
     assert device == pytest.approx(stays + 2 * offload.buffers[0].numel(), rel=0.25)
 

@@ -8,7 +8,6 @@ what the trainer's estimate says of each; it needs no GPU.
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import math
 import multiprocessing
@@ -29,6 +28,7 @@ import torch
 
 from tests.bench import peer, true_size
 from tests.bench.true_size import SIZES, Size
+from trainer.gpu import free_memory
 from trainer.memory.blocks import repeated_blocks
 from trainer.memory.estimate import Estimator
 from trainer.memory.plan import Plan
@@ -98,6 +98,7 @@ def measure(case: Case, options: argparse.Namespace) -> dict[str, Any]:
                           "resolution": size.resolution}
     step, facts = (peer_step if case.peer else our_step)(case, size, device, dtype, options.method)
     row |= facts | {"build_peak": peak(device), "held": held(device), "build_sec": time.perf_counter() - started}
+    free_memory()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     losses, seconds = run_steps(step, device, options.warm, options.steps)
@@ -117,7 +118,6 @@ def our_step(case: Case, size: Size, device: torch.device, dtype: torch.dtype, m
     plan = plan_of(case, len(blocks))
     session = true_size.session_of(size, chosen, denoiser, device, dtype)
     session.offload = hold(session.family, denoiser, plan, device)
-    gc.collect()
     update = Update(session.adapter, session.optimizer, chosen.train.max_grad_norm)
 
     def step(number: int) -> torch.Tensor:

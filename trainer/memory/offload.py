@@ -13,9 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from trainer.errors import UserError
+from trainer.gpu import free_memory
 
 BUFFERS = 2  # one in use, one being filled
 ALIGNMENT = 256  # bytes: what kernels expect of a tensor's beginning
+PAGE = 4096
 
 
 @dataclass(frozen=True)
@@ -65,12 +67,9 @@ class Offload:
         locked."""
         self.device, self.numbers = device, spread(len(blocks), count)
         self.blocks = _lay_out(blocks, self.numbers)
-        self.host = torch.empty(sum(block.size for block in self.blocks), dtype=torch.uint8)
-        self._lock_host()
-        start = 0
-        for block in self.blocks:
-            block.host = self.host[start : start + block.size]
-            start += block.size
+        self.locks: list[weakref.finalize] = []
+        for block in self.blocks:  # one by one: where the weights come from the host, it never holds them twice
+            block.host = self._locked(block.size)
             for piece in block.pieces:
                 piece.view(block.host).copy_(piece.tensor)
             block.point_to(block.host)
@@ -81,10 +80,11 @@ class Offload:
         self.ready = [torch.cuda.Event() for _ in self.buffers] if self.stream else []
         self.hooks = [blocks[number].register_forward_pre_hook(self._hook(index))
                       for index, number in enumerate(self.numbers)]
+        free_memory()
 
     @property
     def host_bytes(self) -> int:
-        return self.host.numel()
+        return sum(block.size for block in self.blocks)
 
     def remove(self) -> None:
         """Give the blocks their weights on the device back, for good."""
@@ -97,9 +97,9 @@ class Offload:
                     piece.view(block.host))
         if self.stream is not None:
             torch.cuda.synchronize(self.device)
-        self.blocks, self.hooks, self.buffers, self.held = [], [], [], []
-        self._unlock()
-        self.host = torch.empty(0, dtype=torch.uint8)
+        for unlock in self.locks:
+            unlock()
+        self.blocks, self.hooks, self.buffers, self.held, self.locks = [], [], [], [], []
 
     def _hook(self, index: int) -> Any:
         def enter(module: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -148,17 +148,19 @@ class Offload:
         block.point_to(target)
         self.held[buffer] = index
 
-    def _lock_host(self) -> None:
-        """Make the host's memory one that the GPU reads by itself.  torch's own pinned memory would round its size up
-        to a power of two."""
-        self._unlock = weakref.finalize(self, lambda: None)
-        if self.device.type != "cuda" or not self.host.numel():
-            return
-        runtime, address = torch.cuda.cudart(), self.host.data_ptr()
-        if int(runtime.cudaHostRegister(address, self.host.numel(), 0)) != 0:
-            raise UserError(f"the system does not lock {self.host.numel() / 2**30:.1f} GiB of its memory for offloaded "
-                            "blocks: close other programs, or make memory.offload_blocks smaller")
-        self._unlock = weakref.finalize(self, runtime.cudaHostUnregister, address)
+    def _locked(self, size: int) -> Tensor:
+        """Bytes on the host, which the GPU reads by itself.  Not torch's own pinned memory: it rounds sizes up to a
+        power of two."""
+        whole = torch.empty(size + 2 * PAGE, dtype=torch.uint8)  # no page of it is shared with another lock
+        start = -whole.data_ptr() % PAGE
+        host = whole[start : start + size]
+        if self.device.type == "cuda" and size:
+            runtime, address = torch.cuda.cudart(), host.data_ptr()
+            if int(runtime.cudaHostRegister(address, -(-size // PAGE) * PAGE, 0)) != 0:
+                raise UserError(f"the system does not lock {self.host_bytes / 2**30:.1f} GiB of its memory for "
+                                "offloaded blocks: close other programs, or make memory.offload_blocks smaller")
+            self.locks.append(weakref.finalize(self, runtime.cudaHostUnregister, address))
+        return host
 
 
 def spread(total: int, count: int) -> list[int]:
