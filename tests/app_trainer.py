@@ -113,7 +113,8 @@ def export(ours: run.Run, events: EventWriter, step: int, path: Path) -> None:
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(b"lora" * 1000)
     events.write("export", step=step, path=path.relative_to(ours.path).as_posix(), format="kohya fp16", weights="raw",
-                 worst_rel_error=3.4e-4, unmatched=[])
+                 worst_rel_error=3.4e-4, unmatched=[], readers=["ComfyUI", "A1111"],
+                 others=["diffusers applies a plain LoRA instead"])
 
 
 if __name__ == "__main__":

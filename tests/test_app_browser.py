@@ -23,6 +23,8 @@ def test_from_the_first_start_to_the_download_in_two_clicks(browser, tmp_path):
         for title in ("Loss", "Effective rank", "Learning rate", "Distance to held-out images"):
             expect(curve(page, title)).to_be_visible()
         expect(page.get_by_text("compared with the trained weights: worst relative error 3.4e-4.")).to_be_visible()
+        expect(page.get_by_text("✓ All of it is read, at full strength, by ComfyUI, A1111.")).to_be_visible()
+        expect(page.get_by_text("diffusers applies a plain LoRA instead.")).to_be_visible()
         with page.expect_download() as download:
             page.get_by_role("link", name="Download demo.safetensors").click()
         assert download.value.suggested_filename == "demo.safetensors"

@@ -1,15 +1,29 @@
 """What UIs read from a file's header, that it stays small, and that nothing private gets into it."""
 
+import base64
+import io
 import json
 import tomllib
 from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 
 from trainer import preset, schema
-from trainer.export.metadata import PRESET_KEY, TAG_BYTES, Dataset, build, capped, last_part, without_paths
+from trainer.export import header
+from trainer.export.metadata import (
+    COVER_BYTES,
+    PRESET_KEY,
+    TAG_BYTES,
+    Dataset,
+    build,
+    capped,
+    last_part,
+    without_paths,
+)
+from trainer.export.sizes import true_sizes
 from trainer.export.writer import write
 
 PRESET = """
@@ -87,6 +101,58 @@ def test_every_path_of_the_schema_is_cut():
     checked, problems = preset.check(data)
     assert checked is not None, problems
     assert "secret" not in preset.dumps(without_paths(checked))
+
+
+def textual(*overrides, **changes):
+    return build(**dict(preset=preset.parse(PRESET, "a.toml", list(overrides)), run_name="ink", dataset=DATASET,
+                        prediction="epsilon", rank=8, steps=1, epochs=1, global_batch=1, started_at=0.0,
+                        finished_at=0.0) | changes)
+
+
+def test_whole_paths_are_kept_when_asked_for():
+    texts = textual("output.full_paths=true")
+    assert preset.parse(texts[PRESET_KEY], "inside.toml").model.base == "/home/ann/models/dreamy.safetensors"
+    assert texts["ss_sd_model_name"] == "dreamy.safetensors" and "notes" not in texts[PRESET_KEY]
+
+
+def test_trigger_words_are_there_for_comfyui():
+    assert json.loads(textual()["trained_words"]) == ["inkwash"]
+    assert "trained_words" not in textual("data.trigger=")
+
+
+@pytest.mark.parametrize(("size", "mode"), [((1024, 768), "RGB"), ((96, 300), "RGBA"), ((64, 64), "L")])
+def test_a_cover_is_a_small_jpeg_in_two_places(tmp_path, size, mode):
+    noise = torch.randint(0, 256, (size[1], size[0], len(mode)), generator=torch.Generator().manual_seed(0))
+    Image.fromarray(noise.to(torch.uint8).squeeze(2).numpy(), mode).save(tmp_path / "a.png")
+    texts = textual(cover=tmp_path / "a.png")
+    (text,) = json.loads(texts["ssmd_cover_images"])
+    content = base64.b64decode(text)
+    with Image.open(io.BytesIO(content)) as picture:
+        assert picture.format == "JPEG" and picture.mode == "RGB" and max(picture.size) <= 512
+        assert abs(picture.width / picture.height - size[0] / size[1]) < 0.02
+    assert len(content) <= COVER_BYTES and texts["modelspec.thumbnail"] == f"data:image/jpeg;base64,{text}"
+    assert "ssmd_cover_images" not in textual()
+
+
+def test_the_header_of_every_layer_of_sdxl_with_all_that_fits_is_under_a_megabyte(tmp_path):
+    """ComfyUI shows nothing of a longer one."""
+    noise = torch.randint(0, 256, (512, 512, 3), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    Image.fromarray(noise.numpy()).save(tmp_path / "a.png")
+    tags = {"ink": {f"some tag number {i}": i for i in range(40_000)}}
+    texts = textual(cover=tmp_path / "a.png", dataset=replace(DATASET, tags=tags), rank=1)
+    pairs = [(name, torch.ones(m, 1, *[1] * len(kernel)), torch.ones(1, n, *kernel), torch.ones(1, n))
+             for name, (m, n, *kernel) in true_sizes("sdxl")["SDXL"].items()]
+    written = write(tmp_path / "all.safetensors", pairs, family="sdxl", dtype="fp16", metadata=texts)
+    assert written.unmatched == [] and written.tensors > 4000
+    assert 700_000 < header.read(written.path).begin < 1 << 20
+
+
+@pytest.mark.parametrize(("overrides", "module"), [
+    ([], "networks.lora"), (['adapter.targets=["attention", "convolution"]'], "lycoris.kohya"),
+    (["model.family=flux1", "output.format=F5", "model.vae=", "adapter.method=lora"], "networks.lora_flux"),
+    (["model.family=flux1", 'adapter.targets=["all"]'], "networks.lora")])
+def test_the_network_module_is_the_one_that_made_such_files_first(overrides, module):
+    assert textual(*overrides)["ss_network_module"] == module
 
 
 def test_dora_names_the_module_that_reads_it():

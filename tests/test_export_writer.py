@@ -194,6 +194,16 @@ def test_hashes_are_of_the_tensor_data(tmp_path):
     assert hashlib.sha256(library[8 + length:]).hexdigest() == digest
 
 
+@pytest.mark.parametrize("rows", [8, 300_000])
+def test_the_legacy_hash_is_that_of_sd_scripts(tmp_path, rows):
+    """64 KiB at 1 MiB of the file with `ss_*` metadata alone; of a short file, of nothing."""
+    written = export(tmp_path / "a.safetensors", [pair(TO_Q, m=rows), pair(OUT_PROJ, 12, 12)], ss_seed="7", other="x")
+    library = save_bytes(load_file(written.path), {"ss_seed": "7", "ss_output_name": "a"})
+    expected = hashlib.sha256(library[0x100000:0x110000]).hexdigest()[:8]
+    assert header(written.path)[0]["__metadata__"]["sshs_legacy_hash"] == expected
+    assert (len(library) > 0x110000) == (rows > 8)
+
+
 def test_same_weights_give_the_same_bytes_and_hashes_ignore_names(tmp_path):
     first = export(tmp_path / "a.safetensors", [pair(TO_Q), pair(OUT_PROJ, 12, 12)], note="ü")
     content = first.path.read_bytes()

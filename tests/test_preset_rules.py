@@ -38,6 +38,11 @@ FAULTS = {
         "goes with lora, stiefel and stella, not with trilora; set it to false"),
     "an average that is not made": (
         {"output": {"weights": "ema"}}, "output.weights", "'ema' needs train.ema_decay above 0"),
+    "a format of another family's files": (
+        {"output": {"format": "F5"}}, "output.format",
+        "'F5' is no format of sd15 files, which have 'auto', 'U1', 'U2'"),
+    "a cover without a picture": (
+        {"output": {"cover": True}}, "output.cover", "has no effect without sample.prompts; take it out"),
     "two held-out sets": (
         {"evaluate": {"folder": "h", "holdout": 0.1}}, "evaluate.holdout",
         "evaluate.folder already names the held-out images; keep one of them"),
@@ -136,6 +141,7 @@ def test_what_does_not_go_together_is_told(sections, where, text):
 GOOD = {
     "epochs instead of steps": {"train": {"steps": None, "epochs": 2}},
     "an average that is made": {"output": {"weights": "ema"}, "train": {"ema_decay": 0.99}},
+    "a family's own format and a cover": {"output": {"format": "U2", "cover": True}, "sample": {"prompts": ["a"]}},
     "one held-out set": {"evaluate": {"folder": "h"}},
     "crops that vary": {"data": {"crop": "random", "crop_variants": 2}},
     "captions that vary": {"data": {"shuffle_tags": True, "caption_variants": 2}},

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 
 from tests import projects
@@ -37,6 +40,35 @@ def test_the_file_is_verified_and_the_verdict_is_an_event(session) -> None:
     assert (event["weights"], event["dtype"], event["format"]) == ("ema", "fp32", "U1")
     assert event["unmatched"] == [] and event["worst_rel_error"] < 1e-5
     assert not verify.compare(path, list(session.adapter.pairs("ema")), family="sd15").unmatched
+
+
+def test_the_event_names_the_programs_that_read_all_of_it(session) -> None:
+    publish(session, session.run.export_of(8))
+    event = [event for event in EventReader(session.run.events).read() if event["kind"] == "export"][-1]
+    assert event["readers"] == ["ComfyUI", "A1111", "Forge", "diffusers"] and event["others"] == []
+
+
+def test_another_format_is_told_of_the_programs_that_do_not_read_it(session, monkeypatch) -> None:
+    output = session.preset.output.model_copy(update={"format": "U2"})
+    monkeypatch.setattr(session, "preset", session.preset.model_copy(update={"output": output}))
+    publish(session, session.run.export_of(8))
+    event = [event for event in EventReader(session.run.events).read() if event["kind"] == "export"][-1]
+    assert (event["format"], event["unmatched"], event["readers"]) == ("U2", [], ["ComfyUI", "A1111", "Forge"])
+    assert event["others"][0].startswith("diffusers raises an error or drops the UNet's blocks")
+
+
+def test_the_cover_is_the_newest_trained_picture_of_the_first_prompt(session, monkeypatch) -> None:
+    output = session.preset.output.model_copy(update={"cover": True})
+    monkeypatch.setattr(session, "preset", session.preset.model_copy(update={"output": output}))
+    session.run.samples.mkdir(exist_ok=True)
+    for name, colour in {"000000_00": 0, "000004_00": 60, "000006_00": 120, "000006_01": 180,
+                         "000007_asked1_00": 240}.items():
+        Image.new("RGB", (32, 32), (colour, colour, colour)).save(session.run.samples / f"{name}.png")
+    publish(session, session.run.export_of(8))
+    with safe_open(session.run.export_of(8), "pt") as file:
+        (text,) = json.loads(file.metadata()["ssmd_cover_images"])
+    with Image.open(io.BytesIO(base64.b64decode(text))) as picture:
+        assert abs(picture.getpixel((5, 5))[0] - 120) < 3
 
 
 def test_the_header_says_what_was_trained_on(session) -> None:
