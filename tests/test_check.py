@@ -152,3 +152,10 @@ def test_what_will_hardly_fit_is_a_warning(tiny_project, tmp_path) -> None:
         preset = presets.load(tiny_project, [f"train.batch_size={batch}", f"data.resolution={64 * batch ** 0.5:.0f}"])
         report = check.inspect(preset, tmp_path)
         assert any(text.startswith("this will hardly fit") for text in report.warnings) == warns, report.facts["memory"]
+
+
+def test_a_warm_up_longer_than_the_epochs_is_a_fault(tiny_project, tmp_path) -> None:
+    text = tiny_project.read_text("utf-8").replace("steps = 6", "epochs = 2\nwarmup_steps = 9", 1)
+    (tmp_path / "epochs.toml").write_text(text, "utf-8")
+    (error,) = check.inspect(presets.load(tmp_path / "epochs.toml"), tmp_path).errors
+    assert error.startswith("train.warmup_steps = 9: the whole training has 8 steps")

@@ -32,6 +32,7 @@ from trainer.quantize.available import check_settings
 from trainer.record import clock
 from trainer.schema import Preset
 from trainer.session import LATENT_DTYPE, find_targets, open_base, pick_device, pick_dtype
+from trainer.setup import check_warm_up
 
 COLUMN = 22  # width of the first column of the report
 
@@ -84,9 +85,7 @@ def inspect(preset: Preset, workspace: Path) -> Report:
 def _memory_and_disk(preset: Preset, base: Any, layers: Layers, material: Material, workspace: Path,
                      device: torch.device, report: Report) -> None:
     """What the run will take, beside what there is."""
-    cache, dtype, limit = Cache(workspace / "cache"), pick_dtype(preset, device), None
-    if device.type == "cuda":
-        limit = available(device, preset.memory.budget_gb)
+    cache, dtype, limit = Cache(workspace / "cache"), pick_dtype(preset, device), _limit(preset, device, report)
     prompts = forecast.texts_to_encode(preset, base, material, cache, dtype, "none")
     known = speed.recall(workspace, preset, speed.device_name(device))
     found = forecast.memory(preset, base, layers.denoiser, material, device, limit, known, prompts > 0)
@@ -113,6 +112,17 @@ def _memory_and_disk(preset: Preset, base: Any, layers: Layers, material: Materi
                                f"{_size(disk.caches + disk.checkpoints)} are needed. Free some space")
     report.numbers |= {"peak": found.peak, "limit": limit, "host": host, "disk": disk.caches + disk.checkpoints,
                        "disk_free": disk.free}
+
+
+def _limit(preset: Preset, device: torch.device, report: Report) -> int | None:
+    """Bytes of the GPU that the run may take; None for a device whose memory is not counted."""
+    if device.type != "cuda":
+        return None
+    try:
+        return available(device, preset.memory.budget_gb)
+    except UserError as error:  # another run may have it now, and this one would wait for it
+        report.warnings.append(str(error))
+        return torch.cuda.get_device_properties(device).total_memory
 
 
 def _tell_memory(name: str, found: forecast.Memory, needed: int, there: int, report: Report) -> None:
@@ -173,6 +183,7 @@ def _data(preset: Preset, workspace: Path, report: Report) -> Material:
     steps = preset.train.steps or (preset.train.epochs or 0) * order.steps_per_epoch
     report.facts["steps"] = steps
     report.facts["epochs"] = round(steps / order.steps_per_epoch, 2)
+    _collect(report, lambda: check_warm_up(preset, steps))
     return material
 
 
