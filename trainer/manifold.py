@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -118,8 +119,8 @@ def advance(starts: Stacks, updates: Stacks, step: Step, retraction: str, projec
     and nothing waits for the device.
     """
     with exact_arithmetic(starts[0].device):
-        along = torch.cat([gram(x, d) for x, d in zip(starts, updates)])  # L r r
-        square = torch.cat([gram(d, d) for d in updates])
+        grams = side_by_side([partial(_grams, x, d) for x, d in zip(starts, updates)])
+        along, square = (torch.cat(stacks) for stacks in zip(*grams))  # L r r each
         errors = torch.cat([gram_error(x) for x in starts]) if measure else None
         norm = _diagonal(square).sum(-1, dtype=torch.float64).sqrt()[:, None, None]
         scale = torch.minimum(step(norm), TRUST_RADIUS / norm)
@@ -127,9 +128,41 @@ def advance(starts: Stacks, updates: Stacks, step: Step, retraction: str, projec
         rank, counts = along.shape[-1], [len(x) for x in starts]
         stay = torch.eye(2 * rank, rank, dtype=combine.dtype, device=combine.device)  # X I + D 0
         combine = torch.where(fine if taken is None else fine & taken, combine, stay)
-        ends = [(x @ part[:, :rank]).baddbmm_(d, part[:, rank:])
-                for x, d, part in zip(starts, updates, combine.split(counts))]
+        ends = side_by_side([partial(_combined, x, d, part[:, :rank], part[:, rank:])
+                             for x, d, part in zip(starts, updates, combine.split(counts))])
         return ends, list(fine.split(counts))
+
+
+def _grams(x: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
+    return gram(x, d), gram(d, d)
+
+
+def _combined(x: Tensor, d: Tensor, of_x: Tensor, of_d: Tensor) -> Tensor:
+    return (x @ of_x).baddbmm_(d, of_d)
+
+
+def side_by_side(work: Sequence[Callable[[], Any]]) -> list[Any]:
+    """Results of pieces of work on CUDA tensors, each on a stream of its own; one after the other without a GPU.
+
+    Stacks of one size rarely fill a GPU, and their kernels are short. Memory is safe: what a stream allocates, it
+    takes again only after it has waited for whatever was asked before, here.
+    """
+    if not torch.cuda.is_available() or not torch.cuda.is_initialized():
+        return [piece() for piece in work]
+    here = torch.cuda.current_stream()
+    results = []
+    for stream, piece in zip(_streams(len(work), here.device), work):
+        stream.wait_stream(here)
+        with torch.cuda.stream(stream):
+            results.append(piece())
+    for stream in _streams(len(work), here.device):
+        here.wait_stream(stream)
+    return results
+
+
+@cache
+def _streams(count: int, device: torch.device) -> list[torch.cuda.Stream]:
+    return [torch.cuda.Stream(device) for _ in range(count)]
 
 
 def gram_error(x: Tensor) -> Tensor:
@@ -182,7 +215,7 @@ def _near_identity(e: Tensor | None, along: Tensor, square: Tensor, scale: Tenso
     v, f = along * scale, square * (scale * scale)
     s = sym(v)
     if project:
-        q = v.sub_(s, alpha=0.5) if e is None else (e + v).sub_(s, alpha=0.5).baddbmm_(e, s, alpha=-0.5)
+        q = v.sub_(s, alpha=0.5) if e is None else v.add_(e).sub_(s, alpha=0.5).baddbmm_(e, s, alpha=-0.5)
         sq = s @ q
         f = f.sub_(sq).sub_(sq.mT)
     else:
@@ -190,8 +223,13 @@ def _near_identity(e: Tensor | None, along: Tensor, square: Tensor, scale: Tenso
     f = f if e is None else f.add_(e)
     w = normalize(f)
     combine = f.new_empty(len(f), 2 * rank, rank)
-    combine[:, :rank] = torch.baddbmm(w - s, s, w, alpha=-1) if project else w
-    _diagonal(combine[:, :rank]).add_(1)
+    of_x = combine[:, :rank]
+    if project:
+        torch.sub(w, s, out=of_x)
+        of_x.baddbmm_(s, w, alpha=-1)
+    else:
+        of_x.copy_(w)
+    _diagonal(of_x).add_(1)
     _diagonal(w).add_(1)
     torch.mul(w, scale, out=combine[:, rank:])
     return combine, torch.linalg.matrix_norm(f, keepdim=True) < DOMAIN  # false for NaN as well
@@ -210,8 +248,9 @@ def _inverse_sqrt(f: Tensor) -> Tensor:
     c1, c2, c3, c4, c5, c6 = INVERSE_ROOT
     f2 = f @ f
     f3 = f2 @ f
-    low = (f * c1).add_(f2, alpha=c2).add_(f3, alpha=c3)
-    w = low.baddbmm_(f3, (f * c4).add_(f2, alpha=c5).add_(f3, alpha=c6))
+    low = torch.add(f, f2, alpha=c2 / c1).add_(f3, alpha=c3 / c1)
+    high = torch.add(f, f2, alpha=c5 / c4).add_(f3, alpha=c6 / c4)
+    w = low.baddbmm_(f3, high, beta=c1, alpha=c4)
     for _ in range(2 if f.dtype == torch.float64 else 0):
         once = (f + w).baddbmm_(f, w)  # (I + F)(I + W) - I
         error = (once + w).baddbmm_(w, once)  # (I + W)(I + F)(I + W) - I

@@ -15,7 +15,7 @@ from trainer.adapters.step_rule import StepRule
 from trainer.adapters.target import Target
 from trainer.manifold import orthonormalize
 
-MEASURE_EVERY = 32  # steps; rounding adds up to some 1e-7 in between
+MEASURE_EVERY = 8  # steps; in between, rounding adds up to some 1e-7
 
 
 class Adapter:

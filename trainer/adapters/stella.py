@@ -55,7 +55,7 @@ class StelLA:
         return {key: stacks[key] for key in self.layout.pair_shapes()}
 
     def start(self, leaves: Stacks, init: str, generator: torch.Generator) -> Stacks | None:
-        """default = zero: S = 0, the base model; random: S = I, so that the start moves the base model, as published."""
+        """default = zero: S = 0, the base model; random: S = I, which moves the base model at once, as published."""
         eye = torch.ones(self.layout.rank) if self.diagonal else torch.eye(self.layout.rank)
         leaves["core"].copy_(torch.zeros_like(eye) if init in ("default", "zero") else eye)
         if init.startswith("svd-"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -53,8 +54,7 @@ class ManifoldRule:
 
     @torch.no_grad()
     def before(self) -> None:
-        for leaf in self.leaves:
-            manifold.riemannian_gradient_(leaf, leaf.grad)
+        manifold.side_by_side([partial(manifold.riemannian_gradient_, leaf, leaf.grad) for leaf in self.leaves])
 
     @torch.no_grad()
     def after(self, skip: Tensor, measure: bool) -> None:
