@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import os
+from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 
 import pytest
@@ -262,6 +263,30 @@ def test_thumbnails_and_large_views_are_upright_and_small(cats):
     large = cats.large("big.jpg")
     assert Image.open(large["path"]).size == (640, 1280) and (large["width"], large["height"]) == (900, 1800)
     assert card(cats, "big.jpg")["thumb"] and card(cats, "big.jpg")["width"] == 900
+
+
+def test_many_at_once_lose_no_edit(cats, library):
+    """Several threads of two apps on the same captions: whoever is told "saved" is in the journal, in order."""
+    old, other = tree(cats.root), Library(library.places).open(cats.id)
+    saved = []
+
+    def edit(data_set, writer):
+        version = card(data_set, "b.png")["version"]
+        for i in range(15):
+            text = f"writer {writer}, edit {i}"
+            answer = data_set.save_caption("b.png", text, version)
+            version = answer["version"] if answer["saved"] else answer["conflict"]["version"]
+            if answer["saved"]:
+                saved.append(text)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(edit, [cats, other, cats, other], range(4)))
+    assert len(saved) >= 4 and len(cats.history(most=999)["entries"]) <= len(saved)
+    cats.index.refresh(at_once=True)
+    undone = []
+    while cats.undo()["done"]:
+        undone.append((cats.root / "b.txt").read_text())
+    assert set(undone[:-1]) <= set(saved) and len(undone) == len(saved) and tree(cats.root) == old
 
 
 def test_no_operation_changes_a_byte_of_an_image(cats, library, tmp_path):

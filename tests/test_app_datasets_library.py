@@ -1,6 +1,7 @@
 """Data sets are found and made in the workspace and below --root, and nowhere else."""
 
 import os
+import time
 
 import pytest
 
@@ -121,3 +122,11 @@ def test_few_data_sets_stay_in_memory_and_an_open_one_is_the_same(library):
 def test_thumbnails_are_handed_out_and_data_sets_are_not(library):
     handed = [os.path.realpath(path) for path in library.places.handed_out]
     assert handed == [os.path.realpath(library.places.thumbnails)]
+
+
+def test_what_a_kill_has_left_of_a_copy_goes_with_the_next(library, root):
+    for name, age in ((".copy-old", 7200), (".copy-new", 60)):
+        draw(library.places.datasets / name / "a.png")
+        os.utime(library.places.datasets / name, (time.time() - age,) * 2)
+    library.copy_in(library.browse(root_id(library))["folders"][0]["id"], "copy")
+    assert sorted(path.name for path in library.places.datasets.iterdir()) == [".copy-new", "copy"]

@@ -13,12 +13,14 @@ from typing import Any
 from app.datasets.arrange import safe_name
 from app.datasets.data_set import DataSet
 from app.datasets.thumbnails import FactsFile, Workshop
+from app.datasets.trash import clear_abandoned
 from app.paths import Places, inside
 from trainer.data import folders
 from trainer.errors import UserError
 
 Answer = dict[str, Any]
 KEPT_OPEN = 4  # data sets in memory
+COPY = ".copy-"  # how folders begin into which a data set is being copied
 MOST_FOLDERS = 2000  # shown of one folder
 
 
@@ -69,7 +71,8 @@ class Library:
         """A copy of a folder with its images, captions, masks and list of excluded ones, in the workspace."""
         source, target = self._path(id), self._new(name)
         target.parent.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(prefix=".copy-", dir=target.parent))
+        clear_abandoned(target.parent, COPY)
+        draft = Path(tempfile.mkdtemp(prefix=COPY, dir=target.parent))
         try:
             copied = _copy(source, draft)
             os.chmod(draft, 0o755)

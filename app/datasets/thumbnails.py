@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -145,9 +146,10 @@ class FactsFile:
     def put(self, name: str, stamp: Stamp, facts: Facts) -> None:
         with self._lock:
             self._known[name] = stamp, facts
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path, "ab", buffering=0) as file:
-                file.write(_row(name, stamp, facts))
+            with suppress(OSError):  # a full disk: it is found again at the next start
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                with open(self.path, "ab", buffering=0) as file:
+                    file.write(_row(name, stamp, facts))
 
 
 def _row(name: str, stamp: Stamp, facts: Facts) -> bytes:

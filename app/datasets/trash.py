@@ -16,6 +16,8 @@ from app.paths import inside
 from trainer.errors import UserError
 
 FOLDER = f"{HIDDEN}/trash"
+INCOMING = "incoming-"  # how folders begin in which uploads are made ready
+ABANDONED = 3600.0  # seconds
 
 
 def new_folder() -> str:
@@ -43,7 +45,8 @@ def restoring(root: Path, keys: Sequence[str]) -> list[Change]:
 
 
 def empty(root: Path) -> dict[str, Any]:
-    """Remove everything in it, for good."""
+    """Remove everything in it, for good, and what uploads have left that a kill has cut off."""
+    clear_abandoned(root / HIDDEN, INCOMING)
     files = _files(root)
     count, size = 0, 0
     for _, bytes_ in files:
@@ -51,6 +54,13 @@ def empty(root: Path) -> dict[str, Any]:
     if count:
         shutil.rmtree(inside(root, FOLDER))
     return {"removed": count, "bytes": size}
+
+
+def clear_abandoned(folder: Path, prefix: str) -> None:
+    """Remove drafts that nobody has worked on for an hour: whoever made them was killed."""
+    for draft in folder.glob(f"{prefix}*"):
+        if time.time() - draft.stat().st_mtime > ABANDONED:
+            shutil.rmtree(draft, ignore_errors=True)
 
 
 def _files(root: Path) -> Iterator[tuple[str, int]]:

@@ -61,7 +61,7 @@ def staged(root: Path, files: Sequence[tuple[str, Path]]) -> Iterator[Batch]:
     batch = Batch(folder)
     try:
         (root / HIDDEN).mkdir(exist_ok=True)
-        draft = Path(tempfile.mkdtemp(prefix="incoming-", dir=root / HIDDEN))
+        draft = Path(tempfile.mkdtemp(prefix=trash.INCOMING, dir=root / HIDDEN))
     except OSError as error:
         raise UserError(f"{root} cannot be written ({error.strerror}); copy the data set into the workspace to "
                         "change it") from None
