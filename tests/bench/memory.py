@@ -85,7 +85,7 @@ def all_cases() -> list[Case]:
 
 def measure(case: Case, options: argparse.Namespace) -> dict[str, Any]:
     """Build the model, take the steps, and say what they took."""
-    device = torch.device(options.device)
+    device = torch.device("cuda", 0) if options.device == "cuda" else torch.device(options.device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     size = true_size.shrunk(SIZES[case.size]) if options.tiny else SIZES[case.size]
     started = time.perf_counter()
@@ -212,11 +212,13 @@ def _child(case: Case, options: argparse.Namespace, sender: Any) -> None:
 
 
 def run_all(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """All matching cases one after the other, until the time is over."""
-    ends = time.monotonic() + options.minutes * 60
+    """All matching cases one after the other, until the time is over or three in a row have failed."""
+    ends, failed = time.monotonic() + options.minutes * 60, 0
     for case in all_cases():
-        if re.search(options.match, case.name) and time.monotonic() < ends:
-            yield run_apart(case, options)
+        if re.search(options.match, case.name) and time.monotonic() < ends and failed < 3:
+            row = run_apart(case, options)
+            failed = failed + 1 if "error" in row else 0
+            yield row
 
 
 # Showing.
