@@ -6,6 +6,7 @@ import gradio as gr
 
 from app import components, theme
 from app.components import Header
+from app.datasets.library import Library
 from app.jobs import Jobs
 from app.tabs import dataset, preset, train
 
@@ -16,15 +17,16 @@ CACHE_CLEANING = (3600, 86400)  # seconds: look each hour, drop what is a day ol
 
 def build(jobs: Jobs) -> gr.Blocks:
     """The page.  It has no session state and no queued events: each open tab costs one small request a second."""
+    library = Library(jobs.places)
     with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=True, delete_cache=CACHE_CLEANING) as page:
         Header([])
         with gr.Tabs(elem_id="tabs"):
             with gr.Tab("Train", id="train"):
                 train.build(jobs)
             with gr.Tab("Data set", id="dataset", render_children=True):
-                dataset.build(jobs)
+                dataset.build(library)
             with gr.Tab("Preset", id="preset", render_children=True):
-                preset.build(jobs)
+                preset.build(jobs, library)
     page.queue(default_concurrency_limit=8)
     return page
 

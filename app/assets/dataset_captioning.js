@@ -15,12 +15,15 @@
       this.otherField = Studio.field("Hub id or folder", this.other, "A Florence-2, BLIP or Qwen-VL model; or a folder with model.onnx and selected_tags.csv.");
       this.needs = h("p", { class: "st-small" });
       const change = ({ key, value }) => { this.values[key] = this.typed(key, value); };
-      this.forms = [false, true].map((advanced) => new Studio.PresetForm(this.fields.filter((field) => field.advanced === advanced), change));
+      const isOfTagger = ({ help }) => help.startsWith("Tagger:");
+      const form = (isIn) => new Studio.PresetForm(this.fields.filter(isIn), change);
+      this.forms = [form((field) => !isOfTagger(field) && !field.advanced), form(isOfTagger), form((field) => !isOfTagger(field) && field.advanced)];
+      this.tagger = h("details", {}, h("summary", {}, "For taggers"), this.forms[1].element);
       this.start = page.button("Start", "st-primary", () => this.begin());
       this.scope = h("p", { class: "st-small" });
       this.said = h("p", { class: "st-warn", role: "alert" });
       this.asking = h("div", {}, Studio.field("Model", this.model), this.otherField, this.needs, this.forms[0].element,
-        h("details", {}, h("summary", {}, "More settings"), this.forms[1].element), this.scope, h("div", { class: "st-row" }, this.start));
+        this.tagger, h("details", {}, h("summary", {}, "More settings"), this.forms[2].element), this.scope, h("div", { class: "st-row" }, this.start));
       this.element = h("div", { class: "st-captioning" }, this.said, this.asking, this.task = new Task(this));
       this.element.replaceChildren(this.said, this.asking, this.task.element);
       this.showModel();
@@ -37,6 +40,9 @@
       const model = this.models.find(({ id }) => id === this.model.value);
       this.otherField.hidden = Boolean(model);
       this.needs.textContent = model?.needs ? `${model.needs}.` : "";
+      const isTagger = /tagger/i.test(model?.id ?? "");
+      this.tagger.hidden = Boolean(model) && !isTagger;
+      this.tagger.open = isTagger;
     }
 
     showForms() { this.forms.forEach((form) => form.show({ captioning: this.values }, this.problems)); }

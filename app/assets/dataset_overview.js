@@ -3,7 +3,7 @@
 (() => {
   const Studio = globalThis.Studio;
   const { h } = Studio;
-  const MOST_TAGS = 60;
+  const MOST_TAGS = 20;
 
   /** Rows of name, bar and count; `rows`: [name, count, what a click does or null]. */
   Studio.bars = (caption, rows) => {
@@ -64,7 +64,7 @@
       const { trigger } = this.page.settings.values.handling;
       const wanted = this.tagFind.value.trim().toLowerCase();
       const found = tags.filter(([tag]) => tag.toLowerCase().includes(wanted));
-      const rows = found.slice(0, this.shownTags).map(([tag, count, both]) => [short(tag), count, () => this.page.find({ tag }), trigger ? `${count}, ${both} with it` : `${count}`]);
+      const rows = found.slice(0, this.shownTags).map(([tag, count, both]) => [short(tag), count, () => this.page.find({ tag }), both < count && trigger ? `${count}, ${both} with the trigger` : `${count}`]);
       const told = trigger ? `${together} of ${Studio.count(of, "caption")} have the trigger word “${trigger}”. ` : "";
       this.tags.replaceChildren(h("p", { class: "st-small" }, `${told}${Studio.count(different, "different tag")}. Press one to see its images.`), Studio.bars("Tags", rows),
         ...(found.length > this.shownTags ? [this.page.button("Show more", "st-quiet", () => { this.shownTags += 200; this.showTags(); })] : []));

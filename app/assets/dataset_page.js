@@ -243,6 +243,7 @@
     async find(query, label = "") {
       if (query.names) this.label = label;
       Object.assign(this.store.query, query);
+      if ((query.names || query.tag) && this.aside.offsetParent && matchMedia("(max-width: 900px)").matches) this.show(null);
       this.showActive();
       await this.store.attempt(() => this.store.list());
       this.panel?.found?.();

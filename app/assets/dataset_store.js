@@ -24,7 +24,7 @@
       clearTimeout(this.gathering);
       clearTimeout(this.retrying);
       Object.assign(this, { names: [], at: new Map(), cards: new Map(), wanted: new Set(), pending: new Set(), kept: new Set(),
-        drafts: new Map(), saving: new Map(), selected: new Set(), turn: 0, gathering: 0, retrying: 0, tag: "", info: null });
+        drafts: new Map(), saving: new Map(), savedAt: new Map(), selected: new Set(), turn: 0, gathering: 0, retrying: 0, tag: "", info: null });
     }
 
     ask(name, request = {}) { return Studio.ask(this.server, name, { id: this.id, ...request }); }
@@ -55,9 +55,10 @@
     async list(isNew = true) {
       const turn = (this.turn += 1);
       if (isNew) this.kept.clear();
+      const begun = performance.now();
       const answer = await this.ask("list_images", this.query);
       if (turn !== this.turn) return;
-      this.take(answer.cards);
+      this.take(answer.cards, begun);
       const there = new Set(answer.names);
       const kept = [...this.kept].filter((name) => !there.has(name));
       const still = kept.length ? new Set((await this.ask("read_cards", { names: kept.slice(0, PAGE) })).names) : new Set();
@@ -112,13 +113,16 @@
       if (this.wanted.size) this.want([]);
       await this.attempt(async () => {
         const { id } = this;
+        const begun = performance.now();
         const answer = await this.ask("read_cards", { names });
-        if (id === this.id) this.take(answer.cards);
+        if (id === this.id) this.take(answer.cards, begun);
       });
     }
 
-    take(cards) {
+    /** Cards as they were when they were asked for; one that was saved since then is asked for again. */
+    take(cards, begun = Infinity) {
       for (const card of cards) {
+        if (this.saving.has(card.name) || this.savedAt.get(card.name) > begun) { this.want([card.name], true); continue; }
         this.cards.set(card.name, card);
         if (!card.thumb && !card.trouble) this.pending.add(card.name);
       }
@@ -198,6 +202,7 @@
           draft.version = answer.version;
           const card = this.cards.get(name);
           if (card) Object.assign(card, { caption: text, version: answer.version });
+          this.savedAt.set(name, performance.now());
           if (draft.text === text) this.drafts.delete(name);
         }
       } catch (error) {

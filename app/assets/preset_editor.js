@@ -16,7 +16,7 @@
     constructor(server, form) {
       this.server = server;
       Object.assign(this, { shelf: "shipped", name: "", saved: "", asked: 0, timer: 0 });
-      this.form = new Studio.PresetForm(form, (change) => this.check(change));
+      this.form = new Studio.PresetForm(form, (change) => this.check(change), async () => (await Studio.ask(this.server, "list_sets")).sets);
       this.text = new Studio.TextEditor(() => { this.draft(); clearTimeout(this.timer); this.timer = setTimeout(() => this.check(), PAUSE); });
       this.choice = h("select", { id: "studio-preset", onchange: () => this.open(...this.choice.value.split("/")) });
       this.runName = h("input", { id: "studio-run", autocomplete: "off", spellcheck: "false", maxlength: "100" });

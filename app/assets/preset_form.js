@@ -4,10 +4,10 @@
   const Studio = globalThis.Studio;
   const { h } = Studio;
 
-  /** Fields as the server describes them; `change` is called with {section, key, value} as typed. */
+  /** Fields as the server describes them; `change` is called with {section, key, value} as typed, `folders` lists data sets. */
   Studio.PresetForm = class {
-    constructor(form, change) {
-      this.fields = form.map((field) => new Field(field, change));
+    constructor(form, change, folders = null) {
+      this.fields = form.map((field) => new Field(field, change, folders));
       this.broken = h("p", { class: "st-warn", hidden: true }, "The text is not valid TOML at the moment, so the fields cannot follow it.");
       this.element = h("div", { class: "st-form" }, this.broken, this.fields.map((field) => field.element));
     }
@@ -25,7 +25,7 @@
   };
 
   class Field {
-    constructor(field, change) {
+    constructor(field, change, folders) {
       Object.assign(this, field);
       const id = `studio-${this.section}-${this.key}`;
       const described = `${id}-help ${id}-fault`;
@@ -38,7 +38,24 @@
       else this.input = h("input", { ...attributes, inputmode: { int: "numeric", float: "decimal" }[this.kind] ?? "text", placeholder: this.default ?? "" });
       this.fault = h("p", { id: `${id}-fault`, class: "st-fault" });
       this.element = h("div", { class: `st-field st-kind-${this.kind}` }, h("label", { for: id }, this.label, this.required ? h("span", { class: "st-small" }, " (needed)") : ""),
-        this.input, h("p", { id: `${id}-help`, class: "st-small" }, [this.help, this.limits()].filter(Boolean).join(" ")), this.fault);
+        this.input, this.picks ? this.picker(folders, tell) : null, h("p", { id: `${id}-help`, class: "st-small" }, [this.help, this.limits()].filter(Boolean).join(" ")), this.fault);
+    }
+
+    /** A list of the data sets, whose folders need not be typed then. */
+    picker(folders, tell) {
+      const choice = h("select", { class: "st-picker", "aria-label": `Choose a data set for ${this.label}`, onfocus: () => fill(), onpointerdown: () => fill(), onchange: () => {
+        this.input.value = choice.value;
+        choice.value = "";
+        tell();
+      } }, h("option", { value: "" }, "Choose a data set…"));
+      const fill = async () => {
+        const sets = await folders().catch(() => []); // the page says by itself when the server is gone
+        const known = sets.map(({ folder }) => folder).join("\n");
+        if (known === this.known) return;
+        this.known = known;
+        choice.replaceChildren(h("option", { value: "" }, sets.length ? "Choose a data set…" : "No data set yet"), ...sets.map(({ name, folder }) => h("option", { value: folder }, name)));
+      };
+      return choice;
     }
 
     limits() {

@@ -15,7 +15,6 @@ from app.datasets import tokens
 from app.datasets.data_set import DataSet
 from app.datasets.index import Filter, Sort
 from app.datasets.library import Library
-from app.jobs import Jobs
 from app.paths import inside
 from app.tabs import dataset_tools
 from app.tabs.dataset_requests import Name, Names, OfImage, OfImages, OfSet, SetId, Text
@@ -99,12 +98,10 @@ class SaveMask(OfImage):
     png: Annotated[str, Field(max_length=LARGEST_MASK)] | None  # base64; None takes the mask away
 
 
-def build(jobs: Jobs) -> Library:
+def build(library: Library) -> None:
     """Lay the tab out."""
-    library = Library(jobs.places)
     DataSets([*_of_library(library), *_of_images(library), *_of_changes(library), *dataset_tools.functions(library)],
              data=dataset_tools.offered(library), elem_id="dataset")
-    return library
 
 
 def _of_library(library: Library) -> list[Any]:
@@ -124,7 +121,9 @@ def _of_images(library: Library) -> list[Any]:
         server_function("read_info", OfSet, lambda asked: of(asked).info()),
         server_function("list_images", ListImages, lambda asked: of(asked).list_images(
             asked.search, asked.filter, asked.sort, asked.tag, asked.names, too_small=asked.too_small)),
-        server_function("read_cards", ReadCards, lambda asked: of(asked).cards(asked.names)),
+        # Passes over names that are gone, where `cards` would refuse them all
+        server_function("read_cards", ReadCards,
+                        lambda asked: of(asked).list_images(names=asked.names, count=MOST_SHOWN)),
         server_function("read_thumbs", ReadCards, lambda asked: of(asked).thumbs(asked.names)),
         server_function("read_large", OfImage, lambda asked: of(asked).large(asked.name)),
         server_function("read_mask", OfImage, lambda asked: of(asked).mask(asked.name)),

@@ -10,6 +10,7 @@ from pydantic import Field
 
 from app import form
 from app.components import Answer, PresetEditor, Request, server_function
+from app.datasets.library import Library
 from app.jobs import Jobs
 from app.paths import Places, inside
 from trainer import preset
@@ -17,6 +18,7 @@ from trainer.errors import UserError
 from trainer.run import check_name, free_name
 
 SHELVES = ("shipped", "own")
+PICKED = ("data.folder", "evaluate.folder")  # settings for which a data set can be chosen
 FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9 _-]{0,79}")
 LONGEST = 200_000
 
@@ -59,16 +61,18 @@ class StartRun(Request):
     run: Annotated[str, Field(max_length=200)]
 
 
-def build(jobs: Jobs) -> None:
+def build(jobs: Jobs, library: Library) -> None:
     """Lay the tab out."""
     places = jobs.places
+    fields = [field | {"picks": f"{field['section']}.{field['key']}" in PICKED} for field in form.describe()]
     PresetEditor(
-        [server_function("list_presets", Nothing, lambda asked: list_presets(places)),
+        [server_function("list_sets", Nothing, lambda asked: library.list_sets()),
+         server_function("list_presets", Nothing, lambda asked: list_presets(places)),
          server_function("open_preset", OpenPreset, lambda asked: open_preset(places, asked)),
          server_function("check_preset", CheckPreset, check_preset),
          server_function("save_preset", SavePreset, lambda asked: save_preset(places, asked)),
          server_function("start_run", StartRun, lambda asked: start_run(jobs, asked))],
-        data={"form": form.describe()}, elem_id="preset")
+        data={"form": fields}, elem_id="preset")
 
 
 def list_presets(places: Places) -> Answer:
