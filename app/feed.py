@@ -123,6 +123,9 @@ def _export(run: Run, event: Event) -> dict[str, Any]:
     chosen = _chosen(event, EXPORT)
     file = str(chosen.pop("path", ""))
     chosen["unmatched"] = words.count_of(chosen.get("unmatched"))
+    for key in ("readers", "others"):
+        if key in chosen:
+            chosen[key] = [str(text) for text in chosen[key]] if isinstance(chosen[key], list) else []
     is_ours = file.endswith(".safetensors") and (file == run.result.name or _lies_in(run.path, file, "exports"))
     if is_ours and (run.path / file).is_file():
         chosen |= {"file": file, "bytes": (run.path / file).stat().st_size}

@@ -146,6 +146,15 @@ def test_an_export_is_offered_only_when_its_file_is_one_of_ours(ours):
     assert exports[0]["unmatched"] == 1 and exports[0]["worst_rel_error"] == 1e-4
 
 
+def test_an_export_names_the_programs_that_read_it(ours):
+    writer = EventWriter(ours.events)
+    ours.result.write_bytes(b"x")
+    for readers in (["ComfyUI", "Forge"], "ComfyUI"):
+        writer.write("export", step=5, path=ours.result.name, readers=readers, others=[])
+    exports = feed.read(ours, "")["exports"]
+    assert [(row["readers"], row["others"]) for row in exports] == [(["ComfyUI", "Forge"], []), ([], [])]
+
+
 def test_what_happened_is_told_in_words(ours):
     writer = EventWriter(ours.events)
     writer.write("start", step=0, steps=10)
