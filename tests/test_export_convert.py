@@ -107,8 +107,8 @@ def test_precision_can_be_chosen(tmp_path):
 
 FAULTS = {
     "another family's format": ({}, "F5", "b", "F5 is no format for SD 1.5 files: choose one of U1, U2"),
-    "over itself": ({}, "U2", "a", "is the file to convert itself"),
-    "unknown keys": ({"alien.weight": torch.ones(2)}, "U2", "b", "converted whole: nothing is known of alien"),
+    "over itself": ({}, "U2", "a", "is one of the files to read: give another --out"),
+    "unknown keys": ({"alien.weight": torch.ones(2)}, "U2", "b", "cannot be read whole: nothing is known of alien"),
 }
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from trainer.errors import UserError
 from trainer.export import formats, writer
-from trainer.export.lora_file import LoraFile, open_lora
+from trainer.export.layers import check_out, open_whole
+from trainer.export.lora_file import LoraFile
 from trainer.export.stacked import Pair
 from trainer.export.writer import Written
 
@@ -20,14 +20,9 @@ def convert(path: Path, to: str, out: Path, *, dtype: str = "auto") -> Written:
     rank. Metadata are kept but for names and hashes. Raises UserError for a file that cannot be read or has layers
     that are not known, and for a format that the family has not or that cannot hold the file.
     """
-    lora = open_lora(path)
+    lora = open_whole(path)
     form = formats.find(lora.family, to)
-    if lora.unknown or lora.incomplete:
-        name = [*lora.unknown, *lora.incomplete][0]
-        raise UserError(f"{path} cannot be converted whole: nothing is known of {name}. `python -m trainer.export "
-                        "verify` tells what is wrong with it")
-    if out.resolve() == path.resolve():
-        raise UserError(f"{out} is the file to convert itself: give another --out")
+    check_out(out, path)
     alpha = _common_alpha(lora) if form.ending == lora.format.ending == "kohya" else None
     pairs = list(lora.pairs(fold=alpha is None))
     if lora.format.style == "native":  # fused q, k and v had their ranks side by side, and the others zeros

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -90,26 +90,27 @@ class LoraFile:
         rank = self.entries[key].rank
         return self.alphas.get(key, rank) / rank
 
-    def modules(self, *, fold: bool = True) -> Iterator[tuple[Entry, Module]]:
+    def modules(self, *, fold: bool = True, keys: Iterable[str] | None = None) -> Iterator[tuple[Entry, Module]]:
         """Each key's up [m, r] or [m, r, 1, 1], down [r, n] or [r, c, k, k] and magnitude or None, as stored.
 
         In fp32 (fp64 where it is stored so), with alpha / rank in `up`, or as it stands where `fold` is False.
         Nothing but the present module is in memory.
         """
         with self._open() as file:
-            for key, entry in self.entries.items():
+            for key in self.entries if keys is None else keys:
+                entry = self.entries[key]
                 up, down = (_wide(file.get_tensor(entry.tensors[part])) for part in ("up", "down"))
                 kind = next((part for part in ("dora", "vector") if part in entry.parts), None)
                 magnitude = _wide(file.get_tensor(entry.tensors[kind])) if kind else None
                 yield entry, (up * self.scale(key) if fold and self.scale(key) != 1.0 else up, down, magnitude)
 
-    def pairs(self, *, fold: bool = True) -> Iterator[Pair]:
+    def pairs(self, *, fold: bool = True, keys: Iterable[str] | None = None) -> Iterator[Pair]:
         """(module path, up, down, magnitude) of every module, as `writer.write` takes them: fused keys come apart.
 
         Parts without any change are left out unless all of their key are. Raises UserError for DoRA magnitudes that
         cannot come apart, or are PEFT's.
         """
-        for entry, (up, down, magnitude) in self.modules(fold=fold):
+        for entry, (up, down, magnitude) in self.modules(fold=fold, keys=keys):
             if "vector" in entry.parts:
                 raise UserError(f"{self.path}: {entry.key} has DoRA magnitudes of PEFT's kind, which only diffusers "
                                 "reads and no other format holds")
