@@ -197,6 +197,7 @@ def load_denoiser(family: ModuleType, base: Any, device: torch.device, dtype: to
 def hold(family: ModuleType, denoiser: nn.Module, plan: Plan, device: torch.device) -> Offload | None:
     """Checkpoint and offload a loaded denoiser's blocks as `plan` says; what is not offloaded comes to the device."""
     family.set_gradient_checkpointing(denoiser, plan.checkpointing == "full")
+    torch.backends.cuda.enable_cudnn_sdp(family.CUDNN_ATTENTION)  # for good: the backward pass chooses as well
     if not plan.offload_blocks:
         return None
     offload = Offload(repeated_blocks(denoiser), plan.offload_blocks, device)
