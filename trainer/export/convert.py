@@ -8,12 +8,13 @@ from trainer.export import formats, writer
 from trainer.export.layers import check_out, open_whole
 from trainer.export.lora_file import LoraFile
 from trainer.export.stacked import Pair
+from trainer.export.texts import Labels, kept, labelled
 from trainer.export.writer import Written
 
-OLD_TEXTS = ("ss_output_name", "sshs_", "modelspec.hash_sha256", "lora_adapter_metadata")  # of the other file
+UNCHANGED = Labels()
 
 
-def convert(path: Path, to: str, out: Path, *, dtype: str = "auto") -> Written:
+def convert(path: Path, to: str, out: Path, *, dtype: str = "auto", labels: Labels = UNCHANGED) -> Written:
     """Write `path` as `out` in the format `to` (such as "F5"); dtype "auto" keeps the file's own precision.
 
     The change of every layer stays the same to the bit, unless alpha is folded in that is no power of two times the
@@ -27,7 +28,7 @@ def convert(path: Path, to: str, out: Path, *, dtype: str = "auto") -> Written:
     pairs = list(lora.pairs(fold=alpha is None))
     if lora.format.style == "native":  # fused q, k and v had their ranks side by side, and the others zeros
         pairs = trimmed(pairs)
-    texts = {key: text for key, text in lora.metadata.items() if not key.startswith(OLD_TEXTS)}
+    texts = labelled(kept(lora.metadata), labels)
     precision = lora.dtype if dtype == "auto" else dtype
     return writer.write(out, pairs, family=lora.family, dtype=precision, metadata=texts, form=form.name, alpha=alpha)
 

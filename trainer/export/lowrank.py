@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 OVERSAMPLING = 16  # columns of the sketch beyond the rank that is asked for
 POWER_STEPS = 3  # of the sketch; each makes falling singular values fall faster
@@ -36,9 +37,13 @@ class Svd:
         return float(self.s[rank:].square().sum())
 
     def factors(self, rank: int) -> tuple[Tensor, Tensor]:
-        """up [m, rank] and down [rank, n] of the nearest matrix of that rank (Eckart and Young 1936), equally large."""
+        """up [m, rank] and down [rank, n] of the nearest matrix of that rank (Eckart and Young 1936), equally large.
+
+        A matrix that has no so many singular values gets zeros.
+        """
         root = self.s[:rank].sqrt()
-        return self.u[:, :rank] * root, root[:, None] * self.vt[:rank]
+        up, down = self.u[:, :rank] * root, root[:, None] * self.vt[:rank]
+        return F.pad(up, (0, rank - up.shape[1])), F.pad(down, (0, 0, 0, rank - len(down)))
 
 
 def of_factors(up: Tensor, down: Tensor) -> Svd:

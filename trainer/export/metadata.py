@@ -81,7 +81,7 @@ def build(*, preset: Preset, run_name: str, dataset: Dataset, prediction: str, r
         "modelspec.prediction_type": PREDICTIONS[prediction],
         PRESET_KEY: dumps(preset if preset.output.full_paths else without_paths(preset)),
         **_dataset(dataset),
-        **_cover(cover),
+        **cover_texts(cover),
     }
     return {key: value for key, value in texts.items() if value}
 
@@ -123,7 +123,7 @@ def _network_module(preset: Preset) -> str:
     return "networks.lora_flux" if preset.output.format == "F5" and preset.model.family == "flux1" else "networks.lora"
 
 
-def _cover(picture: Path | None) -> dict[str, str]:
+def cover_texts(picture: Path | None) -> dict[str, str]:
     """A small JPEG for programs that show covers: ComfyUI's key, and the model specification's."""
     if picture is None:
         return {}

@@ -75,12 +75,13 @@ def _compare_sizes(lora: LoraFile, base: Path | None) -> tuple[str, list[Misfit]
         models: Mapping[str, Sizes] = true_sizes(lora.family)
     else:
         models = {base.name: base_sizes(base, lora.family)}
-    found = {name: _misfits(lora, sizes) for name, sizes in models.items()}
+    found = {name: misfits(lora, sizes) for name, sizes in models.items()}
     best = min(found, key=lambda name: len(found[name]))
     return best, found[best]
 
 
-def _misfits(lora: LoraFile, sizes: Sizes) -> list[Misfit]:
+def misfits(lora: LoraFile, sizes: Sizes) -> list[Misfit]:
+    """Keys of a file whose layers have another shape in a model, or that it has not."""
     found = []
     for key, entry in lora.entries.items():
         shapes = [sizes.get(module) for module in entry.place.modules]

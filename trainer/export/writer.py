@@ -47,19 +47,20 @@ class Written:
 
 
 def write(path: Path, pairs: Iterable[Pair], *, family: str, dtype: str, metadata: Mapping[str, str],
-          form: str = "auto", alpha: float | None = None) -> Written:
+          form: str = "auto", alpha: float | None = None, even: bool = True) -> Written:
     """Write `pairs` as `path`, whole or not at all.
 
     Linear: up [m, r], down [r, n], magnitude [1, n] or None; convolution: up [m, r, 1, 1], down [r, c, k, k],
     magnitude [1, c, 1, 1]. ΔW = up down, at scale 1. dtype: "fp16", "bf16", "fp32", or "auto" for the family's
     usual. form: a name in `formats.WRITTEN`, or "auto". alpha: what to write beside, where the format keeps it and
     `up` is meant to be multiplied by alpha / rank; left out, it is the rank. Every module gets the same rank (the
-    largest, by zeros) and the same alpha, because diffusers takes one of each for the whole file. `ss_output_name`,
-    the hashes and the true rank are put into the metadata. Raises `UserError` for weights that are not finite, for
-    nothing to write, for DoRA in a format that cannot hold it, and for a full disk.
+    largest, by zeros) and the same alpha, because diffusers takes one of each for the whole file; `even` false leaves
+    each its own rank, which older versions of diffusers misread. `ss_output_name`, the hashes and the true rank are
+    put into the metadata. Raises `UserError` for weights that are not finite, for nothing to write, for DoRA in a
+    format that cannot hold it, and for a full disk.
     """
     chosen = formats.find(family, form)
-    modules, unmatched = _collect(pairs, family, chosen, path)
+    modules, unmatched = _collect(pairs, family, chosen, path, even)
     if chosen.ending == "kohya":
         _complete_clip(modules)
     keyed = _keyed(modules, family, chosen, path)
@@ -68,7 +69,7 @@ def write(path: Path, pairs: Iterable[Pair], *, family: str, dtype: str, metadat
     tensors: dict[str, Tensor] = {}
     for key, (up, down, magnitude) in keyed.items():
         # F5: diffusers takes fused rows apart to their parts' rank, so that they are alike only before padding
-        own = down.shape[0] if chosen.name == "F5" else rank
+        own = down.shape[0] if chosen.name == "F5" or not even else rank
         up, down, magnitude = _cast(_pad(up, 1, own), _pad(down, 0, own), magnitude, precision)
         tensors[key + chosen.up], tensors[key + chosen.down] = up, down
         if chosen.alpha:
@@ -121,8 +122,10 @@ def save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str])
     return len(header) + size, digest.hexdigest()
 
 
-def _collect(pairs: Iterable[Pair], family: str, form: Format, path: Path) -> tuple[dict[str, Parts], list[str]]:
-    """Modules by their path, in fp32 on the CPU, at one rank; beside them the names that the family's map lacks."""
+def _collect(pairs: Iterable[Pair], family: str, form: Format, path: Path,
+             even: bool) -> tuple[dict[str, Parts], list[str]]:
+    """Modules by their path, in fp32 on the CPU, at one rank if they shall be even; beside them the names that the
+    family's map lacks."""
     naming = names.naming(family, form.style)
     modules: dict[str, Parts] = {}
     unmatched: list[str] = []
@@ -139,6 +142,8 @@ def _collect(pairs: Iterable[Pair], family: str, form: Format, path: Path) -> tu
     if not modules:
         raise UserError(f"{path.name} was not written: the adapter has no module that a {family} file can "
                         "name. Choose other adapter.targets.")
+    if not even:
+        return modules, unmatched
     rank = max(down.shape[0] for _, down, _ in modules.values())
     return {name: (_pad(up, 1, rank), _pad(down, 0, rank), magnitude)
             for name, (up, down, magnitude) in modules.items()}, unmatched
