@@ -64,6 +64,7 @@
       this.problems = [];
       this.said.textContent = "";
       try {
+        if (!model) throw new Error("Give the model: a hub id or a folder.");
         if (!await this.page.store.flush()) throw new Error("A caption is not saved yet: look at the marked card first.");
         const { task } = await this.page.store.ask("start_captioning", { settings, images: this.page.scope() ?? [] });
         this.task.follow(task);
@@ -118,7 +119,7 @@
     take({ word, text, done, of, alive, skipped, rows }) {
       this.isAlive = alive;
       this.rows.push(...rows);
-      const said = word === "working" ? `At work: ${text}` : text;
+      const said = word === "working" ? `At work: ${text}` : word === "done" && !of ? "There was nothing to do: in this mode no image needs a caption." : text;
       if (this.text.textContent !== said) this.text.textContent = said;
       this.text.className = word === "failed" || word === "crashed" ? "st-warn st-lines" : "";
       this.bar.hidden = !alive;

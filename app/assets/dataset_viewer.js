@@ -32,7 +32,7 @@
     async open(name) {
       if (!this.element.isConnected) document.querySelector(".st-data").append(this.element);
       const turn = (this.turn += 1);
-      Object.assign(this, { name, isFull: false });
+      this.name = name;
       this.said.textContent = "";
       this.mask(false);
       this.title.textContent = name;
@@ -45,14 +45,22 @@
       this.masking.textContent = card?.mask ? "Change the mask" : "Draw a mask";
       this.off.hidden = !card?.mask;
       if (!this.element.open) this.element.showModal();
+      this.whole = this.load(name, turn);
+      await this.whole;
+    }
+
+    /** Show the picture large; true when it is there. */
+    async load(name, turn) {
       try {
         const { path, width, height } = await this.store.ask("read_large", { name });
-        if (turn !== this.turn) return;
-        Object.assign(this, { width, height, isFull: true });
+        if (turn !== this.turn) return false;
+        Object.assign(this, { width, height });
         this.picture.src = Studio.fileUrl(path);
         this.showCrop();
+        return true;
       } catch (error) {
         if (turn === this.turn) this.said.textContent = error.message;
+        return false;
       }
     }
 
@@ -119,7 +127,7 @@
       if (!isOn) { this.brush.end(); return; }
       const { name } = this;
       try {
-        if (!this.isFull) throw new Error("The picture is not there yet; try again in a moment.");
+        if (!await this.whole) { this.mask(false); return; }
         const { png } = await this.store.ask("read_mask", { name });
         if (name !== this.name) return;
         await this.brush.begin(name, this.width, this.height, png);
