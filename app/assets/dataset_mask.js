@@ -116,6 +116,11 @@
       if (whole) { context.fillRect(0, 0, width, height); return; }
       Object.assign(context, { lineWidth: Math.max(1, size * Math.max(width, height)), lineCap: "round", lineJoin: "round" });
       context.beginPath();
+      if (points.length === 1) { // a line of no length would leave nothing
+        context.arc(points[0][0] * width, points[0][1] * height, context.lineWidth / 2, 0, 2 * Math.PI);
+        context.fill();
+        return;
+      }
       context.moveTo(points[from][0] * width, points[from][1] * height);
       for (const [x, y] of points.slice(from)) context.lineTo(x * width, y * height);
       context.stroke();
