@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 TOPS = ("app", "trainer", "presets", "tests")
 LIGHT = {f"trainer.{name}" for name in ("errors", "preset", "events", "run", "captions", "data.folders", "data.buckets",
                                          "data.order", "caption.task", "families.clip_merges",
-                                         "shifts")}
+                                         "shifts", "facts", "comparison", "shell")}
 HEAVY = {"torch", "diffusers", "transformers", "accelerate", "peft", "bitsandbytes", "torchmetrics"}
 
 

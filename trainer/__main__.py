@@ -1,4 +1,5 @@
-"""The command line: `python -m trainer --preset FILE` trains, `--resume RUN` goes on, `--check` only looks."""
+"""The command line: `python -m trainer --preset FILE` trains, `--resume RUN` goes on, `--check` only looks, and verbs
+such as `list` and `show RUN` are about runs that are there."""
 
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ from typing import NoReturn, TextIO
 
 from trainer import preset as presets
 from trainer import run as runs
+from trainer import shell
 from trainer.errors import UserError
 from trainer.run import Run
 from trainer.schema import Preset
@@ -26,8 +28,11 @@ LAUNCHERS = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_S
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; the exit code is 0 done or stopped, 1 a user's error, 2 a bug."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of kernels that nothing here uses
+    words = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        options = _parser().parse_args(arguments)
+        if words[:1] and words[0] in shell.VERBS:
+            return _look(words)
+        options = _parser().parse_args(words)
         _check_alone()
         if options.check:
             return _check(options)
@@ -49,7 +54,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="python -m trainer", description="Train a LoRA without the app.")
+    parser = Parser(prog="python -m trainer", description="Train a LoRA without the app.",
+                    epilog=f"About runs that are there: python -m trainer {'|'.join(shell.VERBS)}; each has a --help.")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--preset", metavar="FILE", help="a preset: a file, or the name of one in presets/")
     what.add_argument("--resume", metavar="RUN", type=Path, help="a run's folder: go on where it is")
@@ -60,6 +66,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--check", action="store_true", help="check everything that can be checked without training")
     parser.add_argument("--json", action="store_true", help="with --check: the report as JSON")
     return parser
+
+
+def _look(words: Sequence[str]) -> int:
+    """One of the verbs; torch is never loaded."""
+    parser = Parser(prog="python -m trainer")
+    shell.add_verbs(parser.add_subparsers(required=True, metavar="VERB"))
+    options = parser.parse_args(words)
+    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr] - a pipe may not know all letters
+    print(options.work(options))
+    return DONE
 
 
 def _check_alone() -> None:

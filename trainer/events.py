@@ -99,6 +99,24 @@ def last_event(path: Path) -> Event | None:
     return None
 
 
+def first_event(path: Path) -> Event | None:
+    """The oldest event, from the file's first line."""
+    try:
+        with open(path, "rb") as file:
+            return next(_parse(file.readline()), None)
+    except FileNotFoundError:
+        return None
+
+
+def newest_events(path: Path, size: int = 1 << 16) -> list[Event]:
+    """The events in the last `size` bytes of the file."""
+    try:
+        length = path.stat().st_size
+    except OSError:
+        return []
+    return EventReader(path, max(0, length - size)).read()
+
+
 def rewind(events: list[Event]) -> list[Event]:
     """What still holds: a `start` at step k voids every earlier event of a later step."""
     kept: list[Event] = []

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from trainer.errors import UserError
-from trainer.events import Event, EventReader, last_event
+from trainer.events import Event, last_event, newest_events
 from trainer.files import write_atomic
 from trainer.workfolder import WorkFolder
 
@@ -178,21 +178,12 @@ def _progress(events: Path, last: Event | None) -> tuple[int, int]:
         return 0, 0
     step, steps = last.get("step"), last.get("steps")
     if step is None or steps is None:
-        for event in reversed(_tail(events)):
+        for event in reversed(newest_events(events)):
             step = event.get("step") if step is None else step
             steps = event.get("steps") if steps is None else steps
             if step is not None and steps is not None:
                 break
     return step or 0, steps or 0
-
-
-def _tail(events: Path, size: int = 1 << 16) -> list[Event]:
-    """The events in the last bytes of the file."""
-    try:
-        length = events.stat().st_size
-    except OSError:
-        return []
-    return EventReader(events, max(0, length - size)).read()
 
 
 def _started(path: Path) -> float:
