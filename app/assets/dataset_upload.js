@@ -18,8 +18,9 @@
       event.preventDefault();
       depth = 0;
       show();
+      const files = [...event.dataTransfer.files].map((file) => [file.name, file]);
       const entries = [...event.dataTransfer.items].map((item) => item.webkitGetAsEntry?.()).filter(Boolean);
-      upload((await Promise.all(entries.map((entry) => filesOf(entry)))).flat());
+      upload(entries.length ? (await Promise.all(entries.map((entry) => filesOf(entry)))).flat() : files);
     });
   };
 

@@ -1,0 +1,130 @@
+"""The tab "Data set" as a page: contrast and names, widths from a phone to a wall, what is in it, and what it costs."""
+
+import re
+
+import pytest
+from playwright.sync_api import expect
+
+from tests.app_browser import button, chromium, faults, opened, served  # noqa: F401 - a fixture
+from tests.app_pictures import caption, card, make, panel, undo, use
+from tests.data_sets import draw
+
+pytestmark = pytest.mark.browser
+PANELS = ("Bulk edit", "Overview", "Health check", "Automatic captions", "As trained")
+MANY = 400
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """A data set with something of everything, one of many images, and an empty one."""
+    workspace = tmp_path_factory.mktemp("app") / "w"
+    odd = make(workspace / "datasets/odd", 4, {"00": "cat " * 90, "01": "", "02": "a, b"})
+    (odd / "03.txt").write_bytes(b"\xff\xfe\xfa")
+    (odd / "broken.png").write_bytes(b"no picture")
+    (odd / "3_more").mkdir()
+    draw(odd / "3_more/x.png", (300, 100), 11, "sks, x")
+    many = workspace / "datasets/many"
+    for number in range(MANY):
+        draw(many / f"{number:03d}.png", (16, 16), number, f"number {number}, tag")
+    (workspace / "datasets/empty").mkdir()
+    with served(workspace) as running:
+        yield running
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1440])
+def test_nothing_in_the_tab_has_a_fault_against_wcag_aa(browser, server, theme, width):
+    with opened(browser, server.address, width, theme, motion="reduce") as page:
+        use(page, server.workspace / "datasets/odd", 6)
+        page.wait_for_timeout(400)
+        card(page, "00.png").click()
+        assert faults(page) == []
+        page.get_by_label("View", exact=True).select_option("tags")
+        page.get_by_role("combobox", name="Add a tag to 02.png").press_sequentially("s")
+        expect(page.get_by_role("option", name="sks")).to_be_visible()
+        assert faults(page) == []
+        for name in PANELS:
+            shown = panel(page, name)
+            if name == "Bulk edit":
+                shown.get_by_label("Find").fill("a")
+                expect(shown.locator("del").first).to_be_visible()
+            page.wait_for_timeout(400)
+            assert faults(page) == [], name
+        button(page, "Close").click()
+        for opener in ("Trash…", "Move or copy…", "Open a folder…", "New…"):
+            button(page, opener).click()
+            expect(page.get_by_role("dialog")).to_be_visible()
+            assert faults(page) == [], opener
+            page.keyboard.press("Escape")
+        page.get_by_role("button", name="Open 02.png").click()
+        expect(page.get_by_role("dialog")).to_contain_text("96 × 64 pixels")
+        page.get_by_label("Show what training keeps of it").check()
+        expect(page.get_by_role("dialog")).to_contain_text("is cut off")
+        assert faults(page) == []
+
+
+@pytest.mark.parametrize("width", [390, 768, 1440, 2560])
+def test_no_width_makes_the_tab_scroll_sideways(browser, server, width):
+    with opened(browser, server.address, width) as page:
+        use(page, server.workspace / "datasets/odd", 6)
+        for name in PANELS:
+            panel(page, name)
+            page.wait_for_timeout(150)
+            assert page.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0, name
+
+
+def test_of_many_images_only_those_that_are_seen_are_on_the_page(browser, server):
+    with opened(browser, server.address) as page:
+        use(page, server.workspace / "datasets/many", MANY)
+        grid = page.locator(".st-grid")
+        for share in (0.3, 1, 0.5):
+            grid.evaluate("(element, share) => { element.scrollTop = share * element.scrollHeight; }", share)
+            page.wait_for_timeout(200)
+            assert page.locator(".st-tile").count() < 50
+        names = page.evaluate("[...document.querySelectorAll('.st-tile .st-file')].map((file) => file.textContent)")
+        assert names == sorted(names)  # the order of the page is that of the list, for Tab and screen readers
+        assert page.evaluate("document.querySelectorAll('.st-tile[aria-posinset]').length") == len(names)
+
+
+def test_a_caption_being_typed_survives_scrolling_away(browser, server):
+    with opened(browser, server.address) as page:
+        use(page, server.workspace / "datasets/many", MANY)
+        caption(page, "000.png").fill("half a cap")
+        page.locator(".st-grid").evaluate("element => { element.scrollTop = element.scrollHeight; }")
+        expect(caption(page, "399.png")).to_be_visible()
+        page.keyboard.type("tion")
+        page.keyboard.press("Control+Enter")
+        expect(caption(page, "001.png")).to_be_focused()
+        expect(caption(page, "000.png")).to_have_value("half a caption")
+        undo(page).click()
+        expect(caption(page, "000.png")).to_have_value("number 0, tag")
+
+
+def test_a_caption_that_could_not_be_saved_survives_a_reload(browser, server):
+    with opened(browser, server.address) as page:
+        use(page, server.workspace / "datasets/many", MANY)
+        server.kill()
+        caption(page, "002.png").fill("typed while the server was away")
+        caption(page, "003.png").focus()
+        expect(page.get_by_text("not saved yet: trying again")).to_be_visible()
+        server.start()
+        page.reload()
+        page.get_by_role("tab", name="Data set").click()
+        expect(caption(page, "002.png")).to_have_value("typed while the server was away")
+        expect(undo(page)).to_have_text("Undo: edit the caption of 002.png")
+        undo(page).click()
+        expect(caption(page, "002.png")).to_have_value("number 2, tag")
+
+
+def test_files_are_taken_where_they_are_dropped(browser, server, tmp_path):
+    draw(tmp_path / "a.png", seed=5)
+    with opened(browser, server.address) as page:
+        use(page, server.workspace / "datasets/empty", 0)
+        dropped = page.evaluate_handle(
+            "bytes => { const data = new DataTransfer(); data.items.add(new File([new Uint8Array(bytes)], 'a.png', "
+            "{type: 'image/png'})); return data; }", list((tmp_path / "a.png").read_bytes()))
+        page.locator(".st-data").dispatch_event("dragenter", {"dataTransfer": dropped})
+        expect(page.locator(".st-data.st-dropping")).to_have_count(1)
+        page.locator(".st-data").dispatch_event("drop", {"dataTransfer": dropped})
+        expect(page.get_by_text("Added 1 image.")).to_be_visible()
+        expect(page.get_by_role("button", name=re.compile(r"^a\.png"))).to_be_visible()
