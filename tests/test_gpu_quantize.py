@@ -58,7 +58,7 @@ def test_a_gpu_holds_the_weights_that_a_cpu_holds(mode, shape):
     again = quantised_linear(weight.to(GPU), None, None, mode, torch.bfloat16)
     assert torch.equal(here.weight, again.weight)
     difference = (here.weight.cpu() - there.weight).float().abs()
-    assert (difference > 0).float().mean() <= 0.01 and difference.max() <= 0.1 * weight.abs().max()
+    assert (difference > 0).float().mean() <= 0.05 and difference.max() <= 0.1 * weight.abs().max()
     held = sum(tensor.numel() * tensor.element_size() for tensor in here.buffers())
     assert held == weight_bytes(shape, mode)
 
