@@ -3,7 +3,7 @@
 (() => {
   const Studio = globalThis.Studio;
   const { h } = Studio;
-  const TYPING = 120; // milliseconds without a key before a search begins
+  const TYPING = 40; // milliseconds without a key before a search begins
   const LAST = "studio.dataset";
   const PANELS = [["bulk", "Bulk edit", () => Studio.BulkPanel], ["overview", "Overview", () => Studio.OverviewPanel], ["health", "Health check", () => Studio.HealthPanel],
     ["captioning", "Automatic captions", () => Studio.CaptioningPanel], ["rehearsal", "As trained", () => Studio.RehearsalPanel]];
