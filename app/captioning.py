@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from app import form
-from app.jobs import Launch, start_detached
 from app.paths import Places
 from trainer.caption import task
 from trainer.caption.task import Suggestion, Task
+from trainer.detached import Launch, start_detached
 from trainer.errors import UserError
 
 CAPTIONER = (sys.executable, "-m", "trainer.caption")

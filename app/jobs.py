@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import threading
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from app.paths import Places
 from trainer import run as runs
+from trainer.detached import TRAINER, Launch, start_detached
 from trainer.errors import UserError
 from trainer.run import Run, State
 
-HOME = Path(__file__).resolve().parent.parent  # where `-m trainer` is found
-TRAINER = (sys.executable, "-m", "trainer")
 SHARED_FOR = 0.5  # seconds for which all open tabs share one listing
-LAST_LINES = 12  # of a trainer that died early
 
 Order = Literal["stop", "pause", "continue", "save", "sample"]
 
@@ -29,25 +24,6 @@ class Row(NamedTuple):
     name: str
     state: State
     started: float  # unix seconds
-
-
-@dataclass(frozen=True)
-class Launch:
-    """A process that this app started."""
-
-    process: subprocess.Popen[bytes]
-    log: Path
-    at: float  # unix seconds
-
-    @property
-    def is_running(self) -> bool:
-        return self.process.poll() is None
-
-    def last_words(self) -> str:
-        """What it said on its way out, without a log's earlier lines."""
-        text = self.log.read_text(encoding="utf-8", errors="replace").strip() if self.log.exists() else ""
-        lines = text.splitlines()[-LAST_LINES:]
-        return "\n".join(lines) or f"the process ended at once with code {self.process.returncode} and said nothing"
 
 
 class Jobs:
@@ -147,18 +123,6 @@ class Jobs:
     def _launch(self, name: str, arguments: list[str]) -> None:
         self._launches[name] = start_detached([*self._trainer, *arguments], self.places.logs / f"{name}.log")
         self._listing = (0.0, [])
-
-
-def start_detached(command: list[str], log: Path) -> Launch:
-    """A process of its own, with its output in a file: a pipe or a shared terminal would take it down with us."""
-    log.parent.mkdir(parents=True, exist_ok=True)
-    new_session = sys.platform != "win32"
-    flags = 0 if new_session else subprocess.CREATE_NEW_PROCESS_GROUP | subprocess.DETACHED_PROCESS
-    at = time.time()
-    with open(log, "wb") as output:
-        process = subprocess.Popen(command, cwd=HOME, stdin=subprocess.DEVNULL, stdout=output,
-                                   stderr=subprocess.STDOUT, start_new_session=new_session, creationflags=flags)
-    return Launch(process, log, at)
 
 
 def _stamp(path: Path) -> tuple[int, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import sys
 import time
 import tomllib
@@ -13,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from PIL import Image  # noqa: E402
 
-from trainer import preset, run  # noqa: E402
+from trainer import preset, run, runner  # noqa: E402
 from trainer.errors import UserError  # noqa: E402
 from trainer.events import EventWriter  # noqa: E402
 
@@ -27,10 +28,17 @@ def main() -> int:
     parser.add_argument("--name")
     parser.add_argument("--workspace", type=Path)
     parser.add_argument("--pace", type=float, default=0.0, help="seconds a step")
+    parser.add_argument("--gpu", default="")
+    parser.add_argument("queue", nargs="*")
     options = parser.parse_args()
+    if options.queue:
+        return queue(options)
     try:
         if options.resume:
             ours = run.open_run(options.resume)
+            if tomllib.loads(ours.preset.read_text())["data"]["folder"].endswith("missing"):
+                EventWriter(ours.events).write("end", step=0, reason="error", error="data.folder does not exist")
+                return 1
         else:
             checked = preset.load(options.preset)
             if checked.data.folder.endswith("missing"):
@@ -44,10 +52,21 @@ def main() -> int:
     return 0
 
 
+def queue(options: argparse.Namespace) -> int:
+    """The verb: with "run" as a runner of one GPU, without it as what starts them."""
+    own = (sys.executable, __file__, "--pace", str(options.pace))
+    if options.queue == ["queue", "run"]:
+        runner.serve(options.workspace, options.gpu, own, dict(os.environ), print)
+    else:
+        runner.start_runners(options.workspace, own, dict(os.environ))
+    return 0
+
+
 def train(ours: run.Run, events: EventWriter, pace: float) -> None:
     first = ours.last_step()
     steps = tomllib.loads(ours.preset.read_text())["train"]["steps"]
-    events.write("start", v=1, step=first, steps=steps, pid=1, host="box", device="cpu", torch="2", preset_sha="0")
+    events.write("start", v=1, step=first, steps=steps, pid=os.getpid(), host="box", device="cpu", torch="2",
+                 preset_sha="0")
     events.write("phase", name="caching latents", done=1, of=2)
     events.write("skipped", file="broken.png", reason="not an image")
     if first == 0:

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.run_folders import finished
+from tests.run_folders import PRESET, finished
+from trainer import preset as presets
 from trainer import run as runs
 from trainer.events import EventWriter
+from trainer.queue import Queue
 
 
 def test_a_list_has_a_line_a_run_the_newest_first(tmp_path, trainer):
@@ -109,3 +111,26 @@ def test_the_verbs_load_no_torch_and_bear_any_terminal(tmp_path):
                           env={"PYTHONIOENCODING": "ascii", "PATH": "/usr/bin"})
     assert done.returncode == 0 and b"KID ?10? (95 %)" in done.stdout, done.stderr
     assert runs.list_runs(tmp_path)
+
+
+def test_the_queue_is_filled_ordered_and_emptied_at_the_shell(tmp_path, trainer):
+    preset = tmp_path / "p.toml"
+    preset.write_text(PRESET)
+    with Queue(tmp_path).seat("") as seated:  # so that nothing begins
+        assert seated
+        for words in (["add", preset], ["add", preset], ["add", preset, "--name", "own", "--set", "train.steps=7"],
+                      ["move", "own", "1"], ["cancel", "p-2"]):
+            outcome = trainer("queue", *words, "--workspace", tmp_path)
+            assert outcome.code == 0, outcome.err
+    assert outcome.out == "waits  1  own\nwaits  2  p\n"
+    assert presets.load(Queue(tmp_path).waiting()[0].path).train.steps == 7
+    listed = json.loads(trainer("queue", "--workspace", tmp_path, "list", "--json").out)
+    assert listed == {"begun": [], "waiting": ["own", "p"], "failed": {}}
+    refused = trainer("queue", "cancel", "p-2", "--workspace", tmp_path)
+    assert refused.code == 1 and "there is: own, p" in refused.err
+    assert trainer("queue", "--workspace", tmp_path / "empty").out == "nothing waits\n"
+    with Queue(tmp_path).claim() as entry:
+        Queue(tmp_path).fail(entry, "no such folder\nmore")
+    assert trainer("queue", "list", "--workspace", tmp_path).out == (
+        "waits   1  p\nfailed     own  no such folder\n")
+    assert trainer("queue", "dismiss", "own", "--workspace", tmp_path).out == "waits  1  p\n"

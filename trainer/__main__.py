@@ -16,8 +16,9 @@ from typing import NoReturn, TextIO
 
 from trainer import preset as presets
 from trainer import run as runs
-from trainer import shell
+from trainer import shell, shell_queue
 from trainer.errors import UserError
+from trainer.queue import Queue
 from trainer.run import Run
 from trainer.schema import Preset
 
@@ -71,8 +72,10 @@ def _parser() -> argparse.ArgumentParser:
 def _look(words: Sequence[str]) -> int:
     """One of the verbs; torch is never loaded."""
     parser = Parser(prog="python -m trainer")
-    shell.add_verbs(parser.add_subparsers(required=True, metavar="VERB"))
-    options = parser.parse_args(words)
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+    shell.add_verbs(verbs)
+    shell_queue.add_verb(verbs)
+    options = parser.parse_args(words, argparse.Namespace(environment=dict(os.environ)))
     sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr] - a pipe may not know all letters
     print(options.work(options))
     return DONE
@@ -91,7 +94,7 @@ def _begin(options: argparse.Namespace) -> tuple[Run, Preset, Path]:
     workspace = options.workspace.resolve()
     path = presets.find(options.preset, workspace)
     preset = presets.load(path, options.overrides)
-    name = runs.free_name(workspace, path.stem) if options.name is None else options.name
+    name = runs.free_name(workspace, path.stem, Queue(workspace).names()) if options.name is None else options.name
     return runs.create(workspace, name, presets.dumps(preset)), preset, workspace
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -126,12 +127,12 @@ def list_runs(workspace: Path) -> list[Run]:
     return [Run(path) for path in sorted(paths, key=_started, reverse=True)]
 
 
-def free_name(workspace: Path, stem: str) -> str:
-    """`stem` made a possible name, or the first of stem-2, stem-3 … that is not taken."""
+def free_name(workspace: Path, stem: str, reserved: Collection[str] = ()) -> str:
+    """`stem` made a possible name, or the first of stem-2, stem-3 … that is neither taken nor reserved."""
     stem = re.sub(r"[^A-Za-z0-9 ._-]+", "-", stem).strip(" .-_")[:90].rstrip(" .") or "run"
     stem = f"run-{stem}" if _is_reserved(stem) else stem
     name, number = stem, 1
-    while is_taken(workspace, name):
+    while name in reserved or is_taken(workspace, name):
         number += 1
         name = f"{stem}-{number}"
     return name
@@ -145,9 +146,13 @@ def is_taken(workspace: Path, name: str) -> bool:
 
 def check_name(name: str) -> None:
     """A run's name is a folder's name on every system; `UserError` otherwise."""
-    if not NAME.fullmatch(name) or name != name.rstrip(" .") or _is_reserved(name):
+    if not is_name(name):
         raise UserError(f"{name!r} cannot be a run's name: use letters, digits, '.', '_', '-' and blanks, "
                         "starting with a letter or digit, at most 100 characters")
+
+
+def is_name(name: str) -> bool:
+    return NAME.fullmatch(name) is not None and name == name.rstrip(" .") and not _is_reserved(name)
 
 
 def _is_reserved(name: str) -> bool:

@@ -14,15 +14,17 @@ from trainer import comparison, facts
 from trainer.errors import UserError
 from trainer.events import Event
 from trainer.facts import Export, Facts, Overview
+from trainer.queue import Queue
 from trainer.run import list_runs
 
 POLL = 0.2  # seconds between two looks whether a run has ended
 MOST_COMPARED = 50
-VERBS = ("list", "show", "compare", "stop")
+VERBS = ("list", "show", "compare", "stop", "queue")
 Table = list[list[str]]
+Verbs = argparse._SubParsersAction  # type: ignore[type-arg] - what add_subparsers gives has no public name
 
 
-def add_verbs(verbs: argparse._SubParsersAction[Any]) -> None:
+def add_verbs(verbs: Verbs) -> None:
     """Their options; each parser's `work` takes the options and returns what to print."""
     for name, work, help in (("list", list_all, "all runs, the newest first"),
                              ("show", show, "all that is known of one run"),
@@ -90,6 +92,7 @@ def stop(options: argparse.Namespace) -> str:
     if not run.is_held():
         raise UserError(f"{run.name} is not being trained ({state.text}): there is nothing to stop")
     run.request("stop")
+    Queue(options.workspace.resolve()).let_go(run.name)
     text = (f"{run.name} was asked to stop: it finishes its step, saves a checkpoint and its LoRA file, and ends. "
             f"To go on later: python -m trainer --resume {run.path}")
     if options.wait:

@@ -1,0 +1,153 @@
+"""Takes runs from the queue, one after the other: one runner a GPU, each a process of its own."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from trainer import preset as presets
+from trainer import run as runs
+from trainer.detached import Launch, start_detached
+from trainer.errors import UserError
+from trainer.events import EventReader
+from trainer.queue import Entry, Queue
+from trainer.run import Run
+
+POLL = 0.3  # seconds between two looks at a run that another process trains
+MOST_TRIES = 3  # of a run that dies without getting any further
+BEGINNING = 60.0  # seconds that a new run's trainer may take until it holds its run
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+
+Say = Callable[[str], object]
+
+
+def gpus(environment: Mapping[str, str]) -> list[str]:
+    """A name for each GPU, as CUDA_VISIBLE_DEVICES takes it; [""] for a machine without."""
+    if chosen := [part.strip() for part in environment.get(VISIBLE, "").split(",") if part.strip()]:
+        return chosen
+    program = shutil.which("nvidia-smi")
+    if program is None or environment.get(VISIBLE) == "":
+        return [""]
+    try:
+        told = subprocess.run([program, "--query-gpu=uuid", "--format=csv,noheader"], capture_output=True, text=True,
+                              timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return [""]
+    return [line.strip() for line in told.stdout.splitlines() if line.strip().startswith("GPU-")] or [""]
+
+
+def start_runners(workspace: Path, trainer: Sequence[str], environment: Mapping[str, str]) -> int:
+    """A detached runner for each GPU that has none; returns how many were started.  Nothing waits: none."""
+    queue = Queue(workspace)
+    if not queue.names():
+        return 0
+    missing = [gpu for gpu in gpus(environment) if not queue.is_served(gpu)]
+    for number, gpu in enumerate(missing):
+        start_detached([*trainer, "queue", "run", "--workspace", str(workspace), "--gpu", gpu],
+                       workspace / "logs" / f"queue-{number}.log", environment)
+    return len(missing)
+
+
+def serve(workspace: Path, gpu: str, trainer: Sequence[str], environment: Mapping[str, str], say: Say) -> None:
+    """Train what waits, in order, until nothing is left.  Another runner of the same GPU: leave it to that one."""
+    queue = Queue(workspace)
+    slots = len(gpus(environment))
+    mask = {VISIBLE: gpu} if gpu else {}
+    while True:
+        with queue.seat(gpu) as seated:
+            if not seated:
+                say("this GPU has its runner already")
+                return
+            while _serve_one(queue, slots, trainer, {**environment, **mask}, dict(environment), say):
+                pass
+        if not queue.waiting():  # else it came while we were leaving, and whoever brought it relies on us
+            return
+
+
+def _serve_one(queue: Queue, slots: int, trainer: Sequence[str], masked: Mapping[str, str],
+               whole: Mapping[str, str], say: Say) -> bool:
+    """Train the next entry; False when there is none left."""
+    while queue.waiting() and _living(queue) >= slots:  # runs that were started without the queue count too
+        time.sleep(POLL)
+    with queue.claim() as entry:
+        if entry is None:
+            return False
+        say(f"{entry.name} begins")
+        try:
+            _train(queue, entry, trainer, masked, whole)
+        except UserError as error:
+            queue.fail(entry, str(error))
+        except OSError as error:
+            queue.fail(entry, f"{error.filename or 'the run'} cannot be written: {error.strerror}")
+        say(f"{entry.name}: {Run(queue.workspace / 'runs' / entry.name).state().text}")
+    return True
+
+
+def _train(queue: Queue, entry: Entry, trainer: Sequence[str], masked: Mapping[str, str],
+           whole: Mapping[str, str]) -> None:
+    """Train an entry's run to its end, from where it is; one that is cut off is taken up again.
+
+    Raises `UserError` when it fails.
+    """
+    preset = presets.load(entry.path)
+    run = Run(queue.workspace / "runs" / entry.name)
+    environment = whole if preset.memory.device.startswith("cuda:") else masked  # that number counts all GPUs
+    if not run.preset.exists():
+        runs.create(queue.workspace, entry.name, presets.dumps(preset))
+    tries, reached, launch, watched = 0, run.last_step(), None, False
+    while True:
+        watched = _wait_while_held(run) or watched
+        if not entry.path.exists():  # let go of: stopped for good
+            return
+        state = run.state()
+        if state.word == "done" or (state.word == "stopped" and watched):  # unseen: the machine went down
+            entry.path.unlink(missing_ok=True)
+            return
+        if state.word == "failed":
+            raise UserError(state.text)
+        tries, reached = (0 if run.last_step() > reached else tries), run.last_step()
+        if tries == MOST_TRIES or _is_hopeless(run):
+            raise UserError(f"its trainer died {MOST_TRIES} times at step {reached}: {_last_words(run, launch)}")
+        launch = start_detached([*trainer, "--resume", str(run.path)], queue.workspace / "logs" / f"{run.name}.log",
+                                environment)
+        launch.process.wait()
+        tries, watched = tries + 1, True
+
+
+def _is_hopeless(run: Run) -> bool:
+    """Whether the last starts all began at one step: also a machine that goes down with its run must come to an end."""
+    starts = [event.get("step") for event in EventReader(run.events).read() if event["kind"] == "start"]
+    return len(starts) >= MOST_TRIES and len(set(starts[-MOST_TRIES:])) == 1
+
+
+def _last_words(run: Run, launch: Launch | None) -> str:
+    return run.log_tail(1) or (launch.last_words() if launch else "") or f"see {run.log}"
+
+
+def _wait_while_held(run: Run) -> bool:
+    """Wait for a trainer that outlived its runner, or that a person started; False when there is none."""
+    was_held = False
+    while run.is_held():
+        was_held = True
+        time.sleep(POLL)
+    return was_held
+
+
+def _living(queue: Queue) -> int:
+    """How many runs are being trained, or are about to be."""
+    failed = {failure.name for failure in queue.failures()}
+    return sum(1 for run in runs.list_runs(queue.workspace)
+               if run.is_held() or (run.name not in failed and _is_beginning(run)))
+
+
+def _is_beginning(run: Run) -> bool:
+    """A new trainer loads its libraries before it takes its run."""
+    if run.events.exists():
+        return False
+    try:
+        return time.time() - run.preset.stat().st_mtime < BEGINNING
+    except OSError:
+        return False
