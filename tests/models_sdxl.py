@@ -60,7 +60,7 @@ def single_file(file: Path, source: Path, dtype: torch.dtype = torch.float32,
     """The single file in Stability's names of a folder made by `folder`."""
     tensors = {}
     for name, tensor in load_file(source / "unet" / "diffusion_pytorch_model.safetensors").items():
-        tensors["model.diffusion_model." + _unet_name(name)] = tensor
+        tensors["model.diffusion_model." + unet_name(name)] = tensor
     vae = load_file(source / "vae" / "diffusion_pytorch_model.safetensors")
     tensors |= {"first_stage_model." + name: tensor for name, tensor in ldm_vae(vae).items()}
     for name, tensor in load_file(source / "text_encoder" / "model.safetensors").items():
@@ -72,7 +72,7 @@ def single_file(file: Path, source: Path, dtype: torch.dtype = torch.float32,
     return file
 
 
-def _unet_name(name: str) -> str:
+def unet_name(name: str) -> str:
     if name.startswith("add_embedding.linear_"):
         number, kind = name.removeprefix("add_embedding.linear_").split(".")
         return f"label_emb.0.{2 * (int(number) - 1)}.{kind}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,9 +45,10 @@ def extract(base: Path, tuned: Path, out: Path, *, rank: int, energy: float = 1.
     _check_alike(before, after)
     pairs: list[Pair] = []
     cuts: list[Cut] = []
+    room = _Room(before, rank)
     for module, difference, done, of in _differences(before, after):
-        pair, cut = _pair(module, difference, rank, energy, exact)
-        pairs.append(pair)
+        (name, up, down, _), cut = _pair(module, difference, rank, energy, exact)
+        pairs.append((name, room.keep(up), room.keep(down), None))
         cuts.append(cut)
         tell(done, of)
     if not pairs:
@@ -55,6 +57,20 @@ def extract(base: Path, tuned: Path, out: Path, *, rank: int, energy: float = 1.
     written = writer.write(out, pairs, family=family, dtype=formats.DTYPES[family] if dtype == "auto" else dtype,
                            metadata=_texts(before, after, rank), form=formats.find(family, to).name)
     return Extracted(written, cuts, list(_others(before, after)))
+
+
+class _Room:
+    """One stretch of memory for all results: small pieces here and there between the large ones that come and go
+    would keep the system's allocator from using theirs again."""
+
+    def __init__(self, model: BaseModel, rank: int) -> None:
+        shapes = model.sizes.values()
+        self._all = torch.empty(sum(min(rank, m) * (m + math.prod(rest)) for m, *rest in shapes))
+        self._used = 0
+
+    def keep(self, tensor: torch.Tensor) -> torch.Tensor:
+        begin, self._used = self._used, self._used + tensor.numel()
+        return self._all[begin : self._used].view(tensor.shape).copy_(tensor)
 
 
 def _check_alike(before: BaseModel, after: BaseModel) -> None:
@@ -83,7 +99,7 @@ def _differences(before: BaseModel, after: BaseModel) -> Iterator[tuple[str, tor
                 continue
             if held[0] is not holder:
                 held = holder, dict(read_modules(holder))
-            difference = weight - held[1][module].view(weight.shape)
+            difference = weight.sub_(held[1][module].view(weight.shape))  # it is our own, and large
             if difference.any():
                 yield module, difference, done, len(after.slots)
 
