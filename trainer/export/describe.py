@@ -11,7 +11,7 @@ from trainer.export.formats import FAMILIES
 from trainer.export.lora_file import LoraFile, open_lora
 
 _LONGEST = 200  # letters of a text that are shown
-_HIDDEN = ("modelspec.thumbnail", "ssmd_cover_images", "ss_tag_frequency", texts.HISTORY)  # too long for a table
+_HIDDEN = (*texts.PICTURES, "ss_tag_frequency", texts.HISTORY)  # too long for a table
 _MOST_TAGS = 20
 
 

@@ -71,9 +71,9 @@ def resize(path: Path, out: Path, *, rank: int | None = None, energy: float | No
             pairs.append(pair)
             cuts += [cut] if cut else []
         tell(done, len(layers))
-    form = own_format(lora)
-    alpha = max(down.shape[0] for _, _, down, _ in pairs) if dynamic is not None and form in ("U1", "U2") else None
-    if alpha:  # one alpha for all, as the file's readers need it, and so another scale for each rank
+    form, alpha = own_format(lora), None
+    if dynamic is not None and form in ("U1", "U2"):  # one alpha for all, and so another scale for each rank
+        alpha = float(max(len(down) for _, _, down, _ in pairs))
         pairs = [(name, up * (len(down) / alpha), down, magnitude) for name, up, down, magnitude in pairs]
     step = {"rank": rank} if energy is None and rank else {"energy": energy} if energy else {"dynamic": dynamic}
     words = texts.with_step(texts.kept(lora.metadata), "resize", **step, **{"from": [texts.source(lora)]})

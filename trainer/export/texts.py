@@ -17,6 +17,7 @@ from trainer.export.lora_file import LoraFile
 
 HISTORY = "stiefel_studio_history"  # a JSON list of steps: what was done, to which files
 OLD_TEXTS = ("ss_output_name", "sshs_", "modelspec.hash_sha256", "lora_adapter_metadata")  # of the other file
+PICTURES = ("modelspec.thumbnail", "ssmd_cover_images")  # their letters may look like paths
 _TRIGGERS = ("modelspec.trigger_phrase", "trained_words")
 _PATH = re.compile(r"(?<![\w:/.\\])(?:~|[A-Za-z]:|\\\\[\w.-]+)?[\\/](?:[^\s\"'\\/,;]+[\\/]+)+(?=[^\s\\/])")
 _WHOLE_PATH = re.compile(r"(?:~|[A-Za-z]:|\\)?[\\/][^\n]*")
@@ -116,6 +117,8 @@ def _of_triggers(words: Sequence[str]) -> Texts:
 
 def _without_paths(key: str, text: str) -> str:
     """A text in which every path is cut to its last part."""
+    if key in PICTURES:
+        return text
     if key == metadata.PRESET_KEY:
         try:
             return preset.dumps(metadata.without_paths(preset.parse(text, "preset.toml")))

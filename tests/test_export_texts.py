@@ -1,0 +1,104 @@
+"""Metadata of files made of others: what people write over them, what is kept, what is private."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from trainer import preset
+from trainer.errors import UserError
+from trainer.export import metadata, texts
+from trainer.export.convert import convert
+from trainer.export.lora_file import open_lora
+from trainer.export.texts import Labels
+from trainer.export.writer import write
+
+PRESET = """[model]
+family = "sd15"
+base = "/home/ada/models/base"
+[data]
+folder = ["/home/ada/cats", "/home/ada/dogs"]
+[train]
+steps = 10
+"""
+
+
+def made(path, **said):
+    write(path, [("unet.conv_in", torch.ones(8, 2), torch.ones(2, 4), None)], family="sd15", dtype="fp32",
+          metadata=said)
+    return path
+
+
+def test_labels_are_written_over_what_is_there(tmp_path):
+    Image.new("RGB", (900, 700), "red").save(tmp_path / "cover.png")
+    source = made(tmp_path / "a.safetensors", **{"modelspec.author": "old", "note": "kept"})
+    labels = Labels("My style", "Ada", ("ohwx", "in my style"), tmp_path / "cover.png")
+    convert(source, "auto", tmp_path / "b.safetensors", labels=labels)
+    said = open_lora(tmp_path / "b.safetensors").metadata
+    assert said["modelspec.title"] == "My style" and said["modelspec.author"] == "Ada" and said["note"] == "kept"
+    assert said["modelspec.trigger_phrase"] == "ohwx, in my style"
+    assert json.loads(said["trained_words"]) == ["ohwx", "in my style"]
+    assert said["modelspec.thumbnail"].startswith("data:image/jpeg;base64,") and len(said["ssmd_cover_images"]) > 100
+    convert(tmp_path / "b.safetensors", "auto", tmp_path / "c.safetensors")
+    again = open_lora(tmp_path / "c.safetensors").metadata
+    assert {**again, "ss_output_name": ""} == {**said, "ss_output_name": ""}  # nothing given: nothing changed
+
+
+def test_a_cover_that_is_no_picture_is_told(tmp_path):
+    (tmp_path / "cover.png").write_text("hello")
+    for name in ("cover.png", "none.png"):
+        with pytest.raises(UserError, match=f"{name} cannot be read as a picture"):
+            texts.labelled({}, Labels(cover=tmp_path / name))
+
+
+@pytest.mark.parametrize(("text", "cut"), [
+    ("/home/ada/models/base.safetensors", "base.safetensors"),
+    ("C:\\Users\\Ada Lovelace\\models\\base.safetensors", "base.safetensors"),
+    ("~/lora/cats", "cats"),
+    ("/mnt/My Files/cats", "cats"),
+    ("trained on /home/ada/cats and /home/ada/dogs", "trained on cats and dogs"),
+    ('{"image_dir":"/home/ada/5_cat","n":5}', '{"image_dir":"5_cat","n":5}'),
+    ('{"/home/ada/5_cat":{"img_count":3}}', '{"5_cat":{"img_count":3}}'),
+    ('["E:\\\\data\\\\cats"]', '["cats"]'),
+    ("https://github.com/black-forest-labs/flux", "https://github.com/black-forest-labs/flux"),
+    ("stable-diffusion-xl-v1-base/lora", "stable-diffusion-xl-v1-base/lora"),
+    ("someone/some-model", "someone/some-model"), ("1/2", "1/2"), ("and/or", "and/or"), ("(512, 512)", "(512, 512)"),
+    ("data:image/jpeg;base64,/9j/4AAQSkZJRg/abc/def==", "data:image/jpeg;base64,/9j/4AAQSkZJRg/abc/def=="),
+    ('["/9j/4AAQSkZJRg/abc/def+xyz=="]', '["/9j/4AAQSkZJRg/abc/def+xyz=="]'),
+])
+def test_folders_of_a_computer_go_and_all_else_stays(text, cut):
+    key = "modelspec.thumbnail" if text.startswith("data:") else "ssmd_cover_images" if "/9j/" in text else "note"
+    assert texts.labelled({key: text}, Labels(without_paths=True)) == {key: cut}
+    assert texts.labelled({key: text}, Labels()) == {key: text}
+
+
+def test_a_presets_folders_go_too():
+    whole = preset.parse(PRESET, "a.toml")
+    said = texts.labelled({metadata.PRESET_KEY: preset.dumps(whole), "x": "1"}, Labels(without_paths=True))
+    left = preset.parse(said[metadata.PRESET_KEY], "b.toml")
+    assert left == metadata.without_paths(whole) and left.train == whole.train
+    assert texts.labelled({metadata.PRESET_KEY: "no preset"}, Labels(without_paths=True)) == {}
+
+
+def test_several_files_keep_what_they_agree_on():
+    one = {"a": "1", "b": "1", "ss_network_dim": "4", "ss_tag_frequency": '{"x":{"cat":2,"dog":1}}',
+           "sshs_model_hash": "1", "trained_words": '["one"]'}
+    two = {"a": "1", "b": "2", "ss_tag_frequency": '{"x":{"cat":3},"y":{"sky":1}}', "modelspec.trigger_phrase": "two"}
+    found = texts.joined([one, two])
+    assert found.pop("ss_tag_frequency") == '{"x":{"cat":5,"dog":1},"y":{"sky":1}}'
+    assert found == {"a": "1", "ss_network_dim": "", "modelspec.trigger_phrase": "one, two",
+                     "trained_words": '["one","two"]'}
+
+
+@pytest.mark.parametrize("text", ["{", "[1,2]", '"a"', "[" * 100_000, '{"x":3}', '{"x":{"cat":"many"}}'])
+def test_texts_of_other_shapes_are_left_alone(text):
+    said = {"ss_tag_frequency": text, "trained_words": text, texts.HISTORY: text}
+    assert texts.history(said) == [] and texts.frequent_tags(said, 5) == [] and isinstance(texts.triggers(said), list)
+    texts.joined([said, said])
+    texts.labelled(said, Labels(without_paths=True))
+
+
+def test_history_grows_by_a_step():
+    said = texts.with_step(texts.with_step({}, "merge", rank=4), "resize", rank=2)
+    assert texts.history(said) == [{"what": "merge", "rank": 4}, {"what": "resize", "rank": 2}]
