@@ -60,7 +60,9 @@ def serve(chosen: argparse.Namespace) -> None:
     workspace.mkdir(parents=True, exist_ok=True)
     host = "0.0.0.0" if chosen.listen and chosen.host in LOOPBACK else chosen.host
     try:
-        page, local, public = ui.launch(Jobs(places), host=host, port=chosen.port, password=password,
+        jobs = Jobs(places)
+        jobs.serve_queue()  # the machine may have been restarted
+        page, local, public = ui.launch(jobs, host=host, port=chosen.port, password=password,
                                         share=chosen.share, open_browser=chosen.open)
     except OSError as error:
         sys.exit(f"The app could not start: {error}")

@@ -16,7 +16,8 @@ from trainer.errors import UserError
 
 ASSETS = Path(__file__).parent / "assets"
 SCRIPTS = ("core.js", "series.js", "chart.js", "panels.js", "samples.js", "run_controls.js", "run_view.js",
-           "run_list.js", "preset_form.js", "preset_editor.js", "dataset_dialogs.js", "dataset_store.js",
+           "run_queue.js", "run_list.js", "preset_form.js", "preset_editor.js",
+           "dataset_dialogs.js", "dataset_store.js",
            "dataset_card.js", "dataset_chips.js", "dataset_grid.js", "dataset_mask.js", "dataset_viewer.js",
            "dataset_training.js", "dataset_bulk.js", "dataset_overview.js", "dataset_health.js",
            "dataset_captioning.js", "dataset_upload.js", "dataset_page.js")

@@ -8,14 +8,18 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from app.paths import Places
+from trainer import preset as presets
 from trainer import run as runs
 from trainer.detached import TRAINER, Launch, start_detached
 from trainer.errors import UserError
+from trainer.queue import Queue
 from trainer.run import Run, State
 
+RUNNER_CHECK = 5.0  # seconds between two looks whether somebody trains what waits
 SHARED_FOR = 0.5  # seconds for which all open tabs share one listing
 
 Order = Literal["stop", "pause", "continue", "save", "sample"]
+QueueOrder = Literal["up", "down", "cancel", "restore", "dismiss"]
 
 
 class Row(NamedTuple):
@@ -31,22 +35,58 @@ class Jobs:
 
     def __init__(self, places: Places, trainer: tuple[str, ...] = TRAINER) -> None:
         self.places = places
+        self.queue = Queue(places.workspace)
         self._trainer = trainer
+        self._queue_starter: Launch | None = None
+        self._looked_after = 0.0
         self._launches: dict[str, Launch] = {}
         self._ended: dict[str, tuple[object, State]] = {}  # state of runs that are over, by what their files say
         self._listing: tuple[float, list[Row]] = (0.0, [])
         self._lock = threading.Lock()
 
-    def start(self, preset: Path, name: str) -> None:
-        """Begin a new run; a name that is taken or impossible is refused."""
+    def start(self, preset: Path, name: str) -> bool:
+        """Begin a new run, or let it wait while another one is on; returns whether it waits.
+
+        A name that is taken or impossible is refused.
+        """
         with self._lock:
             self.refuse_taken(name)
-            self._launch(name, ["--preset", str(preset), "--name", name, "--workspace", str(self.places.workspace)])
+            waits = bool(self.queue.names()) or any(row.state.alive for row in self._list())
+            if waits:
+                self.queue.add(presets.load(preset), name)
+                self._listing = (0.0, [])
+            else:
+                self._launch(name, ["--preset", str(preset), "--name", name, "--workspace", str(self.places.workspace)])
+        self.serve_queue()
+        return waits
+
+    def serve_queue(self) -> None:
+        """See to it that what waits is trained, by processes that need this app no more than a trainer does."""
+        with self._lock:
+            is_starting = self._queue_starter is not None and self._queue_starter.is_running
+            if is_starting or not self.queue.names() or self.queue.is_served():
+                return
+            self._queue_starter = start_detached([*self._trainer, "queue", "--workspace", str(self.places.workspace)],
+                                                 self.places.logs / "queue.log")
+
+    def order_queue(self, name: str, order: QueueOrder) -> None:
+        """Change what waits, or forget a failure."""
+        names = [entry.name for entry in self.queue.waiting()]
+        if order in ("up", "down"):
+            place = names.index(name) + 1 if name in names else 1
+            self.queue.move(name, place - 1 if order == "up" else place + 1)
+        elif order == "cancel":
+            self.queue.cancel(name)
+        elif order == "restore":
+            self.queue.restore(name)
+        else:
+            self.queue.dismiss(name)
+        self.serve_queue()
 
     def refuse_taken(self, name: str) -> None:
         """`UserError` for a name that no new run can have."""
         runs.check_name(name)
-        if runs.is_taken(self.places.workspace, name) or self._is_starting(name):
+        if runs.is_taken(self.places.workspace, name) or self._is_starting(name) or name in self.queue.names():
             raise UserError(f"there is already a run called {name!r}; choose another name")
 
     def resume(self, run: Run) -> None:
@@ -55,6 +95,8 @@ class Jobs:
             if self._is_starting(run.name) or run.is_held():
                 raise UserError(f"{run.name} is already being trained")
             run.withdraw("pause")  # whoever asks to resume does not want it to wait at once
+            if self._failure(run.name):
+                self.queue.dismiss(run.name)
             self._launch(run.name, ["--resume", str(run.path)])
 
     def order(self, run: Run, order: Order, prompts: list[str]) -> None:
@@ -68,6 +110,8 @@ class Jobs:
             run.request("sample", {"prompts": prompts})
         else:
             run.request(order)
+        if order == "stop":
+            self.queue.let_go(run.name)
 
     def state(self, run: Run) -> State:
         """A run's state; that of a run which is over is worked out once."""
@@ -84,9 +128,11 @@ class Jobs:
         return self._ended[run.name][1]
 
     def early_end(self, name: str) -> str:
-        """What a trainer said that we started and that died before it wrote an event; else ""."""
+        """What a trainer said that died before it wrote an event, or why the queue gave its run up; else ""."""
         launch = self._launches.get(name)
-        if launch is None or launch.is_running or launch.process.returncode == 0:
+        if launch is None:
+            return self._failure(name)
+        if launch.is_running or launch.process.returncode == 0:
             return ""
         events = self.places.runs / name / "events.jsonl"
         said_more = events.exists() and events.stat().st_mtime >= launch.at
@@ -96,13 +142,28 @@ class Jobs:
         """The state of a run that has no folder (yet): its trainer is starting, or could not."""
         launch = self._launches.get(name)
         if launch is None:
-            return None
+            return self._queued(name)
         if launch.is_running:
             return State("starting", "starting the trainer", alive=True)
         return State("failed", "did not start")
 
+    def _queued(self, name: str) -> State | None:
+        """The state of a run that the queue alone knows."""
+        waiting = [entry.name for entry in self.queue.waiting()]
+        if name in waiting:
+            return State("new", f"waits in the queue: place {waiting.index(name) + 1} of {len(waiting)}")
+        if any(entry.name == name for entry in self.queue.begun()):
+            return State("starting", "starting the trainer", alive=True)
+        return State("failed", "did not start") if self._failure(name) else None
+
+    def _failure(self, name: str) -> str:
+        return next((failure.reason for failure in self.queue.failures() if failure.name == name), "")
+
     def listing(self) -> list[Row]:
         """All runs, the newest first; trainers that have no folder yet are there too."""
+        if time.monotonic() - self._looked_after > RUNNER_CHECK:  # its runner may have been killed
+            self._looked_after = time.monotonic()
+            self.serve_queue()
         with self._lock:
             at, rows = self._listing
             if time.monotonic() - at > SHARED_FOR:

@@ -11,7 +11,7 @@ import pytest
 
 from app.jobs import TRAINER, Jobs
 from app.paths import Places
-from trainer import run
+from trainer import preset, run
 from trainer.errors import UserError
 from trainer.events import EventWriter
 
@@ -162,3 +162,51 @@ def test_fifty_runs_are_listed_in_a_fifth_of_a_second_newest_first(places):
     begun = time.perf_counter()
     jobs._list()
     assert time.perf_counter() - begun < 0.2
+
+
+def test_a_second_start_waits_and_begins_when_the_first_is_over(places):
+    jobs = Jobs(places, (*STAND_IN, "--pace", "0.02"))
+    assert not jobs.start(preset_file(places, steps=10_000), "a")
+    wait(lambda: state(jobs, "a").word == "training")
+    assert jobs.start(preset_file(places, steps=3), "b") and jobs.start(preset_file(places, steps=4), "c")
+    assert jobs.pending("c").text == "waits in the queue: place 2 of 2" and jobs.pending("d") is None
+    with pytest.raises(UserError, match="already a run called 'b'"):
+        jobs.start(preset_file(places), "b")
+    jobs.order_queue("c", "up")
+    assert [entry.name for entry in jobs.queue.waiting()] == ["c", "b"]
+    jobs.order(places.run("a"), "stop", [])
+    wait(lambda: (places.runs / "b").exists() and state(jobs, "b").word == "done")
+    assert state(jobs, "a").word == "stopped" and state(jobs, "c").word == "done"
+    assert places.run("c").events.stat().st_mtime <= places.run("b").events.stat().st_mtime
+    wait(lambda: not jobs.queue.is_served())
+    assert not jobs.start(preset_file(places), "d")  # nothing is on: at once
+    wait(lambda: state(jobs, "d").word == "done")
+
+
+def test_a_run_of_the_queue_that_is_stopped_in_the_app_stays_stopped(places):
+    jobs = Jobs(places, (*STAND_IN, "--pace", "0.02"))
+    jobs.queue.add(preset.load(preset_file(places, steps=10_000)), "a")
+    jobs.serve_queue()
+    wait(lambda: (places.runs / "a").exists() and state(jobs, "a").word == "training")
+    jobs.order(places.run("a"), "stop", [])
+    wait(lambda: state(jobs, "a").word == "stopped")
+    wait(lambda: not jobs.queue.is_served())
+    assert jobs.queue.names() == set() and jobs.queue.failures() == []
+
+
+def test_a_runner_that_was_killed_is_started_again_by_the_app_that_runs_or_the_next_one(places):
+    jobs = Jobs(places, (*STAND_IN, "--pace", "0.02"))
+    jobs.queue.add(preset.load(preset_file(places, steps=3)), "a")
+    jobs.listing()
+    wait(lambda: (places.runs / "a").exists() and state(jobs, "a").word == "done")
+
+
+def test_why_the_queue_gave_a_run_up_is_told_until_it_is_resumed(places):
+    jobs = Jobs(places, STAND_IN)
+    jobs.queue.add(preset.load(preset_file(places)), "a")
+    with jobs.queue.claim() as entry:
+        jobs.queue.fail(entry, "out of luck")
+    assert jobs.early_end("a") == "out of luck" and jobs.pending("a").word == "failed"
+    jobs.resume(run.create(places.workspace, "a", preset.dumps(preset.load(preset_file(places)))))
+    wait(lambda: state(jobs, "a").word == "done")
+    assert jobs.early_end("a") == "" and jobs.queue.failures() == []

@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from app import components
+from app.datasets.library import Library
 from app.jobs import Jobs
 from app.paths import Places
 from app.tabs import preset, train
@@ -27,7 +28,7 @@ def functions(jobs):
 
     with gr.Blocks() as page:
         train.build(jobs)
-        preset.build(jobs)
+        preset.build(jobs, Library(jobs.places))
     return {name: function for block in page.blocks.values() if isinstance(block, components.OwnComponent)
             for function in block.server_fns if (name := function.__name__)}
 
@@ -52,12 +53,12 @@ def wait_for(server, name, word, seconds=30.0):
 
 def test_the_surface_is_small(server):
     assert set(server) == {"list_runs", "start_demo", "read_run", "order_run", "resume_run", "list_presets",
-                           "open_preset", "check_preset", "save_preset", "start_run"}
+                           "open_preset", "check_preset", "save_preset", "start_run", "list_sets", "order_queue"}
 
 
 def test_from_an_edited_preset_to_a_finished_run(server, jobs):
     begun = server["start_run"]({"text": TEXT, "name": "", "shelf": "own", "run": "first"})
-    assert begun == {"run": "first"}
+    assert begun == {"run": "first", "waits": False}
     answer = wait_for(server, "first", "done")
     assert answer["steps"]["step"] == [1, 2, 3] and answer["exports"][0]["file"] == "first.safetensors"
     assert answer["folder"] == str(jobs.places.runs / "first")
@@ -142,7 +143,7 @@ FIELDS = {
     "list_runs": ["seen"], "read_run": ["run", "cursor", "word"], "order_run": ["run", "order", "prompts"],
     "resume_run": ["run"], "open_preset": ["shelf", "name"], "check_preset": ["text", "name", "change"],
     "save_preset": ["text", "name", "shelf", "replace"], "start_run": ["text", "name", "shelf", "run"],
-    "list_presets": [], "start_demo": [],
+    "list_presets": [], "start_demo": [], "order_queue": ["run", "order"], "list_sets": [],
 }
 FINE = {"seen": "", "run": "r", "cursor": "", "word": "", "order": "stop", "prompts": [], "shelf": "own", "name": "n",
         "text": TEXT, "change": None, "replace": False}

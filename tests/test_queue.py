@@ -91,7 +91,21 @@ def test_cancel_takes_out_what_waits_and_only_that(queue):
         for name in ("a", "b", "../a"):
             with pytest.raises(UserError, match="no run called .* is there in the queue"):
                 queue.cancel(name)
-    assert files(queue) == ["running/0001-a.toml"]
+    assert files(queue) == ["cancelled/0002-b.toml", "running/0001-a.toml"]
+
+
+def test_the_last_cancelled_run_can_be_had_back_in_its_place(queue):
+    put(queue, *"abcd")
+    queue.cancel("b")
+    queue.cancel("c")
+    with pytest.raises(UserError, match="no run called 'b'"):
+        queue.restore("b")
+    queue.restore("c")
+    assert order(queue) == ["a", "c", "d"] and len(files(queue)) == 3
+    queue.cancel("c")
+    finished(queue.workspace, "c")
+    with pytest.raises(UserError, match="another run of that name"):
+        queue.restore("c")
 
 
 def test_what_was_claimed_is_nobody_elses_and_comes_first_when_its_runner_dies(queue):

@@ -236,6 +236,13 @@ def test_every_script_parses():
         assert checked.returncode == 0, checked.stderr
 
 
+def test_no_script_takes_anothers_name():
+    """The scripts share one object; the later of two would silently replace the earlier."""
+    names = [name for path in files(".js", "app")
+             for name in re.findall(r"^ *Studio\.(\w+) = ", path.read_text(encoding="utf-8"), re.MULTILINE)]
+    assert len(names) > 20 and {name for name in names if names.count(name) > 1} == {"selected"}  # the run: a value
+
+
 def test_ruff_finds_nothing():
     pytest.importorskip("ruff")
     command = [sys.executable, "-m", "ruff", "check", "--output-format=concise", *TOPS, "launch.py"]

@@ -42,7 +42,8 @@ class Queue:
     def __init__(self, workspace: Path) -> None:
         self.workspace = workspace
         self.folder = workspace / "queue"
-        self._running, self._failed, self._locks = (self.folder / name for name in ("running", "failed", "locks"))
+        self._running, self._failed, self._cancelled, self._locks = (
+            self.folder / name for name in ("running", "failed", "cancelled", "locks"))
 
     def waiting(self) -> list[Entry]:
         """What has not begun, in order."""
@@ -94,9 +95,21 @@ class Queue:
                 os.replace(other.path, self.folder / _file(number, other.name))
 
     def cancel(self, name: str) -> None:
-        """Take a waiting run out."""
+        """Take a waiting run out; the last one can be had back."""
         with self._whole():
-            self._find(self.waiting(), name).path.unlink()
+            entry = self._find(self.waiting(), name)
+            self._cancelled.mkdir(exist_ok=True)
+            for old in _entries(self._cancelled):
+                old.path.unlink()
+            os.replace(entry.path, self._cancelled / entry.path.name)
+
+    def restore(self, name: str) -> None:
+        """Let the run that was cancelled last wait again, where it did before."""
+        with self._whole():
+            entry = self._find(_entries(self._cancelled), name)
+            if name in self.names() or runs.is_taken(self.workspace, name):
+                raise UserError(f"{name} cannot wait again: there is another run of that name by now")
+            os.replace(entry.path, self.folder / entry.path.name)
 
     def let_go(self, name: str) -> None:
         """A run that has begun is stopped for good: no runner shall take it up again."""

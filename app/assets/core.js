@@ -163,7 +163,7 @@
   Studio.selected = typeof location === "undefined" ? null : new URLSearchParams(location.search).get("run");
 
   /** Look at another run; the address says which, so that it can be kept and sent. */
-  Studio.select = (name) => {
+  Studio.chooseRun = (name) => {
     if (Studio.selected === name) return;
     Studio.selected = name;
     const address = new URL(location.href);

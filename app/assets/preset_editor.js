@@ -154,8 +154,8 @@
 
     async start() {
       const { shelf, name } = this;
-      const { run } = await Studio.ask(this.server, "start_run", { text: this.text.value, name, shelf, run: this.runName.value.trim() });
-      this.status.textContent = "";
+      const { run, waits } = await Studio.ask(this.server, "start_run", { text: this.text.value, name, shelf, run: this.runName.value.trim() });
+      this.status.textContent = waits ? `${run} waits in the queue, since another run is on.` : "";
       this.runName.value = nextName(run);
       document.dispatchEvent(new CustomEvent("studio:started", { detail: run }));
     }

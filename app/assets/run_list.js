@@ -19,8 +19,12 @@
     const list = h("ol", { class: "st-runs" });
     const count = h("span", { class: "st-count" });
     const fresh = h("button", { type: "button", class: "st-button st-primary", onclick: () => Studio.goTo("Preset") }, "New run");
+    const queue = new Studio.RunQueue(async (run, order) => {
+      await Studio.ask(server, "order_queue", { run, order });
+      await refresh();
+    });
     const panel = h("nav", { class: "st-runlist", "aria-label": "Runs" },
-      h("div", { class: "st-row" }, h("h2", {}, "Runs ", count), h("span", { class: "st-space" }), fresh), list);
+      h("div", { class: "st-row" }, h("h2", {}, "Runs ", count), h("span", { class: "st-space" }), fresh), list, queue.element);
     element.replaceChildren(panel, Studio.welcome(hasDemo, startDemo));
     const welcome = element.lastElementChild;
 
@@ -29,19 +33,23 @@
       document.dispatchEvent(new CustomEvent("studio:started", { detail: run }));
     }
 
-    const now = Studio.poll(element, async () => {
+    async function refresh() {
       const answer = await Studio.ask(server, "list_runs", { seen: tag });
       live = answer.live;
-      if (answer.rows) ({ tag, rows } = answer);
+      if (answer.rows) {
+        ({ tag, rows } = answer);
+        queue.show(answer.queue);
+      }
       const names = rows.map(([name]) => name);
       if (names.includes(expected)) expected = "";
-      if (!Studio.selected && !expected && names.length) Studio.select(names[0]);
+      if (!Studio.selected && !expected && names.length) Studio.chooseRun(names[0]);
       draw();
       return Object.keys(live).length ? 2 : 4;
-    });
+    }
+    const now = Studio.poll(element, refresh);
 
     function draw() {
-      const isFirst = rows.length === 0 && !Studio.selected;
+      const isFirst = rows.length === 0 && !Studio.selected && queue.isEmpty;
       document.getElementById("train")?.classList.toggle("st-first", isFirst);
       welcome.hidden = !isFirst;
       panel.hidden = isFirst;
@@ -60,7 +68,7 @@
       const link = h("a", { href: address, "data-run": name, "aria-current": isShown ? "true" : null, onclick: (event) => {
         if (event.ctrlKey || event.metaKey || event.shiftKey) return;
         event.preventDefault();
-        Studio.select(name);
+        Studio.chooseRun(name);
       } }, h("span", { class: "st-name" }, name), h("span", { class: "st-row" }, Studio.badge(word),
         h("span", { class: "st-small" }, of ? `${at} of ${of}` : ""), h("span", { class: "st-space" }),
         h("time", { class: "st-small", datetime: new Date(started * 1000).toISOString() }, Studio.day(started))));
@@ -71,7 +79,7 @@
     document.addEventListener("studio:run", () => rows && draw());
     document.addEventListener("studio:started", (event) => {
       expected = event.detail;
-      Studio.select(event.detail);
+      Studio.chooseRun(event.detail);
       Studio.goTo("Train");
       now();
     });

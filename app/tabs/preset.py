@@ -15,6 +15,7 @@ from app.jobs import Jobs
 from app.paths import Places, inside
 from trainer import preset
 from trainer.errors import UserError
+from trainer.queue import Queue
 from trainer.run import check_name, free_name
 
 SHELVES = ("shipped", "own")
@@ -85,7 +86,8 @@ def open_preset(places: Places, asked: OpenPreset) -> Answer:
     """A preset's text with its values and faults, and a free name for a run of it."""
     file = find(places, asked.shelf, asked.name)
     text = preset.read_text(file)
-    return {"text": text, "run": free_name(places.workspace, file.stem), **form.state_of(text, file.name)}
+    return {"text": text, "run": free_name(places.workspace, file.stem, Queue(places.workspace).names()),
+            **form.state_of(text, file.name)}
 
 
 def check_preset(asked: CheckPreset) -> Answer:
@@ -111,11 +113,10 @@ def save_preset(places: Places, asked: SavePreset) -> Answer:
 
 
 def start_run(jobs: Jobs, asked: StartRun) -> Answer:
-    """Start a run of the text: of its file when it says the same, else of a draft."""
+    """Start a run of the text, or let it wait: of its file when it says the same, else of a draft."""
     jobs.refuse_taken(asked.run)
     preset.parse(asked.text, f"{asked.name or 'preset'}.toml")
-    jobs.start(_file_of(jobs.places, asked), asked.run)
-    return {"run": asked.run}
+    return {"run": asked.run, "waits": jobs.start(_file_of(jobs.places, asked), asked.run)}
 
 
 def _file_of(places: Places, asked: StartRun) -> Path:

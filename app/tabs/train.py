@@ -11,7 +11,7 @@ from pydantic import Field
 
 from app import feed
 from app.components import Answer, Request, RunList, RunView, server_function
-from app.jobs import Jobs, Order
+from app.jobs import Jobs, Order, QueueOrder
 from trainer import preset
 from trainer.errors import UserError
 from trainer.run import Run, State, free_name
@@ -38,6 +38,11 @@ class OrderRun(Request):
     prompts: Annotated[list[Annotated[str, Field(max_length=2000)]], Field(max_length=64)] = []
 
 
+class OrderQueue(Request):
+    run: Name
+    order: QueueOrder
+
+
 class NameRun(Request):
     run: Name
 
@@ -50,7 +55,8 @@ def build(jobs: Jobs) -> None:
     """Lay the tab out."""
     with gr.Row(elem_id="train"):
         RunList([server_function("list_runs", ListRuns, lambda asked: list_runs(jobs, asked)),
-                 server_function("start_demo", Nothing, lambda asked: start_demo(jobs))],
+                 server_function("start_demo", Nothing, lambda asked: start_demo(jobs)),
+                 server_function("order_queue", OrderQueue, lambda asked: order_queue(jobs, asked))],
                 data={"hasDemo": DEMO.is_file()}, elem_id="runs")
         RunView([server_function("read_run", ReadRun, lambda asked: read_run(jobs, asked)),
                  server_function("order_run", OrderRun, lambda asked: order_run(jobs, asked)),
@@ -61,11 +67,13 @@ def build(jobs: Jobs) -> None:
 def list_runs(jobs: Jobs, asked: ListRuns) -> Answer:
     """All runs with their states, when the page has another list; how far the living ones are, always."""
     rows = jobs.listing()
+    queue = {"waiting": [entry.name for entry in jobs.queue.waiting()],
+             "failed": [[failure.name, failure.reason] for failure in jobs.queue.failures()]}
     shown = [[row.name, row.state.word, round(row.started), row.state.steps if not row.state.alive else 0,
               row.state.step if not row.state.alive else 0] for row in rows]
-    tag = hashlib.sha256(json.dumps(shown).encode()).hexdigest()[:12]
+    tag = hashlib.sha256(json.dumps([shown, queue]).encode()).hexdigest()[:12]
     answer: Answer = {"live": {row.name: [row.state.step, row.state.steps] for row in rows if row.state.alive}}
-    return answer if tag == asked.seen else answer | {"tag": tag, "rows": shown}
+    return answer if tag == asked.seen else answer | {"tag": tag, "rows": shown, "queue": queue}
 
 
 def start_demo(jobs: Jobs) -> Answer:
@@ -73,7 +81,7 @@ def start_demo(jobs: Jobs) -> Answer:
     if not DEMO.is_file():
         raise UserError(f"the demo is not here: {DEMO} is missing")
     starting = {row.name for row in jobs.listing() if row.state.alive}
-    name = free_name(jobs.places.workspace, "demo")
+    name = free_name(jobs.places.workspace, "demo", jobs.queue.names())
     if name in starting:  # it was started a moment ago and has no folder yet
         return {"run": name}
     jobs.start(DEMO, name)
@@ -110,6 +118,12 @@ def order_run(jobs: Jobs, asked: OrderRun) -> Answer:
 def resume_run(jobs: Jobs, asked: NameRun) -> Answer:
     """Go on with a run that is over or was killed."""
     jobs.resume(jobs.places.run(asked.run))
+    return {}
+
+
+def order_queue(jobs: Jobs, asked: OrderQueue) -> Answer:
+    """Move a waiting run, take it out, put it back, or forget a failure."""
+    jobs.order_queue(asked.run, asked.order)
     return {}
 
 
