@@ -172,7 +172,7 @@ def test_tokens_are_counted_and_the_limit_is_marked_where_it_falls(browser, serv
     with opened(browser, server.address) as page:
         use(page, folder, 2)
         tile = page.locator(".st-tile", has_text="00.png")
-        expect(tile.locator(".st-tile-foot")).to_contain_text("83 tokens, 6 beyond 77 · 324 letters")
+        expect(tile.locator(".st-tile-foot")).to_contain_text("83 tokens, 6 beyond 77 · 324 characters")
         expect(tile.locator("mark")).to_have_text(re.compile(r"^(cat ){5}tail$"))
         expect(page.locator(".st-tile", has_text="01.png").locator("mark")).to_have_count(0)
 

@@ -100,7 +100,7 @@ def test_the_overview_counts_filters_and_shows_crops(browser, server, folder):
         overview = panel(page, "Overview")
         expect(overview.get_by_label("Resolution")).to_have_value("256")
         expect(overview.get_by_label("Trigger word")).to_have_value("sks")
-        expect(overview.get_by_text("4 of 5 captions have the trigger word “sks”.")).to_be_visible()
+        expect(overview.get_by_text("4 of 5 captions have the trigger word “sks”;")).to_be_visible()
         expect(overview.get_by_role("row", name=re.compile("^wide 1"))).to_be_visible()
         expect(overview.get_by_text(re.compile(r"An epoch shows 5 images in 5 steps"))).to_be_visible(timeout=15_000)
         bucket = overview.get_by_role("row", name=re.compile(r"^4\d\d × 1\d\d 1, cut"))
@@ -118,10 +118,14 @@ def test_the_overview_counts_filters_and_shows_crops(browser, server, folder):
 
 def test_captions_are_shown_as_training_will_see_them(browser, server, folder):
     make(folder, 7)
+    other = PRESET.replace('folder = "."', f"folder = '../datasets/{folder.name}'").replace("sks", "a trigger")
+    (server.workspace / "presets/other.toml").write_text(other)
     with opened(browser, server.address) as page:
         use(page, folder, 7)
         seen = panel(page, "As trained")
         expect(seen.get_by_role("listitem")).to_have_count(5)
+        expect(seen.get_by_label("As in the preset")).to_have_value("own/other")  # the one that uses this data set
+        expect(seen.get_by_role("listitem").first).to_contain_text("a trigger, ")
         expect(seen.get_by_text("Tags are shuffled, the first 1 stay.")).to_be_visible()
         first = seen.get_by_role("list").text_content()
         button(page, "Five others").click()

@@ -127,7 +127,7 @@
       const tokens = counted ? `${counted[0]} tokens` : "";
       const long = counted && counted[1] !== null ? `, ${counted[0] - 77} beyond 77` : "";
       const state = draft?.theirs ? "changed elsewhere" : draft?.fault ?? (draft ? "not saved" : "");
-      const said = card && !card.fault ? [state, `${tokens}${long}`, `${[...text].length} letters`].filter(Boolean).join(" · ") : "";
+      const said = card && !card.fault ? [state, `${tokens}${long}`, Studio.count([...text].length, "character")].filter(Boolean).join(" · ") : "";
       if (this.meta.textContent !== said) this.meta.textContent = said;
       this.meta.classList.toggle("st-warn", Boolean(long || draft?.theirs || draft?.fault));
       this.compare.hidden = !draft?.theirs;

@@ -40,6 +40,7 @@
     closed() { this.pointed?.crop(null); }
 
     poll() {
+      if (this.pointed?.box.hidden) this.point(this.pointed); // its size may be known by now
       if (this.known !== undefined && this.known < this.of) this.load();
     }
 
@@ -64,8 +65,8 @@
       const { trigger } = this.page.settings.values.handling;
       const wanted = this.tagFind.value.trim().toLowerCase();
       const found = tags.filter(([tag]) => tag.toLowerCase().includes(wanted));
-      const rows = found.slice(0, this.shownTags).map(([tag, count, both]) => [short(tag), count, () => this.page.find({ tag }), both < count && trigger ? `${count}, ${both} with the trigger` : `${count}`]);
-      const told = trigger ? `${together} of ${Studio.count(of, "caption")} have the trigger word “${trigger}”. ` : "";
+      const rows = found.slice(0, this.shownTags).map(([tag, count, both]) => [short(tag), count, () => this.page.find({ tag }), both < count && trigger ? `${count} (${both})` : `${count}`]);
+      const told = trigger ? `${together} of ${Studio.count(of, "caption")} have the trigger word “${trigger}”; in brackets, how many have it and the tag. ` : "";
       this.tags.replaceChildren(h("p", { class: "st-small" }, `${told}${Studio.count(different, "different tag")}. Press one to see its images.`), Studio.bars("Tags", rows),
         ...(found.length > this.shownTags ? [this.page.button("Show more", "st-quiet", () => { this.shownTags += 200; this.showTags(); })] : []));
     }
@@ -73,9 +74,9 @@
     showLengths({ lengths, tokens, empty }) {
       const over = tokens.over ? h("p", { class: "st-warn" }, h("button", { type: "button", class: "st-link", onclick: () => this.page.find({ names: tokens.names }, "Longer than 77 tokens") },
         `${Studio.count(tokens.over, "caption")} longer than 77 tokens`), ". Models with CLIP alone read them in pieces, or cut them off elsewhere.") : null;
-      this.lengths.replaceChildren(...[h("p", { class: "st-small" }, `Half of the captions have ${Math.round(lengths.median)} letters or fewer; ${empty} have none.`), over,
+      this.lengths.replaceChildren(...[h("p", { class: "st-small" }, `Half of the captions have ${Math.round(lengths.median)} characters or fewer; ${empty} have none.`), over,
         h("h5", {}, "Tokens (CLIP)"), Studio.bars("Captions by tokens", tokens.counts.map((count, index) => [whole(tokens.edges, index), count])),
-        h("h5", {}, "Letters"), Studio.bars("Captions by letters", lengths.counts.map((count, index) => [whole(lengths.edges, index), count]))].filter(Boolean));
+        h("h5", {}, "Characters"), Studio.bars("Captions by characters", lengths.counts.map((count, index) => [whole(lengths.edges, index), count]))].filter(Boolean));
     }
 
     showSizes({ known, of, buckets, images_per_epoch: images, steps_per_epoch: steps, ratios, megapixels }) {

@@ -29,7 +29,7 @@
         state: (answer) => this.showState(answer), conflict: (name) => this.compare(name), failed: (text) => this.say(text, true) });
       this.grid = new Studio.CardGrid(this.store, { open: (name) => this.open(name), compare: (name) => this.compare(name), selected: () => this.showSelected(),
         point: (card) => this.panel?.point?.(card), remove: (names) => this.change("delete_images", { names }), exclude: (names) => this.exclude(names) });
-      this.settings = new Studio.TrainingSettings(server);
+      this.settings = new Studio.TrainingSettings(this.store);
       this.viewer = new Studio.ImageViewer(this.store, (text) => this.say(text, true), this.settings);
       this.element = h("div", { class: "st-data" }, this.head(), this.welcome(),
         this.work = h("div", { class: "st-work", hidden: true }, this.toolbar(),
@@ -284,7 +284,7 @@
       const { info } = this.store;
       if (!info) return;
       const parts = [Studio.count(info.images, "image"), `${info.captioned} with a caption`, info.excluded ? `${info.excluded} excluded` : "",
-        info.looked_at < info.images ? `looked at ${info.looked_at}` : "", info.folder].filter(Boolean).join(" · ");
+        info.looked_at < info.images ? `looked at ${info.looked_at} so far` : "", info.folder].filter(Boolean).join(" · ");
       if (this.facts.textContent !== parts) this.facts.textContent = parts;
     }
 

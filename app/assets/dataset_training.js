@@ -9,8 +9,8 @@
 
   /** One element that the open panel shows: a preset, and its resolution and trigger word, which may be changed here. */
   Studio.TrainingSettings = class {
-    constructor(server) {
-      Object.assign(this, { server, values: structuredClone(PLAIN), changed: () => {} });
+    constructor(store) {
+      Object.assign(this, { store, id: "", values: structuredClone(PLAIN), changed: () => {} });
       this.choice = h("select", { onchange: () => this.read() });
       this.resolution = Studio.input("512", { inputmode: "numeric", onchange: () => this.typed() });
       this.trigger = Studio.input("", { maxlength: "200", onchange: () => this.typed() });
@@ -19,14 +19,15 @@
         Studio.field("Trigger word", this.trigger), this.said);
     }
 
-    /** Have it at hand; `changed` is called when a setting is another one. */
+    /** Have it at hand, a preset that uses the data set first; `changed` is called when a setting is another one. */
     async use(changed) {
       this.changed = changed;
-      if (this.choice.options.length) return;
-      const shelves = await Studio.ask(this.server, "list_trainings");
+      if (this.id === this.store.id) return;
+      this.id = this.store.id;
+      const shelves = await this.store.ask("list_trainings");
       const group = (shelf, label) => (shelves[shelf].length ? h("optgroup", { label }, shelves[shelf].map((name) => h("option", { value: `${shelf}/${name}` }, name))) : null);
       this.choice.replaceChildren(...[group("own", "Yours"), group("shipped", "Shipped")].filter(Boolean));
-      const kept = localStorage.getItem(KEPT);
+      const kept = shelves.using ? `own/${shelves.using}` : localStorage.getItem(KEPT);
       if ([...this.choice.options].some((option) => option.value === kept)) this.choice.value = kept;
       await this.read(false);
     }
@@ -34,10 +35,10 @@
     async read(isTold = true) {
       const [shelf, ...name] = this.choice.value.split("/");
       if (!shelf) return;
-      localStorage.setItem(KEPT, this.choice.value);
+      if (isTold) localStorage.setItem(KEPT, this.choice.value);
       this.said.textContent = "";
       try {
-        this.values = await Studio.ask(this.server, "read_training", { shelf, name: name.join("/") });
+        this.values = await Studio.ask(this.store.server, "read_training", { shelf, name: name.join("/") });
       } catch (error) {
         this.said.textContent = `This preset cannot be used yet: ${error.message.split("\n")[0]}`;
       }

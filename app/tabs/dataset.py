@@ -10,6 +10,7 @@ from typing import Annotated, Any
 from gradio.utils import get_upload_folder
 from pydantic import Field
 
+from app.captioning import Captioning
 from app.components import Answer, DataSets, Request, server_function
 from app.datasets import tokens
 from app.datasets.data_set import DataSet
@@ -100,8 +101,9 @@ class SaveMask(OfImage):
 
 def build(library: Library) -> None:
     """Lay the tab out."""
-    DataSets([*_of_library(library), *_of_images(library), *_of_changes(library), *dataset_tools.functions(library)],
-             data=dataset_tools.offered(library), elem_id="dataset")
+    tasks = Captioning(library.places)
+    DataSets([*_of_library(library), *_of_images(library), *_of_changes(library),
+              *dataset_tools.functions(library, tasks)], data=dataset_tools.offered(tasks), elem_id="dataset")
 
 
 def _of_library(library: Library) -> list[Any]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from app import captioning
+from app import captioning, form
 from app.captioning import Captioning
 from app.components import Answer, Request, server_function
 from app.datasets import bulk, health, operations, overview, timesteps
@@ -90,7 +91,7 @@ class ApplyCaptioning(ChangeCaptioning):
     images: Annotated[list[Name], Field(max_length=200_000)] | None = None
 
 
-def functions(library: Library) -> list[Any]:
+def functions(library: Library, tasks: Captioning) -> list[Any]:
     """The server functions of all panels."""
     def of(asked: OfSet) -> DataSet:
         return library.open(asked.id)
@@ -111,14 +112,28 @@ def functions(library: Library) -> list[Any]:
                         lambda asked: health.check(of(asked), asked.trigger, asked.too_small)),
         server_function("apply_remedy", ApplyRemedy,
                         lambda asked: health.remedy(of(asked), asked.kind, asked.trigger, asked.too_small)),
-        server_function("list_trainings", Request, lambda asked: presets.list_presets(library.places)),
+        server_function("list_trainings", OfSet, lambda asked: list_trainings(library, of(asked))),
         server_function("read_training", ReadTraining, lambda asked: read_training(library, asked)),
-        *_of_captioning(library)]
+        *_of_captioning(library, tasks)]
 
 
-def offered(library: Library) -> Answer:
+def offered(tasks: Captioning) -> Answer:
     """What the captioning panel is made of."""
-    return {"models": list(captioning.MODELS), "captioning": Captioning(library.places).describe()}
+    return {"models": list(captioning.MODELS), "captioning": tasks.describe()}
+
+
+def list_trainings(library: Library, data_set: DataSet) -> Answer:
+    """The names of all presets, and of one's own the first that trains on this data set."""
+    found = presets.list_presets(library.places)
+    using = (name for name in found["own"] if _trains_on(library.places.presets / f"{name}.toml", data_set.root))
+    return found | {"using": next(using, None)}
+
+
+def _trains_on(file: Path, folder: Path) -> bool:
+    values = form.values_of(preset.read_text(file)) or {}
+    given = values.get("data", {}).get("folder", "")
+    folders = given if isinstance(given, list) else [given]
+    return any((file.parent / str(one)).resolve() == folder.resolve() for one in folders if one)
 
 
 def read_training(library: Library, asked: ReadTraining) -> Answer:
@@ -134,9 +149,7 @@ def read_training(library: Library, asked: ReadTraining) -> Answer:
                                          train.timestep_scale, train.timestep_shift, data.resolution)}
 
 
-def _of_captioning(library: Library) -> list[Any]:
-    tasks = Captioning(library.places)
-
+def _of_captioning(library: Library, tasks: Captioning) -> list[Any]:
     def start(asked: StartCaptioning) -> Answer:
         settings = {**asked.settings, "images": asked.images}
         return {"task": tasks.start(library.open(asked.id).root, settings)}
