@@ -37,6 +37,11 @@ class Places:
         return self.workspace / "datasets"
 
     @property
+    def exports(self) -> Path:
+        """LoRA files that were made by the tools of the tab "Export"."""
+        return self.workspace / "exports"
+
+    @property
     def thumbnails(self) -> Path:
         return self.workspace / "thumbnails"
 
@@ -63,6 +68,12 @@ class Places:
         for path in (of.samples, of.exports, of.result):
             if str(path) not in self.handed_out and inside(of.path, path.name) == path.resolve():
                 self.handed_out.append(str(path))
+
+    def hand_out_exports(self) -> None:
+        """Let the web server send the LoRA files made here."""
+        if str(self.exports) not in self.handed_out and inside(self.workspace, "exports") == (
+                self.workspace.resolve() / "exports"):
+            self.handed_out.append(str(self.exports))
 
     def hand_out_thumbnails(self) -> None:
         """Let the web server send small pictures of data sets; never the data sets themselves."""

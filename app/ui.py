@@ -8,7 +8,7 @@ from app import components, theme
 from app.components import Header
 from app.datasets.library import Library
 from app.jobs import Jobs
-from app.tabs import dataset, preset, train
+from app.tabs import dataset, export, preset, train
 
 TITLE = "Stiefel Studio"
 USER = "studio"  # with a password there is one user
@@ -27,6 +27,8 @@ def build(jobs: Jobs) -> gr.Blocks:
                 dataset.build(library)
             with gr.Tab("Preset", id="preset", render_children=True):
                 preset.build(jobs, library)
+            with gr.Tab("Export", id="export", render_children=True):
+                export.build(jobs.places)
     page.queue(default_concurrency_limit=8)
     return page
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from tests import lora_bases, lora_models
 from tests.test_export_merged import assert_same, fused
 from trainer.errors import UserError
-from trainer.export import texts
+from trainer.export import layers, texts
 from trainer.export.__main__ import main
 from trainer.export.lora_file import open_lora
 from trainer.export.report import examine
@@ -52,7 +52,7 @@ def test_every_layer_becomes_its_nearest_of_the_rank(tmp_path):
         assert torch.dist(after[name], matrix) == pytest.approx(float(s[2:].norm()), rel=1e-4)
     said = open_lora(tmp_path / "b.safetensors").metadata
     assert said["ss_network_dim"] == "2" and said["sshs_model_hash"] == done.written.model_hash
-    assert texts.history(said)[0] == {"what": "resize", "rank": 2, "from": [texts.source(open_lora(source))]}
+    assert texts.history(said)[0] == {"what": "resize", "rank": 2, "from": [layers.source(open_lora(source))]}
 
 
 def test_energy_finds_one_rank_for_the_whole_file(tmp_path):

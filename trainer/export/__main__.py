@@ -86,7 +86,7 @@ def _verify(options: argparse.Namespace) -> int:
 
     named = [name.strip() for name in options.consumers.split(",") if name.strip()]
     report = reports.examine(options.file, base=options.base, consumers=reports.check_consumers(named))
-    print(json.dumps(reports.as_json(report), indent=2) if options.json else reports.as_text(report))
+    print(json.dumps(reports.as_json(report)) if options.json else reports.as_text(report))
     return DONE if report.good else USER_ERROR
 
 

@@ -16,7 +16,7 @@ from trainer.errors import UserError
 from trainer.export import texts
 from trainer.export.base_model import COMPONENTS, DTYPES, BaseModel, open_base, read_tensor
 from trainer.export.formats import FAMILIES
-from trainer.export.layers import check_out, pairs_of
+from trainer.export.layers import check_out, pairs_of, source
 from trainer.export.lora_file import swap_halves
 from trainer.export.merge import Weighted, open_weighted
 from trainer.export.report import misfits
@@ -131,7 +131,7 @@ def _apply(weight: Tensor, pair: Pair, strength: float) -> None:
 
 def _texts(header: Header, files: Sequence[Weighted]) -> texts.Texts:
     """The base's own texts, and what was put into it."""
-    steps = [texts.source(file.lora, file.weight) for file in files]
+    steps = [source(file.lora, file.weight) for file in files]
     found = texts.with_step(header.metadata, "bake", base=header.file.name, **{"from": steps})
     if any(key.startswith("modelspec.") for key in found):
         found["modelspec.merged_from"] = ", ".join([header.file.stem, *(file.lora.path.stem for file in files)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -61,6 +62,12 @@ def own_format(lora: LoraFile) -> str:
         return lora.format.name
     alike = (name for name in written if formats.find(lora.family, name).style == lora.format.style)
     return next(alike, written[0])
+
+
+def source(lora: LoraFile, weight: float | None = None) -> dict[str, Any]:
+    """A file as an entry of the history."""
+    found = {"name": lora.path.name, "hash": lora.metadata.get("sshs_model_hash"), "weight": weight}
+    return {key: value for key, value in found.items() if value is not None}
 
 
 def check_out(out: Path, *inputs: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 from trainer.errors import UserError
 from trainer.export import header, texts, writer
 from trainer.export.formats import FAMILIES
-from trainer.export.layers import check_out, open_whole, own_format, pairs_of, rows
+from trainer.export.layers import check_out, open_whole, own_format, pairs_of, rows, source
 from trainer.export.lora_file import LoraFile
 from trainer.export.resize import Cut, Resized, Tell, resized_layer
 from trainer.export.stacked import Pair
@@ -111,5 +111,5 @@ def _texts(files: Sequence[Weighted], rank: int | None) -> texts.Texts:
     found = texts.joined([file.lora.metadata for file in files])
     names = [file.lora.metadata.get("modelspec.title") or file.lora.path.stem for file in files]
     steps = {"rank": rank} if rank else {}
-    sources = [texts.source(file.lora, file.weight) for file in files]
+    sources = [source(file.lora, file.weight) for file in files]
     return texts.with_step(found, "merge", **steps, **{"from": sources}) | {"modelspec.merged_from": ", ".join(names)}

@@ -10,7 +10,7 @@ import torch
 
 from trainer.errors import UserError
 from trainer.export import lowrank, texts, writer
-from trainer.export.layers import check_out, open_whole, own_format, pairs_of, rows, stacks
+from trainer.export.layers import check_out, open_whole, own_format, pairs_of, rows, source, stacks
 from trainer.export.lora_file import LoraFile
 from trainer.export.lowrank import Svd
 from trainer.export.stacked import Pair
@@ -76,7 +76,7 @@ def resize(path: Path, out: Path, *, rank: int | None = None, energy: float | No
         alpha = float(max(len(down) for _, _, down, _ in pairs))
         pairs = [(name, up * (len(down) / alpha), down, magnitude) for name, up, down, magnitude in pairs]
     step = {"rank": rank} if energy is None and rank else {"energy": energy} if energy else {"dynamic": dynamic}
-    words = texts.with_step(texts.kept(lora.metadata), "resize", **step, **{"from": [texts.source(lora)]})
+    words = texts.with_step(texts.kept(lora.metadata), "resize", **step, **{"from": [source(lora)]})
     written = writer.write(out, pairs, family=lora.family, dtype=lora.dtype if dtype == "auto" else dtype,
                            metadata=words, form=form, alpha=alpha, even=dynamic is None)
     return Resized(written, cuts)

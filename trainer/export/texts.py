@@ -13,7 +13,6 @@ from typing import Any
 from trainer import preset
 from trainer.errors import UserError
 from trainer.export import metadata
-from trainer.export.lora_file import LoraFile
 
 HISTORY = "stiefel_studio_history"  # a JSON list of steps: what was done, to which files
 OLD_TEXTS = ("ss_output_name", "sshs_", "modelspec.hash_sha256", "lora_adapter_metadata")  # of the other file
@@ -39,12 +38,6 @@ class Labels:
 def kept(texts: Mapping[str, str]) -> Texts:
     """A file's texts without those that are of its very tensors."""
     return {key: text for key, text in texts.items() if not key.startswith(OLD_TEXTS)}
-
-
-def source(lora: LoraFile, weight: float | None = None) -> dict[str, Any]:
-    """A file as an entry of the history."""
-    found = {"name": lora.path.name, "hash": lora.metadata.get("sshs_model_hash"), "weight": weight}
-    return {key: value for key, value in found.items() if value is not None}
 
 
 def with_step(texts: Mapping[str, str], what: str, **step: Any) -> Texts:  # noqa: ANN401 - what JSON holds
