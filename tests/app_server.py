@@ -22,7 +22,8 @@ def main(port: int, workspace: Path, pace: str, password: str | None) -> None:
 
     train.DEMO = workspace / "demo.toml"
     train.DEMO.write_text(DEMO)
-    jobs = Jobs(Places(workspace), (sys.executable, str(HERE / "app_trainer.py"), "--pace", pace))
+    roots = tuple(filter(Path.is_dir, [workspace / "root"]))
+    jobs = Jobs(Places(workspace, roots), (sys.executable, str(HERE / "app_trainer.py"), "--pace", pace))
     ui.launch(jobs, host="127.0.0.1", port=port, password=password)
     while True:
         time.sleep(60)

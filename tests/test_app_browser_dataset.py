@@ -51,6 +51,33 @@ def test_images_captions_and_a_zip_are_added_to_a_new_data_set(browser, tmp_path
         expect(page.get_by_text("No images yet")).to_be_visible()
 
 
+def test_a_folder_below_a_root_is_used_in_place_or_copied(browser, tmp_path):
+    folder = make(tmp_path / "w/root/photos/cats", 3, {"00": "in place"})
+    with served(tmp_path / "w") as server, opened(browser, server.address) as page:
+        page.get_by_role("tab", name="Data set").click()
+        button(page, "Open a folder…").last.click()
+        button(page, "photos").click()
+        button(page, "cats (3 images)").click()
+        button(page, "Use it in place").click()
+        expect(page.get_by_text("3 images", exact=True)).to_be_visible()
+        caption(page, "00.png").fill("changed where it is")
+        caption(page, "01.png").focus()
+        expect(undo(page)).to_contain_text("00.png")
+        assert texts(folder)["00.txt"] == b"changed where it is"
+        button(page, "Open a folder…").first.click()
+        button(page, "photos").click()
+        button(page, "cats (3 images)").click()
+        button(page, "Copy it into the workspace").click()
+        expect(page.locator(".st-set-facts")).to_contain_text("/datasets/cats")
+        expect(caption(page, "00.png")).to_have_value("changed where it is")
+        copy = server.workspace / "datasets/cats"
+        assert images(copy) == images(folder)
+        caption(page, "00.png").fill("of the copy")
+        caption(page, "01.png").focus()
+        expect(undo(page)).to_contain_text("00.png")
+        assert texts(copy)["00.txt"] == b"of the copy" and texts(folder)["00.txt"] == b"changed where it is"
+
+
 def test_a_caption_is_saved_on_leaving_it_and_only_when_it_changed(browser, server, folder):
     make(folder, 3, {"00": "plain", "01": "windows\r\nlines "})
     stamp = (folder / "02.txt").stat().st_mtime_ns
