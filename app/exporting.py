@@ -7,6 +7,7 @@ import os
 import re
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._-]{0,99}")
 LARGEST = 4e9  # bytes; what is larger is a base model
 MOST_FILES = 500  # of one folder that are listed
 MOST_LOOKED_AT = 50_000
+WALKED_FOR = 20.0  # seconds for which a listing of the roots holds
 MOST_LAYERS = 12  # of a table
 PROGRAMS = {"comfyui": "ComfyUI", "a1111": "A1111", "forge": "Forge", "diffusers": "diffusers"}
 OLD_COMFYUI = {"id": "comfyui-old", "label": "ComfyUI before 0.11", "format": "F6"}  # of Flux.2
@@ -53,6 +55,7 @@ class Exporting:
         self.places = places
         self._tools = tools
         self._tasks: dict[str, Task] = {}
+        self._walked: tuple[float, list[Answer]] = (-WALKED_FOR, [])
         self._lock = threading.Lock()
 
     def sources(self) -> Answer:
@@ -61,9 +64,13 @@ class Exporting:
                  if (files := [_row(f"run:{run.name}/{path.relative_to(run.path).as_posix()}", path, _when(run, path))
                                for path in _files_of(run)])]
         made = sorted(self.places.exports.glob("*.safetensors"), key=lambda path: -path.stat().st_mtime)
-        others = [_row(f"{number}:{path.relative_to(root).as_posix()}", path, path.relative_to(root).as_posix())
-                  for number, root in enumerate(self.places.roots) for path in _walk(root)]
-        return {"runs": found, "made": [_row(f"made:{path.name}", path, path.name) for path in made], "others": others}
+        with self._lock:
+            if time.monotonic() - self._walked[0] > WALKED_FOR:
+                others = [_row(f"{number}:{path.relative_to(root).as_posix()}", path, path.relative_to(root).as_posix())
+                          for number, root in enumerate(self.places.roots) for path in _walk(root)]
+                self._walked = time.monotonic(), others
+        return {"runs": found, "made": [_row(f"made:{path.name}", path, path.name) for path in made],
+                "others": self._walked[1]}
 
     def path(self, id: str) -> Path:
         """The file of an id. Raises `UserError` when it is not one that this app may read."""

@@ -34,14 +34,14 @@
         "What is made appears here: which programs read all of it, the file to download, and how to use it."));
       this.empty = h("div", { class: "st-card st-empty", hidden: true }, h("p", {}, "No LoRA file yet. Train one, or start the app with --root and the folder of your LoRA files."));
       this.tools = new Studio.ExportTools(this);
-      this.desk = h("div", { class: "st-columns" }, this.form(), this.results);
-      this.element = h("div", { class: "st-exports" }, this.empty, this.desk, this.tools.element);
+      this.desk = h("div", { class: "st-columns" }, h("div", { class: "st-export-side" }, this.form(), this.tools.element), this.results);
+      this.element = h("div", { class: "st-exports" }, this.empty, this.desk);
     }
 
     form() {
       const more = h("details", {}, h("summary", {}, "Title, author, trigger words, cover"),
         h("div", { class: "st-form" }, Studio.field("Title", this.titleText), Studio.field("Author", this.author),
-          Studio.field("Trigger words", this.triggers, "Parted by commas."), h("div", {}, Studio.field("Cover", this.cover, "A small copy goes into the file."), this.picture),
+          Studio.field("Trigger words", this.triggers, "Parted by commas."), h("div", { class: "st-cover-field" }, Studio.field("Cover", this.cover, "A small copy goes into the file."), this.picture),
           h("div", { class: "st-field st-kind-bool" }, this.paths, h("label", { for: this.paths.id }, "Leave out folders of this computer"))));
       return h("form", { class: "st-card st-export-form", "aria-label": "Export", onsubmit: (event) => { event.preventDefault(); this.export(); } },
         h("h3", {}, "A LoRA for a program"), this.files.element, this.facts,
@@ -61,9 +61,9 @@
         this.files.offer(sources);
         this.tools.offer(sources);
         this.empty.hidden = this.names.size > 0;
-        this.desk.hidden = this.tools.element.hidden = this.names.size === 0;
+        this.desk.hidden = this.names.size === 0;
       }
-      return 4;
+      return 5;
     }
 
     async look(id) {
@@ -137,7 +137,7 @@
       this.changed = changed;
       this.runs = new Map();
       this.source = h("select", { onchange: () => this.pick() });
-      this.step = h("select", { onchange: () => this.changed(this.value) });
+      this.step = h("select", { onchange: () => this.tell() });
       this.stepField = Studio.field("Checkpoint", this.step);
       this.element = h("div", { class: "st-file-choice" }, Studio.field(label, this.source), this.stepField);
     }
@@ -156,12 +156,22 @@
       this.pick(isThere ? before[1] : null);
     }
 
+    /** Choose by place in the list; beyond its end, the last one. */
+    choose(index) {
+      this.source.selectedIndex = Math.min(index, this.source.options.length - 1);
+      this.pick();
+    }
+
     /** Show the chosen run's checkpoints, and tell when the file is another one. */
     pick(step = null) {
       const files = this.runs.get(this.source.value);
       this.stepField.hidden = !files;
       this.step.replaceChildren(...(files ?? []).map(({ id, label }) => h("option", { value: id }, label)));
       if (files?.some(({ id }) => id === step)) this.step.value = step;
+      this.tell();
+    }
+
+    tell() {
       if (this.value === this.told) return;
       this.told = this.value;
       if (this.value) this.changed(this.value);

@@ -91,7 +91,7 @@
     const prompt = words ? `Write ${words} into the prompt, as in training.` : "Write the prompt as the captions were in training.";
     const strong = "Strength 1 is what was trained: there is no hidden scale. Try 0.6 to 1.";
     const steps = {
-      comfyui: [`Put the file into ${FOLDERS.comfyui} of ComfyUI, and press R there to find it.`, "Add the node Load LoRA (for Flux: LoraLoaderModelOnly) between the model and the sampler, and choose it.", prompt, strong],
+      comfyui: [`Put the file into ${FOLDERS.comfyui} of ComfyUI, and press R there to find it.`, `Add the node ${family.startsWith("flux") ? "LoraLoaderModelOnly" : "Load LoRA"} between the model and the sampler, and choose the file there.`, prompt, strong],
       a1111: [`Put the file into ${FOLDERS.a1111} of your program, and press Refresh on its tab Lora.`, ["Write ", h("code", {}, `<lora:${stem}:1>`), words ? " and " : "", words ? h("code", {}, words) : "", " into the prompt."], strong],
       diffusers: [h("pre", { tabindex: "0" }, `pipeline.load_lora_weights(\n    ${JSON.stringify(path.slice(0, -name.length - 1))},\n    weight_name=${JSON.stringify(name)})`), prompt,
         ["For another strength, give it an adapter_name and call ", h("code", {}, "pipeline.set_adapters(name, 0.8)"), "."]],

@@ -131,14 +131,21 @@
       row.element = h("div", { class: "st-weighted-row" }, row.file.element, Studio.field(`Weight ${this.rows.length + 1}`, row.weight));
       this.rows.push(row);
       this.element.append(row.element);
-      if (this.sources) row.file.offer(this.sources);
+      if (this.sources) this.fill(row.file);
+    }
+
+    /** Each file begins with another one than those above it. */
+    fill(file) {
+      const isNew = !file.value;
+      file.offer(this.sources);
+      if (isNew) file.choose(this.rows.findIndex((row) => row.file === file));
     }
 
     drop() { this.rows.pop().element.remove(); }
 
     offer(sources) {
       this.sources = sources;
-      for (const { file } of this.rows) file.offer(sources);
+      for (const { file } of this.rows) this.fill(file);
     }
 
     /** What the server takes; a weight that is none throws a sentence. */

@@ -1,0 +1,80 @@
+"""The tab "Export" in a real browser: from a run's file to one for a program, checked and downloaded; the workshop."""
+
+import shutil
+
+import pytest
+from playwright.sync_api import expect
+
+from tests import lora_bases
+from tests.app_browser import button, chromium, faults, opened, run_in, served  # noqa: F401 - a fixture
+from trainer.export.convert import convert
+from trainer.export.lora_file import open_lora
+from trainer.export.texts import Labels
+
+pytestmark = pytest.mark.browser
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """An app with a run of two checkpoints, and one file that was made before."""
+    folder = tmp_path_factory.mktemp("app")
+    run = run_in(folder / "w", "my-style", rows=5)
+    convert(lora_bases.lora(folder / "raw.safetensors", "sdxl", ("attention",)), "auto", run.result, dtype="fp16",
+            labels=Labels("My style", triggers=("ohwx style",)))
+    run.exports.mkdir(exist_ok=True)
+    shutil.copy(run.result, run.exports / "my-style-000500.safetensors")
+    (folder / "w" / "exports").mkdir()
+    lora_bases.lora(folder / "w" / "exports" / "other.safetensors", "sdxl", ("attention",), seed=8)
+    with served(folder / "w") as running:
+        yield running
+
+
+def test_a_file_for_a_program_is_made_checked_and_downloaded(browser, server):
+    with opened(browser, server.address) as page:
+        page.get_by_role("tab", name="Export").click()
+        expect(page.get_by_text("For SDXL · rank 3 · 136 layers")).to_be_visible()
+        page.get_by_label("Checkpoint").first.select_option(label="step 500")
+        expect(page.get_by_label("Name of the new file").first).to_have_value("my-style-000500")
+        page.get_by_label("A1111").focus()
+        page.keyboard.press("Space")
+        page.get_by_label("Name of the new file").first.fill("night")
+        page.get_by_text("Title, author, trigger words, cover").click()
+        expect(page.get_by_label("Trigger words")).to_have_value("ohwx style")
+        page.get_by_label("Author").fill("Ada")
+        button(page, "Export").click()
+        card = page.get_by_role("region", name="night")
+        expect(card.get_by_text("A1111 reads all 136 layers at full strength.")).to_be_visible(timeout=60_000)
+        expect(card.get_by_role("listitem").first).to_contain_text("A1111")  # the one that was asked for
+        expect(card.get_by_text("<lora:night:1>")).to_be_visible()
+        expect(card.get_by_text("models/Lora of your program")).to_be_visible()
+        with page.expect_download() as download:
+            card.get_by_role("link", name="Download night.safetensors").click()
+        lora = open_lora(download.value.path())
+        assert lora.metadata["modelspec.author"] == "Ada" and lora.metadata["ss_output_name"] == "night"
+        assert lora.format.name == "U2" and faults(page) == []
+        button(page, "Export").click()
+        expect(page.get_by_role("region", name="night-2")).to_be_visible()  # a free name was there already
+        expect(page.get_by_label("Author")).to_have_value("Ada")  # the new file in the list resets nothing
+
+
+def test_the_workshop_resizes_and_compares(browser, server):
+    with opened(browser, server.address, width=390, theme="dark") as page:
+        page.get_by_role("tab", name="Export").click()
+        tools = page.get_by_role("region", name="Workshop")
+        button(tools, "Resize").click()
+        form = tools.get_by_role("form", name="Resize")
+        form.get_by_label("Rank", exact=True).fill("none")
+        button(form, "Resize").click()
+        expect(form.get_by_text("Rank: give a whole number from 1 on.")).to_be_visible()
+        form.get_by_label("Rank", exact=True).fill("2")
+        form.get_by_label("Name of the new file").fill("small")
+        button(form, "Resize").click()
+        card = page.get_by_role("region", name="small")
+        expect(card.get_by_text("of the change is kept in all")).to_be_visible(timeout=60_000)
+        button(tools, "Compare").click()
+        form = tools.get_by_role("form", name="Compare")
+        form.get_by_label("File 2").select_option(label="other.safetensors")
+        button(form, "Compare").click()
+        expect(page.get_by_text("136 layers are changed by both")).to_be_visible(timeout=60_000)
+        page.get_by_text("The layers where they overlap most").click()
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390 and faults(page) == []

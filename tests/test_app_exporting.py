@@ -1,0 +1,148 @@
+"""LoRA files for the app: which it may read, what they are, the tools as processes, and their answers for the page."""
+
+import os
+import shutil
+import time
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from app.exporting import HAVE, PROGRAMS, Exporting, targets
+from app.paths import Places
+from app.tabs import export
+from tests import lora_bases
+from trainer import run as runs
+from trainer.errors import UserError
+from trainer.export.consumers import CONSUMERS, READERS
+from trainer.export.lora_file import open_lora
+
+PRESET = '[model]\nfamily = "sd15"\nbase = "b"\n[data]\nfolder = "d"\n[train]\nsteps = 3\n'
+
+
+@pytest.fixture
+def exporting(tmp_path):
+    """A workspace with a run of two files and a sample, and a folder with a LoRA and what is none."""
+    root = tmp_path / "models"
+    places = Places(tmp_path / "w", (root,))
+    run = runs.create(places.workspace, "cats", PRESET)
+    lora_bases.lora(run.result, "sd15", ("attention",))
+    run.exports.mkdir(exist_ok=True)
+    shutil.copy(run.result, run.exports / "cats-000500.safetensors")
+    run.samples.mkdir(exist_ok=True)
+    for name in ("000000_00", "000500_00", "000500_01"):
+        Image.new("RGB", (8, 8)).save(run.samples / f"{name}.png")
+    (root / "inner").mkdir(parents=True)
+    lora_bases.lora(root / "inner" / "klein.safetensors", "klein", ("attention",))
+    (root / ".hidden.safetensors").write_bytes(b"x")
+    os.symlink(root / "inner" / "klein.safetensors", root / "link.safetensors")
+    return Exporting(places)
+
+
+def follow(exporting, task):
+    end = time.monotonic() + 90
+    while (answer := exporting.progress(task))["word"] == "working":
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    return answer
+
+
+def test_files_of_runs_and_roots_are_found(exporting):
+    found = exporting.sources()
+    assert [(row["id"], row["label"]) for row in found["runs"][0]["files"]] == [
+        ("run:cats/cats.safetensors", "the result"), ("run:cats/exports/cats-000500.safetensors", "step 500")]
+    assert [row["id"] for row in found["others"]] == ["0:inner/klein.safetensors"] and found["made"] == []
+
+
+def test_a_file_is_told_by_its_header_alone(exporting):
+    about = exporting.look("run:cats/cats.safetensors")
+    assert (about["family"], about["format"], about["ranks"], about["title"]) == ("sd15", "U1", [3], "cats")
+    assert [target["id"] for target in about["targets"]] == ["comfyui", "a1111", "forge", "diffusers"]
+    assert [cover["name"] for cover in about["covers"]] == ["000500_00.png", "000500_01.png"]
+    other = exporting.look("0:inner/klein.safetensors")
+    assert [(target["id"], target["format"]) for target in other["targets"]] == [
+        ("comfyui", "F1"), ("diffusers", "F1"), ("comfyui-old", "F6")] and other["covers"] == []
+
+
+def test_programs_are_those_that_verify_knows():
+    assert PROGRAMS == CONSUMERS and {family: tuple(names) for family, names in READERS.items()} == HAVE
+    assert all(target["format"] for family in HAVE for target in targets(family))
+
+
+@pytest.mark.parametrize("id", ["", "cats.safetensors", "run:../w/runs/cats/cats.safetensors", "run:cats/preset.toml",
+                                "0:../w/runs/cats/cats.safetensors", "0:/etc/passwd", "1:a.safetensors", "made:x",
+                                "run:cats/none.safetensors", "made:" + "x" * 1200])
+def test_only_lora_files_below_the_folders_are_read(exporting, id):
+    with pytest.raises(UserError):
+        exporting.look(id)
+
+
+def test_a_file_that_is_no_lora_is_told(exporting):
+    save_file({"conv_in.weight": torch.ones(1)}, exporting.places.roots[0] / "base.safetensors")
+    with pytest.raises(UserError, match="cannot be read here"):
+        exporting.look("0:base.safetensors")
+
+
+@pytest.mark.parametrize("name", ["", "../a", "a/b", ".hidden", "a\nb", "x" * 101, "über"])
+def test_names_of_new_files_stay_in_their_folder(exporting, name):
+    with pytest.raises(UserError, match="a file's name begins"):
+        exporting.out(name)
+
+
+def test_names_that_are_taken_are_refused_and_free_ones_found(exporting):
+    exporting.places.exports.mkdir(parents=True)
+    for name in ("cats", "cats-2"):
+        (exporting.places.exports / f"{name}.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match="there is already a file called cats"):
+        exporting.out("cats.safetensors")
+    assert exporting.free_name("cats") == "cats-3" and exporting.free_name("../ü:") == "lora"
+
+
+def functions(exporting):
+    return {function.__name__: function for function in export.functions(exporting)}
+
+
+def test_a_file_is_written_for_a_program_and_checked(exporting):
+    server = functions(exporting)
+    asked = {"id": "run:cats/cats.safetensors", "format": "U1", "dtype": "fp16", "name": "out", "title": "--odd",
+             "author": "Ada", "triggers": "a, b", "cover": "000500_00.png", "no_paths": True}
+    answer = follow(exporting, server["start_export"](asked)["task"])["result"]
+    assert (answer["file"], answer["rank"], answer["dtype"], answer["format"]) == ("out.safetensors", 3, "fp16", "U1")
+    assert [(tick["program"], tick["good"]) for tick in answer["report"]["ticks"]] == [
+        (name, True) for name in ("ComfyUI", "A1111", "Forge", "diffusers")]
+    said = open_lora(exporting.places.exports / "out.safetensors").metadata
+    assert said["modelspec.title"] == "--odd" and said["trained_words"] == '["a","b"]' and "modelspec.thumbnail" in said
+    assert str(exporting.places.exports) in exporting.places.handed_out
+    assert "already a file called out" in server["start_export"](asked)["error"]
+
+
+def test_resize_merge_and_compare_answer_for_the_page(exporting):
+    server, ids = functions(exporting), ["run:cats/cats.safetensors", "run:cats/exports/cats-000500.safetensors"]
+    tasks = [server["start_resize"]({"id": ids[0], "how": "energy", "share": 0.5, "name": "small"}),
+             server["start_merge"]({"ids": ids, "weights": [1, -0.5], "name": "merged", "rank": 2}),
+             server["start_comparison"]({"ids": ids, "weights": [1.0, 0.5]})]
+    small, merged, compared = (follow(exporting, task["task"])["result"] for task in tasks)
+    assert 0.5 <= small["kept"] < 1 and len(small["cuts"]) == 12 and small["cuts"][0][1] == 3
+    assert merged["rank"] == 2 and (exporting.places.exports / "merged.safetensors").is_file()
+    assert "want much the same" in compared["comparison"]["words"][2] and len(compared["comparison"]["layers"]) == 12
+
+
+def test_what_a_tool_refuses_is_told(exporting):
+    server = functions(exporting)
+    task = server["start_merge"]({"ids": ["run:cats/cats.safetensors", "0:inner/klein.safetensors"], "weights": [1, 1],
+                                  "name": "both"})
+    answer = follow(exporting, task["task"])
+    assert answer["word"] == "failed" and "only LoRAs of one family can go together" in answer["text"]
+
+
+@pytest.mark.parametrize(("name", "asked"), [
+    ("start_resize", {"how": "rank", "name": "x"}), ("start_resize", {"how": "energy", "share": 2.0, "name": "x"}),
+    ("start_export", {"format": "U9", "name": "x"}), ("start_export", {"format": "U1", "name": "x", "cover": "../a"}),
+    ("start_merge", {"ids": ["run:cats/cats.safetensors"], "weights": [1.0], "name": "x"}),
+    ("start_comparison", {"ids": ["run:cats/cats.safetensors"] * 2, "weights": [1.0]}),
+    ("read_task", {"task": "77"}), ("read_task", {"task": "../1"})])
+def test_hostile_requests_are_refused(exporting, name, asked):
+    full = asked if name.startswith(("read", "start_m", "start_c")) else {"id": "run:cats/cats.safetensors", **asked}
+    assert "error" in functions(exporting)[name](full)
+    assert not list((exporting.places.workspace / "logs").glob("*")) if exporting.places.logs.exists() else True
