@@ -52,6 +52,7 @@ def server_function(name: str, request: type[Asked], work: Callable[[Asked], Ans
             return {"error": f"{error.filename or 'the disk'}: {error.strerror or error}"}
 
     function.__name__ = name
+    function.request = request  # type: ignore[attr-defined] - so that what may be asked can be read off the page
     return function
 
 

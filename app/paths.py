@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
@@ -66,21 +67,22 @@ class Places:
     def hand_out(self, of: run.Run) -> None:
         """Let the web server send a run's pictures and results, and nothing else of the run."""
         for path in (of.samples, of.exports, of.result):
-            if str(path) not in self.handed_out and inside(of.path, path.name) == path.resolve():
-                self.handed_out.append(str(path))
+            self._hand_out(path)
 
     def hand_out_exports(self) -> None:
         """Let the web server send the LoRA files made here."""
-        if str(self.exports) not in self.handed_out and inside(self.workspace, "exports") == (
-                self.workspace.resolve() / "exports"):
-            self.handed_out.append(str(self.exports))
+        self._hand_out(self.exports)
 
     def hand_out_thumbnails(self) -> None:
         """Let the web server send small pictures of data sets; never the data sets themselves."""
         self.thumbnails.mkdir(parents=True, exist_ok=True)
-        if str(self.thumbnails) not in self.handed_out and inside(self.workspace, "thumbnails") == (
-                self.workspace.resolve() / "thumbnails"):
-            self.handed_out.append(str(self.thumbnails))
+        self._hand_out(self.thumbnails)
+
+    def _hand_out(self, path: Path) -> None:
+        """A link is passed over: what it leads to is not the app's to give."""
+        with suppress(UserError):
+            if str(path) not in self.handed_out and inside(path.parent, path.name) == path.parent.resolve() / path.name:
+                self.handed_out.append(str(path))
 
 
 def inside(root: Path, name: str) -> Path:

@@ -130,3 +130,9 @@ def test_what_a_kill_has_left_of_a_copy_goes_with_the_next(library, root):
         os.utime(library.places.datasets / name, (time.time() - age,) * 2)
     library.copy_in(library.browse(root_id(library))["folders"][0]["id"], "copy")
     assert sorted(path.name for path in library.places.datasets.iterdir()) == [".copy-new", "copy"]
+
+
+def test_a_link_that_leads_out_is_passed_over_and_the_other_sets_are_listed(library, cats, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (library.places.datasets / "link").symlink_to(tmp_path / "elsewhere")
+    assert [row["name"] for row in library.list_sets()["sets"]] == ["cats"]

@@ -44,7 +44,8 @@ class Library:
         own = self.places.datasets
         own.mkdir(parents=True, exist_ok=True)
         sets = [self._row(f"{_key(own)}:{entry.name}", own=True) for entry in sorted(own.iterdir(), key=_by_name)
-                if entry.is_dir() and not entry.name.startswith(".") and _is_name(entry.name)]
+                if entry.is_dir() and not entry.name.startswith(".") and _is_name(entry.name)
+                and _stays_inside(own, entry.name)]
         with self._lock:
             sets += [self._row(id, own=False) for id, found in self._open.items()
                      if not id.startswith(_key(own)) and found.root.is_dir()]
