@@ -61,3 +61,17 @@ def test_a_name_of_the_greatest_length_can_be_written(tmp_path):
     path = tmp_path / ("ü" * 125 + ".txt")
     files.write_atomic(path, b"x")
     assert path.read_bytes() == b"x"
+
+
+def test_a_file_written_piece_by_piece_takes_its_place_at_the_end(tmp_path):
+    path = tmp_path / "deep" / "large.bin"
+    with files.replacing(path) as file:
+        file.write(b"123")
+        file.seek(0)
+        file.write(b"9")
+        assert not path.exists()
+    assert path.read_bytes() == b"923" and path.stat().st_mode & 0o777 == 0o644
+    with pytest.raises(KeyError), files.replacing(path) as file:
+        file.write(b"new")
+        raise KeyError
+    assert path.read_bytes() == b"923" and list(path.parent.iterdir()) == [path]
