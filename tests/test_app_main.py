@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from app import __main__ as app
+from trainer.queue import Queue
 
 ROOT = Path(__file__).parent.parent
 
@@ -99,3 +100,17 @@ def test_nothing_is_sent_home_and_files_stay_in_the_workspace(tmp_path):
                f"app.serve(app.options(['--workspace', {str(tmp_path)!r}]))")
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert done.stderr.strip() == f"False {tmp_path / 'cache' / 'gradio'}"
+
+
+def test_a_start_takes_up_the_queue_and_the_queue_needs_the_app_no_more(tmp_path):
+    """As after a restart of the machine."""
+    (tmp_path / "queue").mkdir()
+    (tmp_path / "queue" / "0001-a.toml").write_text("[model]\nfamly = 1\n")  # what fails needs no model
+    program = ("import sys; from app import __main__ as app, ui\n"
+               f"ui.launch = lambda *a, **k: sys.exit()\napp.serve(app.options(['--workspace', {str(tmp_path)!r}]))")
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, timeout=60).returncode == 0
+    queue, end = Queue(tmp_path), time.monotonic() + 60
+    while not queue.failures() or queue.is_served():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    assert "model.famly: no such key" in queue.failures()[0].reason
