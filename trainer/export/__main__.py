@@ -117,7 +117,7 @@ def _compare(options: argparse.Namespace) -> int:
 
 def _add_convert(parser: argparse.ArgumentParser) -> None:
     _add_file(parser)
-    parser.add_argument("--to", metavar="FORMAT", default="auto",
+    parser.add_argument("--to", metavar="FORMAT", required=True,
                         help="U1 or U2 (SD 1.5, SDXL), F1, F5 or F6 (Flux); auto: the family's usual")
     _add_out(parser)
     parser.add_argument("--title", default="", help="title in the metadata (default: as it is)")
