@@ -59,6 +59,7 @@ def test_a_folder_below_a_root_is_used_in_place_or_copied(browser, tmp_path):
         button(page, "photos").click()
         button(page, "cats (3 images)").click()
         button(page, "Use it in place").click()
+        expect(page.get_by_role("dialog")).to_have_count(0)
         expect(page.get_by_text("3 images", exact=True)).to_be_visible()
         caption(page, "00.png").fill("changed where it is")
         caption(page, "01.png").focus()
@@ -68,6 +69,7 @@ def test_a_folder_below_a_root_is_used_in_place_or_copied(browser, tmp_path):
         button(page, "photos").click()
         button(page, "cats (3 images)").click()
         button(page, "Copy it into the workspace").click()
+        expect(page.get_by_role("dialog")).to_have_count(0)
         expect(page.locator(".st-set-facts")).to_contain_text("/datasets/cats")
         expect(caption(page, "00.png")).to_have_value("changed where it is")
         copy = server.workspace / "datasets/cats"

@@ -116,6 +116,27 @@ def test_a_caption_that_could_not_be_saved_survives_a_reload(browser, server):
         expect(caption(page, "002.png")).to_have_value("number 2, tag")
 
 
+def test_what_is_typed_while_another_data_set_opens_is_not_lost(browser, server):
+    many = server.workspace / "datasets/many"
+    with opened(browser, server.address) as page:
+        use(page, many, MANY)
+        caption(page, "005.png").fill("typed, and then away")
+        page.locator("#studio-dataset").select_option(label="odd")
+        expect(page.locator(".st-set-facts")).to_contain_text("datasets/odd")
+        page.locator("#studio-dataset").select_option(label="many")
+        expect(caption(page, "005.png")).to_have_value("typed, and then away")
+        assert (many / "005.txt").read_text() == "typed, and then away"
+        undo(page).click()
+        expect(caption(page, "005.png")).to_have_value("number 5, tag")
+        (server.workspace / "datasets/gone").mkdir()
+        use(page, many, MANY)
+        expect(page.locator("#studio-dataset option", has_text="gone")).to_be_attached()
+        (server.workspace / "datasets/gone").rmdir()
+        page.locator("#studio-dataset").select_option(label="gone")
+        expect(page.get_by_text("there is no folder gone any more")).to_be_visible()
+        expect(page.locator("#studio-dataset option:checked")).to_have_text("many")
+
+
 def test_files_are_taken_where_they_are_dropped(browser, server, tmp_path):
     draw(tmp_path / "a.png", seed=5)
     with opened(browser, server.address) as page:

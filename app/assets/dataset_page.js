@@ -46,7 +46,7 @@
     }
 
     head() {
-      this.choice = h("select", { id: "studio-dataset", onchange: () => this.use(this.choice.value) });
+      this.choice = h("select", { id: "studio-dataset", onchange: () => this.store.attempt(() => this.use(this.choice.value)) });
       this.facts = h("p", { class: "st-small st-set-facts" });
       this.status = h("div", { class: "st-asked", role: "status" });
       this.undo = this.button("Undo", "st-turn", () => this.turn("Undo"), { disabled: true });
@@ -149,7 +149,6 @@
     async use(id) {
       if (!id) return;
       try {
-        if (this.store.id && id !== this.store.id) await this.store.flush();
         await this.store.open(id);
       } catch (error) {
         this.choice.value = this.store.id;

@@ -32,8 +32,10 @@
     /** Open another data set; what was typed in it and never saved comes back. */
     async open(id) {
       const info = await Studio.ask(this.server, "read_info", { id });
+      if (this.id) await this.flush(); // what was typed meanwhile
       this.clear();
       Object.assign(this, { id, info, tag: info.tag });
+      this.hooks.listed(true, true); // nobody shall type into cards of the other one
       this.query = { search: "", filter: "all", sort: this.query.sort, tag: "", names: null };
       this.drafts = new Map(JSON.parse(sessionStorage.getItem(this.shelf) ?? "[]"));
       this.hooks.state(info);
@@ -191,9 +193,11 @@
 
     async send(name, draft) {
       const { text, version } = draft;
+      const { id } = this;
       delete draft.fault;
       try {
         const answer = await this.ask("save_caption", { name, text, version });
+        if (id !== this.id) return; // another data set is open now
         this.hooks.state(answer);
         if (!answer.saved) {
           draft.theirs = answer.conflict;
@@ -206,6 +210,7 @@
           if (draft.text === text) this.drafts.delete(name);
         }
       } catch (error) {
+        if (id !== this.id) return;
         draft.fault = error instanceof Studio.Lost ? "not saved yet: trying again" : error.message;
         if (error instanceof Studio.Lost) this.retry();
         else this.hooks.failed(`${name}: ${error.message}`);
