@@ -194,7 +194,7 @@ def test_a_failing_sample_never_ends_a_run(tiny_project, tmp_path, monkeypatch) 
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError("no picture today")
 
-    monkeypatch.setattr(sample, "sample", broken)
+    monkeypatch.setattr(sample, "draw", broken)
     run = start(tiny_project, tmp_path, "blind", "sample.every=3")
     assert events(run, "end")[-1]["reason"] == "done"
     assert any("no picture today" in event["text"] for event in events(run, "note"))
