@@ -240,6 +240,15 @@ def run(python: str, arguments: list[str], environment: dict[str, str]) -> None:
     os.execve(python, [python, *arguments], environment)
 
 
+def test_all(python: str, environment: dict[str, str]) -> None:
+    """The whole suite: most of it on several cores, then what drives a browser or is timed, alone."""
+    environment = {**environment, "PYTHONUTF8": "1"}
+    workers = ["-n", str(min(4, os.cpu_count() or 1)), "--dist", "loadfile"]
+    parts = [["not gpu and not browser and not slow", *workers], ["(browser or slow) and not gpu"]]
+    codes = [subprocess.call([python, "-m", "pytest", "-m", *part], cwd=HERE, env=environment) for part in parts]
+    sys.exit(next((code for code in codes if code), 0))
+
+
 def main(arguments: list[str]) -> None:
     import argparse
 
@@ -259,7 +268,10 @@ def main(arguments: list[str]) -> None:
         python = str(interpreter(venv))
     if testing:
         # Several threads on a few busy cores are slower than one
-        run(python, ["-m", "pytest", "-m", "not gpu", *rest[1:]], {"OMP_NUM_THREADS": "1", **os.environ})
+        environment = {"OMP_NUM_THREADS": "1", **os.environ}
+        if rest[1:]:
+            run(python, ["-m", "pytest", "-m", "not gpu", *rest[1:]], environment)
+        test_all(python, environment)
     browser = [] if options.no_browser or "--open" in rest else ["--open"]
     run(python, ["-m", "app", *absolute_folders(rest), *browser], dict(os.environ))
 

@@ -371,9 +371,19 @@ def test_folders_of_the_app_are_taken_from_where_the_person_stands(copy, tmp_pat
         assert folder == str(copy)
 
 
-def test_the_exit_code_of_the_suite_is_passed_on(copy):
+@pytest.mark.parametrize("part", ["not browser", "browser or slow"])
+def test_all_of_the_suite_runs_and_a_failure_of_either_part_is_passed_on(copy, part):
+    (copy / "pytest.py").write_text(
+        "import os, sys\nprint(os.environ['OMP_NUM_THREADS'], sys.argv[2])\n"
+        f"raise SystemExit(3 if {part!r} in sys.argv[2] else 0)")
+    done = start(copy, "--no-setup", "test")
+    assert done.returncode == 3
+    assert done.stdout.splitlines() == ["1 not gpu and not browser and not slow", "1 (browser or slow) and not gpu"]
+
+
+def test_a_part_of_the_suite_is_one_call(copy):
     (copy / "pytest.py").write_text("raise SystemExit(3)")
-    assert start(copy, "--no-setup", "test").returncode == 3
+    assert start(copy, "--no-setup", "test", "-k", "preset").returncode == 3
 
 
 def test_a_warm_start_is_checked_in_a_tenth_of_a_second(copy):
