@@ -24,7 +24,7 @@
       clearTimeout(this.gathering);
       clearTimeout(this.retrying);
       Object.assign(this, { names: [], at: new Map(), cards: new Map(), wanted: new Set(), pending: new Set(), kept: new Set(),
-        drafts: new Map(), saving: new Map(), savedAt: new Map(), selected: new Set(), turn: 0, gathering: 0, retrying: 0, tag: "", info: null });
+        drafts: new Map(), saving: new Map(), line: Promise.resolve(), savedAt: new Map(), selected: new Set(), turn: 0, gathering: 0, retrying: 0, tag: "", info: null });
     }
 
     ask(name, request = {}) { return Studio.ask(this.server, name, { id: this.id, ...request }); }
@@ -180,18 +180,21 @@
       else sessionStorage.removeItem(this.shelf);
     }
 
-    /** Save what was typed; one request at a time for each image. */
+    /** Save what was typed; one request after the other, so that undo goes back in the order in which one typed. */
     save(name) {
       const running = this.saving.get(name);
       if (running) return running.then(() => (this.drafts.get(name)?.theirs ? undefined : this.save(name)));
       const draft = this.drafts.get(name);
       if (!draft || draft.theirs) return Promise.resolve();
-      const work = this.send(name, draft).finally(() => this.saving.delete(name));
+      const work = this.line.then(() => this.send(name)).finally(() => this.saving.delete(name));
+      this.line = work;
       this.saving.set(name, work);
       return work;
     }
 
-    async send(name, draft) {
+    async send(name) {
+      const draft = this.drafts.get(name);
+      if (!draft || draft.theirs) return;
       const { text, version } = draft;
       const { id } = this;
       delete draft.fault;
