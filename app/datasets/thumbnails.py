@@ -113,6 +113,7 @@ class Workshop:
             return None if "failed" in answer else Facts(**answer)
         except (OSError, ValueError):  # the decoder took the process down with it
             worker.kill()
+            worker.wait()  # so that the next image does not go to a program that is ending
             return Facts(trouble="broken: reading it ends the program that reads it")
 
 
