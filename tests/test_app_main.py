@@ -62,8 +62,13 @@ def free_port():
 
 
 def start(*arguments):
-    return subprocess.Popen([sys.executable, "-m", "app", *arguments], cwd=ROOT, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, text=True)
+    """The app, which takes an interrupt even where the suite itself runs in the background and ignores them."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # what is ignored here would be ignored there
+    try:
+        return subprocess.Popen([sys.executable, "-m", "app", *arguments], cwd=ROOT, stdout=subprocess.PIPE,
+                                stderr=subprocess.STDOUT, text=True)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_start_is_light_answers_and_ends_on_interrupt(tmp_path):
