@@ -5,6 +5,7 @@ import json
 import pickle
 import random
 import struct
+import time
 import tracemalloc
 
 import pytest
@@ -159,10 +160,26 @@ def test_a_file_with_any_byte_changed_is_read_or_refused(tmp_path):
     assert refused > 200
 
 
+def flat(count):
+    """A header of this many values under names of their own."""
+    return container(b"{" + b",".join(b'"%x":1' % number for number in range(count)) + b"}")
+
+
+def test_a_name_twice_at_the_end_of_many_is_found_at_once(tmp_path):
+    """A search from the beginning for every name would take minutes."""
+    path = tmp_path / "bad.safetensors"
+    path.write_bytes(flat(200_000).replace(b'"30d3e":1,"30d3f"', b'"30d3f":1,"30d3f"'))
+    start = time.perf_counter()
+    with pytest.raises(UserError, match="names '30d3f' twice"):
+        header.read(path)
+    assert time.perf_counter() - start < 20
+
+
 def test_refusing_takes_little_memory(tmp_path):
-    """A gigabyte of header, headers of a million lists, of long lists, and of long numbers."""
+    """A gigabyte of header, headers of a million lists, of long lists, of many names, and of long numbers."""
     contents = {
         "lists": container(b'{"a":[' + b"[]," * 300_000 + b"[]]}"), "many": MALFORMED["many"],
+        "names": flat(3_000_000), "fewer names": flat(header.MOST_VALUES - 2),
         "numbers": container(b'{"a":[' + b"1," * 2_000_000 + b"1]}"),
         "digits": container(b'{"a":' + b"1" * 5_000_000 + b"}"), "deep": MALFORMED["deep"]}
     for name, content in contents.items():

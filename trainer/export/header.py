@@ -12,7 +12,7 @@ from typing import Any
 from trainer.errors import UserError
 
 LARGEST = 32 * 2**20  # bytes; a LoRA's header takes a hundredth of that, pictures in the metadata the rest
-MOST_VALUES = 1_000_000  # objects and lists in it: what keeps the memory for reading it bounded
+MOST_VALUES = 500_000  # objects, lists and named values in it: what keeps the memory for reading it bounded
 MOST_RANK = 4096  # no LoRA has more; r x r work on an absurd one would fill the memory
 BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "F8_E4M3": 8, "F8_E5M2": 8, "I64": 64, "I32": 32, "I16": 16,
         "I8": 8, "U64": 64, "U32": 32, "U16": 16, "U8": 8, "BOOL": 8}
@@ -79,7 +79,7 @@ def _text(path: Path) -> tuple[bytes, int]:
             text = first[8:] + stream.read(length - 1)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    if text.count(b"{") + text.count(b"[") > MOST_VALUES:
+    if sum(text.count(sign) for sign in (b"{", b"[", b":")) > MOST_VALUES:
         raise _broken(path, "its header has more entries than any LoRA's")
     return text, size
 
@@ -97,11 +97,11 @@ def _what_else(first: bytes, size: int) -> str:
 
 
 def _once(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise _broken(path, f"its header names {twice[:100]!r} twice")
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise _broken(path, f"its header names {name[:100]!r} twice")
+        found[name] = value
     return found
 
 
