@@ -111,3 +111,24 @@ def test_one_projection_without_a_change_is_left_out_of_fused_rows(tmp_path):
 
 def test_halves_change_places():
     assert torch.equal(swap_halves(torch.arange(6)), torch.tensor([3, 4, 5, 0, 1, 2]))
+
+
+@pytest.mark.parametrize(("name", "shape", "dtype", "fits"), [
+    ("dora_scale", (1, 8), torch.float32, True), ("dora_scale", (12, 1), torch.float16, True),
+    ("dora_scale", (1, 8, 1, 1), torch.bfloat16, True), ("dora_scale", (12, 1, 1, 1), torch.float32, True),
+    ("lora_magnitude_vector", (12,), torch.float32, True),
+    ("lora_magnitude_vector", (1, 12, 1, 1), torch.float32, True),
+    ("dora_scale", (8,), torch.float32, False), ("dora_scale", (1, 12), torch.float32, False),
+    ("dora_scale", (8, 1), torch.float32, False), ("dora_scale", (12, 8), torch.float32, False),
+    ("dora_scale", (1, 8, 1), torch.float32, False), ("dora_scale", (1, 8, 3, 3), torch.float32, False),
+    ("dora_scale", (), torch.float32, False), ("dora_scale", (1, 8), torch.int32, False),
+    ("lora_magnitude_vector", (8,), torch.float32, False), ("lora_magnitude_vector", (12,), torch.int64, False)])
+def test_magnitudes_that_do_not_fit_their_layer_are_refused(tmp_path, name, shape, dtype, fits):
+    key = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
+    save_file({f"{key}.lora_up.weight": torch.ones(12, 2), f"{key}.lora_down.weight": torch.ones(2, 8),
+               f"{key}.{name}": torch.ones(shape, dtype=dtype)}, tmp_path / "a.safetensors")
+    if fits:
+        assert list(open_lora(tmp_path / "a.safetensors").entries) == [key]
+        return
+    with pytest.raises(UserError, match=rf"DoRA magnitudes of {key} are .*, which do not fit its layer of 12 outputs and 8 inputs"):
+        open_lora(tmp_path / "a.safetensors")

@@ -184,7 +184,19 @@ def _checked(path: Path, entry: Entry) -> Entry:
         raise UserError(f"{path}: alpha of {entry.key} is no single number but {alpha.dtype} {list(alpha.shape)}")
     if sum(entry.rows) != entry.weight[0] or min(entry.rows) <= 0:
         raise UserError(f"{path}: {entry.key} should hold {len(entry.rows)} layers, and its rows do not: {shapes}")
+    _check_magnitude(path, entry)
     return entry
+
+
+def _check_magnitude(path: Path, entry: Entry) -> None:
+    """A magnitude is one number for each input or each output of the layer, and stands along that axis."""
+    m, n, *_ = entry.weight
+    for part in {"dora", "vector"} & entry.parts.keys():
+        info = entry.parts[part]
+        along = info.shape[:2] in ((1, n), (m, 1)) and info.shape[2:] in ((), (1, 1))
+        if info.dtype not in _FLOATS or not (along if part == "dora" else torch.Size(info.shape).numel() == m):
+            raise UserError(f"{path}: the DoRA magnitudes of {entry.key} are {info.dtype} {list(info.shape)}, which do "
+                            f"not fit its layer of {m} outputs and {n} inputs. Export the file again")
 
 
 def swap_halves(rows: Tensor) -> Tensor:
