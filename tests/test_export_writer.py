@@ -162,7 +162,27 @@ def test_ranks_and_alphas_are_alike_and_padding_changes_nothing(tmp_path):
 def test_weights_have_the_chosen_dtype(tmp_path, dtype, expected):
     export(tmp_path / "a.safetensors", [pair(TO_Q, dora=True)], dtype)
     tensors = load_file(tmp_path / "a.safetensors")
-    assert {t.dtype for key, t in tensors.items() if not key.endswith("alpha")} == {expected}
+    assert {t.dtype for key, t in tensors.items() if key.endswith(".weight")} == {expected}
+    assert {t.dtype for key, t in tensors.items() if not key.endswith(".weight")} == {torch.float32}
+
+
+@pytest.mark.parametrize(("dtype", "most"), [("fp16", 1e-3), ("bf16", 8e-3)])
+def test_dora_in_half_precision_moves_the_weights_by_what_it_was_trained_to(tmp_path, dtype, most):
+    """m (W + ΔW) / |W + ΔW| of the file against the adapter's, by the change, of which W is ten thousand times."""
+    name, up, down, _ = pair(TO_Q, 64, 48, scale=0.01)
+    weight = torch.randn(64, 48, generator=torch.Generator().manual_seed(1))
+    magnitude = (weight + up @ down).norm(dim=0, keepdim=True) * 1.0001
+    export(tmp_path / "a.safetensors", [(name, up, down, magnitude)], dtype)
+    tensors = {key.removeprefix(f"{KEY_Q}."): tensor.float()
+               for key, tensor in load_file(tmp_path / "a.safetensors").items()}
+
+    def merged(up, down, magnitude):
+        moved = weight + up @ down
+        return moved * (magnitude / moved.norm(dim=0, keepdim=True))
+
+    meant = merged(up, down, magnitude)
+    stored = merged(tensors["lora_up.weight"], tensors["lora_down.weight"], tensors["dora_scale"])
+    assert (stored - meant).norm() < most * (meant - weight).norm()
 
 
 def test_dora_lies_on_the_input_axis(tmp_path):

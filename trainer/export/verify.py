@@ -17,7 +17,11 @@ from trainer.export.stacked import Pair, apart
 
 @dataclass(frozen=True)
 class Comparison:
-    """Worst ‖ΔW_file − ΔW‖_F / ‖ΔW‖_F, names on one side only, modules without effect, tensors in all."""
+    """Worst ‖ΔW_file − ΔW‖_F / ‖ΔW‖_F, names on one side only, modules without effect, tensors in all.
+
+    DoRA's magnitudes are compared with their own size, not with what they change, which the base's weights would have
+    to tell; our files hold them in fp32, where they agree to the last bit.
+    """
 
     worst_rel_error: float
     unmatched: list[str]

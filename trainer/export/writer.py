@@ -175,8 +175,8 @@ def _keyed(modules: Mapping[str, Parts], family: str, form: Format, path: Path) 
 def _cast(up: Tensor, down: Tensor, magnitude: Tensor | None, dtype: torch.dtype) -> Parts:
     if dtype == torch.float16 and not all(torch.equal(t.half().float(), t) for t in (up, down)):
         up, down = _balance(up, down)
-    return (up.to(dtype).contiguous(), down.to(dtype).contiguous(),
-            None if magnitude is None else magnitude.to(dtype).contiguous())
+    # magnitudes stay fp32: they replace the norms of the whole weight, so that half precision would round W itself
+    return up.to(dtype).contiguous(), down.to(dtype).contiguous(), None if magnitude is None else magnitude.contiguous()
 
 
 def _balance(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
