@@ -228,3 +228,31 @@ def test_two_tabs_do_not_lose_an_edit(browser, server, folder):
         expect(caption(one, "00.png")).to_have_value("both: first and second", timeout=10_000)
         undo(one).click()
         expect(caption(two, "00.png")).to_have_value("saved by the first tab", timeout=10_000)
+
+
+def test_the_large_view_shows_what_another_tab_saved_and_overwrites_nothing(browser, server, folder):
+    make(folder, 2, {"00": "as it was", "01": "second"})
+    with opened(browser, server.address) as one, opened(browser, server.address) as two:
+        use(one, folder, 2)
+        use(two, folder, 2)
+        card(one, "00.png").dblclick()
+        large = one.get_by_label("Caption", exact=True)
+        expect(large).to_have_value("as it was")
+        caption(two, "00.png").fill("of the other tab")
+        caption(two, "00.png").press("Control+Enter")
+        expect(large).to_have_value("of the other tab", timeout=10_000)
+        large.press("Control+End")
+        large.press_sequentially(", and more")
+        large.press("Control+Enter")
+        expect(large).to_have_value("second")
+        expect(caption(two, "00.png")).to_have_value("of the other tab, and more", timeout=10_000)
+        large.fill("typed large")  # not saved yet, so that the other tab's is a conflict
+        caption(two, "01.png").fill("typed beside")
+        caption(two, "01.png").press("Control+Enter")
+        expect(undo(two)).to_contain_text("01.png")
+        one.wait_for_timeout(2500)  # the page has looked again
+        expect(large).to_have_value("typed large")
+        large.press("Control+Enter")
+        expect(one.get_by_role("dialog", name="01.png was changed elsewhere").get_by_label("Yours")).to_have_value(
+            "typed large")
+        assert (folder / "01.txt").read_text() == "typed beside"

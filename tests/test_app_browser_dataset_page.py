@@ -100,6 +100,28 @@ def test_a_caption_being_typed_survives_scrolling_away(browser, server):
         expect(caption(page, "000.png")).to_have_value("number 0, tag")
 
 
+def test_a_caption_typed_in_the_large_view_is_kept_when_the_grid_shows_other_images(browser, server):
+    many = server.workspace / "datasets/many"
+    with opened(browser, server.address) as page:
+        use(page, many, MANY)
+        card(page, "000.png").focus()
+        page.keyboard.press("End")
+        page.keyboard.press("Enter")
+        large = page.get_by_label("Caption", exact=True)
+        expect(large).to_have_value("number 399, tag")
+        page.locator(".st-grid").evaluate("element => { element.scrollTop = 0; }")
+        expect(caption(page, "399.png")).to_have_count(0)
+        (many / "001.txt").write_text("by another program")
+        expect(caption(page, "001.png")).to_have_value("by another program", timeout=10_000)
+        large.fill("typed large")
+        button(page, "Close").last.click()
+        expect(undo(page)).to_have_text("Undo: edit the caption of 399.png")
+        assert (many / "399.txt").read_text() == "typed large"
+        undo(page).click()
+        expect(undo(page)).not_to_contain_text("399.png")
+    (many / "001.txt").write_text("number 1, tag")
+
+
 def test_a_caption_that_could_not_be_saved_survives_a_reload(browser, server):
     with opened(browser, server.address) as page:
         use(page, server.workspace / "datasets/many", MANY)

@@ -25,7 +25,8 @@
     constructor(server, offered) {
       Object.assign(this, { server, offered, sets: [], roots: [], panel: null, panels: {} });
       this.store = new Studio.SetStore(server, {
-        listed: (isOther, isNew) => { if (isOther) this.grid.listed(isNew); this.showFound(); }, changed: (names) => this.grid.update(names), isShown: (name) => this.grid.isShown(name),
+        listed: (isOther, isNew) => { if (isOther) this.grid.listed(isNew); this.showFound(); },
+        changed: (names) => { this.grid.update(names); this.viewer.update(names); }, isShown: (name) => this.grid.isShown(name) || this.viewer.isShown(name),
         state: (answer) => this.showState(answer), conflict: (name) => this.compare(name), failed: (text) => this.say(text, true) });
       this.grid = new Studio.CardGrid(this.store, { open: (name) => this.open(name), compare: (name) => this.compare(name), selected: () => this.showSelected(),
         point: (card) => this.panel?.point?.(card), remove: (names) => this.change("delete_images", { names }), exclude: (names) => this.exclude(names) });

@@ -163,14 +163,14 @@
     /** What is in the caption field of an image: what was typed, else what is saved. */
     textOf(name) { return this.drafts.get(name)?.text ?? this.cards.get(name)?.caption ?? ""; }
 
-    edit(name, text) {
-      const card = this.cards.get(name);
+    /** Something was typed over `before`, a caption and its version. */
+    edit(name, text, before = this.cards.get(name)) {
       const draft = this.drafts.get(name);
-      if (!card && !draft) return;
-      if (!draft && text === card.caption) return;
+      if (!before && !draft) return;
+      if (!draft && text === before.caption) return;
       this.kept.add(name);
       if (draft) Object.assign(draft, { text });
-      else this.drafts.set(name, { text, version: card.version });
+      else this.drafts.set(name, { text, version: before.version });
       this.remember();
     }
 

@@ -6,7 +6,7 @@
 
   Studio.ImageViewer = class {
     constructor(store, failed, settings) {
-      Object.assign(this, { store, failed, settings, name: "", turn: 0 });
+      Object.assign(this, { store, failed, settings, name: "", before: null, turn: 0 });
       this.picture = h("img", { alt: "", draggable: "false", onload: () => this.placed() });
       this.box = h("span", { class: "st-crop", hidden: true });
       this.brush = new Studio.MaskBrush();
@@ -14,7 +14,7 @@
       this.title = h("h3", {});
       this.facts = h("p", { class: "st-small" });
       this.said = h("p", { class: "st-warn", role: "alert" });
-      this.caption = h("textarea", { id: "studio-large-caption", rows: "6", oninput: () => this.store.edit(this.name, this.caption.value), onblur: () => this.store.save(this.name),
+      this.caption = h("textarea", { id: "studio-large-caption", rows: "6", oninput: () => this.store.edit(this.name, this.caption.value, this.before), onblur: () => this.store.save(this.name),
         onkeydown: (event) => this.ontext(event) });
       this.crop = h("input", { type: "checkbox", onchange: () => this.showCrop() });
       const button = (text, work, kind = "", attributes = {}) => h("button", { type: "button", class: `st-button ${kind}`, onclick: work, ...attributes }, text);
@@ -36,9 +36,9 @@
       this.said.textContent = "";
       this.mask(false);
       this.title.textContent = name;
-      this.caption.value = this.store.textOf(name);
-      const card = this.store.cards.get(name);
-      this.caption.disabled = Boolean(card?.fault);
+      const card = this.store.card(name);
+      this.before = null;
+      this.showCaption();
       this.picture.src = card?.thumb ? Studio.fileUrl(card.thumb) : "";
       this.picture.alt = `${name} large`;
       this.facts.textContent = card?.trouble || (card?.width ? `${card.width} × ${card.height} pixels` : "");
@@ -47,6 +47,23 @@
       if (!this.element.open) this.element.showModal();
       this.whole = this.load(name, turn);
       await this.whole;
+    }
+
+    isShown(name) { return this.element.open && name === this.name; }
+
+    /** Cards are others: somebody else may have changed the caption. */
+    update(names) {
+      if (names.some((name) => this.isShown(name))) this.showCaption();
+    }
+
+    /** The caption as it is known; what is typed goes over the version that is seen here. */
+    showCaption() {
+      const card = this.store.card(this.name);
+      if (!card && this.before) return; // it was asked for again
+      this.before = card ? { caption: card.caption, version: card.version } : null;
+      this.caption.disabled = !card || Boolean(card.fault);
+      const text = this.store.textOf(this.name);
+      if (this.caption.value !== text) this.caption.value = text;
     }
 
     /** Show the picture large; true when it is there. */
