@@ -207,6 +207,17 @@ def test_images_are_copied_or_moved_to_another_data_set(cats, library):
         cats.send(["a.png"], cats)
 
 
+def test_a_copy_that_is_refused_takes_no_caption_along_to_another_image(cats, library):
+    other = library.open(library.create("other")["id"])
+    draw(other.root / "a.png", seed=90, caption="theirs")
+    (other.root / "z.png").write_bytes((cats.root / "a.png").read_bytes())
+    other.index.refresh(at_once=True)
+    wait_until_known(other)
+    old = tree(other.root)
+    assert cats.send(["a.png"], other, keep=False)["sent"] == 0
+    assert tree(other.root) == old and (cats.root / "a.png").exists()
+
+
 def test_masks_are_checked_written_and_put_away_again(cats):
     wait_until_known(cats)
     for png, words in [(b"no picture", "is not a PNG"), (mask_of((5, 5)), "the mask has 5 × 5 pixels")]:

@@ -81,6 +81,19 @@ def test_a_caption_for_an_image_that_is_here_takes_the_place_of_its_own(cats, in
     assert tree(cats.root) == old
 
 
+def test_what_belongs_to_a_refused_image_is_not_given_to_another_one_of_its_name(cats, inbox):
+    wait_until_known(cats)
+    old, b = tree(cats.root), (cats.root / "b.png").read_bytes()
+    answer = send(cats, inbox, a__png=b, a__txt="of b", c__jpg=b"broken", c__txt="x", **{"a-masklabel__png": png()})
+    assert answer["captions"] == 0 and tree(cats.root) == old
+    reasons = dict(answer["refused"])
+    assert reasons["a.png"] == "is the same picture as b.png"
+    assert reasons["a.txt"] == reasons["a-masklabel.png"] == "belongs to a.png, which was not taken"
+    assert reasons["c.txt"] == "belongs to c.jpg, which was not taken"
+    again = send(cats, inbox, b__png=b, b__txt="a better one")  # the very image: its caption is meant
+    assert again["captions"] == 1 and (cats.root / "b.txt").read_bytes() == b"a better one"
+
+
 def test_what_is_no_part_of_a_data_set_is_refused_by_name(cats, inbox):
     old = tree(cats.root)
     answer = send(cats, inbox, page__html="<html>", broken__png=b"no picture", empty__jpg=b"", tool__exe=b"MZ")

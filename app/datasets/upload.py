@@ -89,15 +89,21 @@ def plan(root: Path, batch: Batch, records: Sequence[Record]) -> Plan:
     result = Plan(refused=batch.refused)
     taken = {name.casefold() for record in records for name in (record.name, record.sidecar, record.mask_name)}
     known = {record.sidecar for record in records}
-    hashes = {record.facts.sha256: record.name for record in records if record.facts and record.facts.sha256}
+    hashes: dict[str, list[str]] = {}  # -> the images of that content
+    for record in records:
+        if record.facts and record.facts.sha256:
+            hashes.setdefault(record.facts.sha256, []).append(record.name)
     stems: dict[str, str] = {}  # of images that came -> the stem that they get
+    without: dict[str, str] = {}  # folded stem of an image that was refused -> what it came as
     for name, path in batch.files.items():
         if _is_image(name):
-            reason = _fault(path, hashes)
+            stem, suffix = os.path.splitext(name)
+            same, reason = _fault(name, path, hashes)
             if reason:
                 result.refused.append((batch.came_as[name], reason))
+                if stem.casefold() not in {os.path.splitext(other)[0].casefold() for other in same}:
+                    without[stem.casefold()] = batch.came_as[name]
                 continue
-            stem, suffix = os.path.splitext(name)
             if stem not in stems:
                 stems[stem] = free_stem(stem, (suffix, ".txt", folders.MASK), taken)
             new = stems[stem] + suffix
@@ -107,14 +113,19 @@ def plan(root: Path, batch: Batch, records: Sequence[Record]) -> Plan:
             result.changes.append(Move(_inside(root, path), new))
             result.images += 1
     for name, path in batch.files.items():
-        if not _is_image(name):
+        if _is_image(name):
+            continue
+        stem = name[:-len(_ending(name))]
+        if stem not in stems and stem.casefold() in without:
+            result.refused.append((batch.came_as[name], f"belongs to {without[stem.casefold()]}, which was not taken"))
+        else:
             _plan_companion(root, name, path, stems, known, result)
     return result
 
 
 def _plan_companion(root: Path, name: str, path: Path, stems: dict[str, str], known: set[str], result: Plan) -> None:
     """A caption or a mask: with the image that came along, or for one that is there, or by itself."""
-    ending = folders.MASK if folders.is_mask(name) else ".txt"
+    ending = _ending(name)
     stem = name[:-len(ending)]
     target = stems.get(stem, stem) + ending
     before = content(root, target)
@@ -177,20 +188,24 @@ def _target(name: str, draft: Path, batch: Batch, shown: str) -> Path | None:
     return target
 
 
-def _fault(path: Path, hashes: dict[str, str]) -> str:
-    """Why an image is not taken; remembers those that are."""
+def _ending(name: str) -> str:
+    return folders.MASK if folders.is_mask(name) else ".txt"
+
+
+def _fault(name: str, path: Path, hashes: dict[str, list[str]]) -> tuple[list[str], str]:
+    """The images that are the same, and why one is not taken ("" when it is); remembers those that are."""
     if path.suffix.lower() in UNSUPPORTED:
-        return ""  # the health check says what to do with it
+        return [], ""  # the health check says what to do with it
     data = path.read_bytes()
     digest = hashlib.sha256(data).hexdigest()
     if digest in hashes:
-        return f"is the same picture as {hashes[digest]}"
+        return hashes[digest], f"is the same picture as {hashes[digest][0]}"
     try:
         inspect(data)
     except ImageError as error:
-        return str(error)
-    hashes[digest] = path.name
-    return ""
+        return [], str(error)
+    hashes[digest] = [name]
+    return [], ""
 
 
 def _is_image(name: str) -> bool:
