@@ -178,13 +178,17 @@ def test_nothing_is_overwritten_by_a_move(cats):
     assert tree(cats.root) == old
 
 
-def test_a_caption_that_two_images_share_stays_with_the_other(cats):
+def test_a_caption_and_a_mask_that_two_images_share_stay_with_the_other(cats):
     draw(cats.root / "a.jpg", seed=7)
     cats.index.refresh(at_once=True)
+    cats.save_mask("a.png", mask_of((32, 24)))
+    cats.move(["a.png"], "moved")
+    assert card(cats, "a.jpg")["mask"] and not card(cats, "moved/a.png")["mask"]
+    cats.undo()
     cats.delete(["a.png"])
-    assert card(cats, "a.jpg")["caption"] == "red, cat\nsecond line\n"
+    assert card(cats, "a.jpg")["caption"] == "red, cat\nsecond line\n" and card(cats, "a.jpg")["mask"]
     cats.delete(["a.jpg"])
-    assert not (cats.root / "a.txt").exists()
+    assert not (cats.root / "a.txt").exists() and not (cats.root / "a-masklabel.png").exists()
 
 
 def test_images_are_copied_or_moved_to_another_data_set(cats, library):

@@ -20,9 +20,9 @@ _FORBIDDEN = re.compile(r'[\\/:*?"<>|\x00-\x1f\x7f]')
 
 
 def moves(chosen: Sequence[Record], everything: Sequence[Record], target: Callable[[str], str]) -> list[Change]:
-    """Images with their masks and captions to other places; a caption that another image needs, too, stays."""
+    """Images with their masks and captions to other places; a caption or mask that another image needs, too, stays."""
     names = {record.name for record in chosen}
-    needed = {record.sidecar for record in everything if record.name not in names}
+    needed = {name for record in everything if record.name not in names for name in (record.sidecar, record.mask_name)}
     found: dict[str, Change] = {}
     for record in chosen:
         found |= {name: Move(name, target(name)) for name in record.files() if name not in needed}
