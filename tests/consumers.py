@@ -128,6 +128,8 @@ def merged(program: str, file: dict[str, Tensor], family: str, weights: dict[str
             unmatched += 1
     if program == "forge" and unmatched > FORGE_LIMIT:
         raise Refused(f"{unmatched} tensors unmatched")
+    if program == "a1111" and any(name.endswith((".lora_A.weight", ".lora_B.weight")) for name in file):
+        raise Refused("no kind of module has these endings")
     if program == "a1111" and family == "sdxl":
         modules = _with_whole_attention(modules)
     result = {name: tensor.double() for name, tensor in native(family, weights).items()}

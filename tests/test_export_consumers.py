@@ -177,6 +177,20 @@ FILES = {
         *PEFT, ("lora_unet_conv_in", "unet.conv_in"), *[(name.replace(".", "_").replace("unet", "lora_unet", 1), name)
                                                         for name in LAYERS["sd15"]])), {
         "comfyui": "drops every attention layer", "forge": "refuses", "a1111": "applies nothing"}),
+    **{f"PEFT's endings for {form} of {model}": (model, without, form, renamed(*PEFT), dict.fromkeys(
+        programs, "raises an error over endings")) for model, without, form, programs in (
+            ("sd15", "", "U1", ("a1111", "diffusers")), ("sdxl", "add_embedding", "U2", ("a1111", "diffusers")),
+            ("flux1", "x_embedder|proj_out", "F5", ("diffusers",)),
+            ("klein", "stream|norm_out|time", "F5", ("diffusers",)))},
+    "PEFT's endings once": ("sd15", "", "U1", renamed(*[(f"conv_in.{old}", f"conv_in.{new}") for old, new in PEFT]),
+                            dict.fromkeys(("a1111", "diffusers"), "raises an error over endings")),
+    "kohya's endings once": ("flux1", "", "F1", renamed(*[(f"x_embedder.{old}", f"x_embedder.{new}")
+                                                         for old, new in KOHYA]), {}),
+    "kohya's endings once, with alpha": ("flux1", "", "F1", chain(alphas(2), renamed(
+        *[(f"x_embedder.{old}", f"x_embedder.{new}") for old, new in KOHYA])), {
+            "diffusers": "in these names: 2 times the"}),
+    "kohya's endings once in Flux.2": ("klein", "stream|norm_out|time", "F1", renamed(
+        *[(f"to_q.{old}", f"to_q.{new}") for old, new in KOHYA]), {"diffusers": "raises an error"}),
     "U2 for SD 1.5": ("sd15", "", "U2", whole, {"diffusers": "raises an error"}),
     "U1 for SDXL": ("sdxl", "", "U1", whole, {"diffusers": "drops the size embedding", "a1111": "the first upsampler"}),
     "F3": ("flux1", "", "F1", chain(renamed(*KOHYA), alphas(2)), {"diffusers": "in these names: 2 times the"}),

@@ -135,6 +135,16 @@ def _unmatched(lora: LoraFile, consumer: str, blocks: Collection[str]) -> Iterat
     yield Fault("drops layers of which one half is missing", tuple(lora.incomplete))
 
 
+def _endings(lora: LoraFile, consumer: str, blocks: Collection[str]) -> Iterator[Fault]:
+    """Endings of the kind that does not go with the names: ComfyUI and Forge take either, layer by layer."""
+    if lora.family == "flux1" and lora.format.style == "peft":  # which diffusers takes either of, too
+        return
+    right = all(entry.tensors["down"].endswith(lora.format.down) for entry in lora.entries.values())
+    if not right and consumer in ("a1111", "diffusers"):
+        yield Fault("raises an error over endings that do not go with these names: kohya's are lora_down and lora_up, "
+                    "PEFT's lora_A and lora_B", tuple(lora.entries))
+
+
 def _clip_names(lora: LoraFile, consumer: str, blocks: Collection[str]) -> Iterator[Fault]:
     """Names of text encoders that only some consumers look for."""
     if consumer != "diffusers":
@@ -191,13 +201,13 @@ def _mixed_alpha(lora: LoraFile, consumer: str, blocks: Collection[str]) -> Iter
 
 
 def _dropped_alpha(lora: LoraFile, consumer: str, blocks: Collection[str]) -> Iterator[Fault]:
-    if consumer != "diffusers" or lora.family != "flux1" or lora.format.name not in ("F3", "F4"):
+    if consumer != "diffusers" or lora.family != "flux1":
         return
     if lora.format.name == "F4":
         if len(lora.alphas) < len(lora.entries) or _keys(lora, lambda module: ".attn." not in module):
             yield Fault("raises an error in these names over layers other than attention, or without alpha",
                         tuple(lora.entries))
-    elif lora.format.name == "F3":
+    elif lora.format.style == "peft" and any("lora_down" in entry.tensors["down"] for entry in lora.entries.values()):
         for scale, keys in _grouped({key: lora.scale(key) for key in lora.entries if lora.scale(key) != 1.0}).items():
             strength = 1 / scale if scale else math.nan
             yield Fault(f"ignores alpha in these names: {strength:.3g} times the strength meant", keys, strength)
@@ -281,7 +291,7 @@ def _dora(lora: LoraFile, consumer: str, blocks: Collection[str]) -> Iterator[Fa
     yield Fault(effect, tuple(outputs), math.nan)
 
 
-RULES: tuple[Rule, ...] = (_names, _unmatched, _clip_names, _clip_attention, _mixed_alpha, _dropped_alpha,
+RULES: tuple[Rule, ...] = (_names, _unmatched, _endings, _clip_names, _clip_attention, _mixed_alpha, _dropped_alpha,
                            _missing_alpha, _mixed_rank, _adapter_metadata, _dora)
 
 
