@@ -197,15 +197,11 @@ def targets(family: str) -> list[dict[str, str]]:
 
 def shortened(report: Mapping[str, Any]) -> Answer:
     """A report of `verify` as ticks with words."""
-    count, misfits = len(report["layers"]), report["misfits"]
+    count = len(report["layers"])
     ticks = [{"id": id, "program": PROGRAMS[id], "good": reading["whole"],
               "words": [f"{fault['text']} ({len(fault['keys'])} layers)" for fault in reading["faults"]]
               or [f"reads all {count} layers at full strength"]} for id, reading in report["asked"].items()]
-    notes = list(report["notes"])
-    if misfits:
-        notes.append(f"{len(misfits)} of {count} layers have other sizes than those of {report['model']}: it is for a "
-                     "base model of its own")
-    return {"ticks": ticks, "faults": report["faults"], "notes": notes}
+    return {"ticks": ticks, "faults": report["faults"], "notes": report["notes"]}
 
 
 def _files_of(run: Run) -> list[Path]:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from app.exporting import shortened
 from tests import lora_models
 from tests.models import sd15_file, sd15_folder
 from trainer.errors import UserError
@@ -86,6 +87,7 @@ def test_numbers_that_are_not_finite_are_a_fault(path, tensor, words):
     change(path, **{".lora_up.weight": tensor})
     report = examine(path)
     assert not report.good and words in report.faults[0]
+    assert "reads all" not in as_text(report)
     layers = json.loads(json.dumps(as_json(report), allow_nan=False))["layers"]
     assert [layer["key"] for layer in layers if layer["norm"] is None] == [KEY]
 
@@ -96,7 +98,30 @@ def test_idle_layers_are_a_note_and_an_idle_file_a_fault(path):
     assert report.good and "1 layers change nothing" in as_text(report)
     save_file({name: torch.zeros_like(tensor) if "up" in name else tensor for name, tensor in load_file(path).items()},
               path)
-    assert "the file changes nothing" in examine(path).faults[0]
+    report = examine(path)
+    assert "the file changes nothing" in report.faults[0] and "reads all" not in as_text(report)
+    assert all("without any effect" in reading.faults[0].text for reading in report.asked)
+
+
+def with_magnitude(path, magnitude, up):
+    """The file with a DoRA magnitude along the input axis, as kohya's programs read it."""
+    change(path, **{".lora_up.weight": up})
+    save_file({**load_file(path), f"{KEY}.dora_scale": magnitude}, path)
+
+
+def test_a_magnitude_that_is_not_finite_is_a_fault(path, capsys):
+    with_magnitude(path, torch.full((1, 1280), math.nan), torch.ones(1280, 4))
+    assert main(["verify", str(path), "--for", "comfyui"]) == 1
+    assert "numbers that are not finite in 1 layers, such as " + KEY in capsys.readouterr().out
+
+
+def test_a_layer_that_changes_magnitudes_alone_is_not_idle(path):
+    with_magnitude(path, torch.full((1, 1280), 2.0), torch.zeros(1280, 4))
+    report = examine(path, consumers=["comfyui"])
+    assert report.good and not any("change nothing" in note for note in report.notes)
+    save_file({name: torch.zeros_like(tensor) if "up" in name else tensor for name, tensor in load_file(path).items()},
+              path)
+    assert examine(path, consumers=["comfyui"]).good
 
 
 def test_shapes_of_another_model_are_told(tmp_path):
@@ -107,6 +132,21 @@ def test_shapes_of_another_model_are_told(tmp_path):
     assert not report.good and report.misfits[0].expected == (1280, 1280)
     assert "1 of 2 layers do not fit SD 1.5: lora_unet_mid" in as_text(report)
     assert "is 640 x 640 instead of 1280 x 1280; no program can apply these" in as_text(report)
+
+
+@pytest.mark.parametrize("wrong", ["shape", "numbers", "zero"])
+def test_text_json_tick_and_exit_code_agree(tmp_path, path, wrong, capsys):
+    change(path, **{"shape": {".lora_up.weight": torch.ones(640, 4)},
+                    "numbers": {".lora_down.weight": torch.full((4, 1280), math.nan)}, "zero": {}}[wrong])
+    if wrong == "zero":
+        save_file({name: tensor * 0 if "up" in name else tensor for name, tensor in load_file(path).items()}, path)
+    assert main(["verify", str(path), "--json"]) == 1
+    said = json.loads(capsys.readouterr().out)
+    assert not said["good"] and not any(reading["whole"] for reading in said["asked"].values())
+    page = shortened(said)
+    assert page["faults"] and not any(tick["good"] for tick in page["ticks"])
+    assert main(["verify", str(path)]) == 1
+    assert "reads all" not in capsys.readouterr().out
 
 
 def test_a_layer_that_the_model_has_not_is_told(tmp_path):

@@ -26,6 +26,7 @@ def session(tiny_project, tmp_path_factory) -> Session:
     with torch.no_grad():
         for leaf in made.adapter.parameters():
             leaf.add_(torch.randn(leaf.shape, generator=torch.Generator().manual_seed(1)))
+    made.adapter.ema_update()
     made.progress.step = 8
     made.progress.global_batch = 2
     return made
@@ -55,6 +56,18 @@ def test_another_format_is_told_of_the_programs_that_do_not_read_it(session, mon
     event = [event for event in EventReader(session.run.events).read() if event["kind"] == "export"][-1]
     assert (event["format"], event["unmatched"], event["readers"]) == ("U2", [], ["ComfyUI", "A1111", "Forge"])
     assert event["others"][0].startswith("diffusers raises an error or drops the UNet's blocks")
+
+
+@pytest.mark.parametrize(("spoil", "words"), [
+    (lambda up: up * 0, "without any effect"),
+    (lambda up: up[:-1], "layers of other shapes")])
+def test_no_program_is_named_for_a_file_that_is_wrong_for_all(session, monkeypatch, spoil, words) -> None:
+    real = publishing.writer.write
+    monkeypatch.setattr(publishing.writer, "write", lambda path, pairs, **given: real(
+        path, [(name, spoil(up), down, magnitude) for name, up, down, magnitude in pairs], **given))
+    publish(session, session.run.export_of(8))
+    event = [event for event in EventReader(session.run.events).read() if event["kind"] == "export"][-1]
+    assert event["readers"] == [] and any(words in text for text in event["others"])
 
 
 def test_the_cover_is_the_newest_trained_picture_of_the_first_prompt(session, monkeypatch) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from trainer import captions
 from trainer.errors import UserError
 from trainer.events import EventReader
-from trainer.export import formats, metadata, reading, verify, writer
+from trainer.export import formats, metadata, names, reading, stacked, verify, writer
 from trainer.export.lora_file import open_lora
 from trainer.export.writer import Pair
 from trainer.session import Session
@@ -31,7 +31,8 @@ def publish(session: Session, path: Path) -> None:
                            form=session.preset.output.format)
     comparison = verify.compare(path, pairs, family=family)
     unmatched = comparison.unmatched
-    readers, others = reading.readers(open_lora(path, family=family))
+    trained = {names.canonical(name): (len(up), *down.shape[1:]) for name, up, down, _ in stacked.apart(pairs)}
+    readers, others = reading.readers(open_lora(path, family=family), trained)
     session.recorder.event(
         "export", step=session.progress.step, path=path.relative_to(session.run.path).as_posix(), format=written.format,
         weights=weights, dtype=dtype, bytes=written.bytes, worst_rel_error=comparison.worst_rel_error,

@@ -19,7 +19,7 @@ from trainer.export.formats import FAMILIES
 from trainer.export.layers import check_out, pairs_of, source
 from trainer.export.lora_file import swap_halves
 from trainer.export.merge import Weighted, open_weighted
-from trainer.export.report import misfits
+from trainer.export.reading import misfits
 from trainer.export.resize import Tell
 from trainer.export.rewrite import check_room, rewrite
 from trainer.export.stacked import Pair

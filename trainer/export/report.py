@@ -10,20 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from trainer.errors import UserError
-from trainer.export.consumers import CONSUMERS, READERS, Reading, read_as
+from trainer.export.consumers import CONSUMERS, READERS, Reading
 from trainer.export.formats import FAMILIES
 from trainer.export.lora_file import LoraFile, open_lora
-from trainer.export.reading import Layer, measure
+from trainer.export.reading import Layer, Misfit, measure, misfits, read_whole
 from trainer.export.sizes import Sizes, base_sizes, true_sizes
-
-
-@dataclass(frozen=True)
-class Misfit:
-    """A key whose layer has another shape in the model, or (expected None) that the model has not."""
-
-    key: str
-    found: tuple[int, ...]
-    expected: tuple[int, ...] | None
 
 
 @dataclass(frozen=True)
@@ -48,7 +39,7 @@ class Report:
     @property
     def good(self) -> bool:
         """Whether every consumer asked for applies all of it, as it is meant."""
-        return not self.faults and not self.misfits and all(reading.whole for reading in self.asked)
+        return not self.faults and all(reading.whole for reading in self.asked)
 
 
 def examine(path: Path, *, base: Path | None = None, consumers: Sequence[str] = ()) -> Report:
@@ -60,13 +51,13 @@ def examine(path: Path, *, base: Path | None = None, consumers: Sequence[str] = 
     lora = open_lora(path)
     asked = list(consumers) or list(READERS[lora.family])
     layers, blocks = measure(lora)
-    model, misfits = _compare_sizes(lora, base)
-    readings = [read_as(consumer, lora, blocks) for consumer in CONSUMERS]
+    model, wrong = _compare_sizes(lora, base)
+    readings = [read_whole(consumer, lora, layers, blocks, wrong) for consumer in CONSUMERS]
     return Report(path, lora.family, lora.format.name, lora.format.words, lora.dtype, lora.ranks,
-                  sorted(set(lora.alphas.values())), model, layers, misfits,
+                  sorted(set(lora.alphas.values())), model, layers, wrong,
                   [reading for reading in readings if reading.consumer in asked],
-                  [reading for reading in readings if reading.consumer not in asked], list(_faults(lora, layers)),
-                  list(_notes(lora, layers)))
+                  [reading for reading in readings if reading.consumer not in asked],
+                  list(_faults(layers, model, wrong)), list(_notes(lora, layers)))
 
 
 def _compare_sizes(lora: LoraFile, base: Path | None) -> tuple[str, list[Misfit]]:
@@ -80,35 +71,21 @@ def _compare_sizes(lora: LoraFile, base: Path | None) -> tuple[str, list[Misfit]
     return best, found[best]
 
 
-def misfits(lora: LoraFile, sizes: Sizes) -> list[Misfit]:
-    """Keys of a file whose layers have another shape in a model, or that it has not."""
-    found = []
-    for key, entry in lora.entries.items():
-        shapes = [sizes.get(module) for module in entry.place.modules]
-        expected = None if None in shapes else (sum(shape[0] for shape in shapes), *shapes[0][1:])
-        if expected is None or _flat(expected) != _flat(entry.weight):
-            found.append(Misfit(key, entry.weight, expected))
-    return found
-
-
-def _flat(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Without the kernel of a 1 x 1 convolution, which is a linear layer."""
-    return shape[:2] if shape[2:] == (1, 1) else shape
-
-
-def _faults(lora: LoraFile, layers: Sequence[Layer]) -> Iterator[str]:
+def _faults(layers: Sequence[Layer], model: str, wrong: Sequence[Misfit]) -> Iterator[str]:
+    if wrong:
+        yield _misfit_text(wrong, len(layers), model)
     broken = [layer.key for layer in layers if not layer.finite]
     if broken:
         yield (f"numbers that are not finite in {len(broken)} layers, such as {broken[0]}: every program draws black "
                "or broken pictures. The training has diverged: export an earlier checkpoint")
-    if layers and not any(layer.norm for layer in layers):
+    if layers and all(layer.idle for layer in layers):
         yield "all layers are zero: the file changes nothing. It was saved before any training step"
     if not layers:
         yield "no layer is whole: each lacks its up or its down"
 
 
 def _notes(lora: LoraFile, layers: Sequence[Layer]) -> Iterator[str]:
-    idle = [layer.key for layer in layers if layer.norm == 0.0]
+    idle = [layer.key for layer in layers if layer.idle]
     if idle and len(idle) < len(layers):
         yield f"{len(idle)} layers change nothing (their weights are zero), such as {idle[0]}"
     if lora.format.ending == "kohya" and not lora.alphas:
@@ -133,9 +110,7 @@ def as_text(report: Report) -> str:
     ranks, alphas = _listed(report.ranks), _listed(report.alphas) or "none"
     lines = [f"{report.path.name}: {FAMILIES[report.family]}, format {report.format} ({report.words})",
              f"  {count} layers, rank {ranks}, alpha {alphas}, {report.dtype}"]
-    if report.misfits:
-        lines.append(f"  FAULT  {_misfit_text(report)}")
-    else:
+    if not report.misfits:
         lines.append(f"  ok     every layer has the shape that {report.model} has")
     lines += [f"  FAULT  {fault}" for fault in report.faults]
     for reading in report.asked:
@@ -144,7 +119,7 @@ def as_text(report: Report) -> str:
         if reading.consumer in READERS[report.family]:
             lines += _reading_lines(reading, "note ", count)
     lines += [f"  note   {note}" for note in report.notes]
-    live = [layer for layer in report.layers if layer.finite and layer.norm]
+    live = [layer for layer in report.layers if layer.finite and not layer.idle]
     if live:
         lines += ["", "  norm        effective rank   layer"]
         lines += [f"  {layer.norm:<10.4g}  {layer.erank:6.1f} of {layer.rank:<4}   {layer.key}" for layer in live]
@@ -159,13 +134,13 @@ def _reading_lines(reading: Reading, word: str, count: int) -> list[str]:
             for fault in reading.faults]
 
 
-def _misfit_text(report: Report) -> str:
-    first, count = report.misfits[0], len(report.misfits)
+def _misfit_text(wrong: Sequence[Misfit], count: int, model: str) -> str:
+    first = wrong[0]
     about = (f"{first.key} is for a layer that it has not" if first.expected is None else
              f"{first.key} is {' x '.join(map(str, first.found))} instead of {' x '.join(map(str, first.expected))}")
-    whose = "it may be for a base of other sizes: name that with --base" if count == len(report.layers) else \
-        "no program can apply these"
-    return f"{count} of {len(report.layers)} layers do not fit {report.model}: {about}; {whose}"
+    whose = ("it may be for a base of other sizes: name that with --base" if len(wrong) == count else
+             "no program can apply these")
+    return f"{len(wrong)} of {count} layers do not fit {model}: {about}; {whose}"
 
 
 def _listed(values: Sequence[float]) -> str:
