@@ -145,6 +145,19 @@ def test_restoring_onto_a_new_file_is_refused(cats):
         cats.restore(["../../b.png"])
 
 
+def test_of_two_trashed_files_of_one_name_one_can_be_restored(cats):
+    cats.delete(["c.png"])
+    draw(cats.root / "c.png", seed=9)
+    cats.index.refresh(at_once=True)
+    cats.delete(["c.png"])
+    keys = [file["key"] for file in cats.trash()["files"]]
+    with pytest.raises(UserError, match="two of the files were called c.png; choose one of them"):
+        cats.restore(keys)
+    assert len(cats.trash()["files"]) == 2 and not (cats.root / "c.png").exists()
+    cats.restore([keys[0], keys[0]])
+    assert len(cats.trash()["files"]) == 1 and cats.undo()["done"] == "restore 1 file"
+
+
 def test_images_move_between_folders_with_all_that_is_theirs(cats):
     old = tree(cats.root)
     cats.save_mask("a.png", mask_of((32, 24)))

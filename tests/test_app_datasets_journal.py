@@ -76,6 +76,15 @@ def test_nothing_is_moved_onto_another_file(tmp_path):
     assert tree(tmp_path) == {"a.png": b"a.png", "b.png": b"b.png"}
 
 
+@pytest.mark.parametrize("second", [Move("b.png", "c.png"), Write("c.png", None, b"x")])
+def test_two_changes_that_end_in_one_file_are_refused_whole(tmp_path, second):
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).write_text(name)
+    with pytest.raises(UserError, match="two of the files would be called c.png; nothing was changed"):
+        Journal(tmp_path).do("move", [Move("a.png", "c.png"), second])
+    assert tree(tmp_path) == {"a.png": b"a.png", "b.png": b"b.png"} and Journal(tmp_path).next_undo() is None
+
+
 def test_a_change_of_what_nobody_saw_is_refused_whole(tmp_path):
     (tmp_path / "b.txt").write_bytes(b"theirs")
     with pytest.raises(Changed) as refused:

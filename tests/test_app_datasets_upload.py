@@ -94,6 +94,12 @@ def test_what_belongs_to_a_refused_image_is_not_given_to_another_one_of_its_name
     assert again["captions"] == 1 and (cats.root / "b.txt").read_bytes() == b"a better one"
 
 
+def test_of_two_captions_for_one_image_the_first_is_taken(cats, inbox):
+    answer = send(cats, inbox, new__png=png(), new__txt="one", new__TXT="two")
+    assert answer["refused"] == [("new.TXT", "there is a new.txt already")]
+    assert (cats.root / "new.txt").read_bytes() == b"one"
+
+
 def test_what_is_no_part_of_a_data_set_is_refused_by_name(cats, inbox):
     old = tree(cats.root)
     answer = send(cats, inbox, page__html="<html>", broken__png=b"no picture", empty__jpg=b"", tool__exe=b"MZ")

@@ -40,6 +40,11 @@ class Move:
 Change = Write | Move
 
 
+def end_of(change: Change) -> str:
+    """The name of the file that a change leaves."""
+    return change.to if isinstance(change, Move) else change.name
+
+
 def place(root: Path, name: str) -> Path:
     """Where a name of a data set stands; a link is the link itself and not what it points to.  Raises `UserError`."""
     resolved = inside(root, name)  # refuses what leads out, by links too
@@ -63,10 +68,10 @@ def obstacle(root: Path, change: Change) -> str:
     try:
         if isinstance(change, Write):
             return "" if content(root, change.name) in (change.before, change.after) else "it was changed outside since"
-        source, target = place(root, change.name), place(root, change.to)
+        source, end = place(root, change.name), place(root, change.to)
     except UserError as error:
         return str(error)
-    is_there, is_taken = os.path.lexists(source), os.path.lexists(target)
+    is_there, is_taken = os.path.lexists(source), os.path.lexists(end)
     if is_there and is_taken:
         return f"{change.to} is there already"
     return "" if is_there or is_taken else f"{change.name} is gone"
@@ -79,10 +84,10 @@ def make(root: Path, changes: Sequence[Change]) -> None:
     """
     for change in changes:
         if isinstance(change, Move) and not obstacle(root, change):
-            source, target = place(root, change.name), place(root, change.to)
+            source, end = place(root, change.name), place(root, change.to)
             if os.path.lexists(source):
-                target.parent.mkdir(parents=True, exist_ok=True)
-                os.rename(source, target)
+                end.parent.mkdir(parents=True, exist_ok=True)
+                os.rename(source, end)
     new: dict[Path, bytes] = {}
     for change in changes:
         if isinstance(change, Write) and change.before != change.after and content(root, change.name) == change.before:

@@ -13,6 +13,7 @@ import os
 import threading
 import time
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -115,7 +116,14 @@ class Journal:
                 self._lock.release()
 
     def do(self, what: str, changes: Sequence[Change]) -> Done:
-        """Make changes as one entry.  Raises `Changed`, with nothing done, when files are not as they were seen."""
+        """Make changes as one entry.
+
+        Raises `Changed`, with nothing done, when files are not as they were seen, and `UserError` for two changes that
+        end in the same file: one of them would be lost, and undo could not tell which.
+        """
+        ends = Counter(disk.end_of(change) for change in changes)
+        if repeated := sorted(name for name, count in ends.items() if count > 1):
+            raise UserError(f"two of the files would be called {repeated[0]}; nothing was changed")
         with self.held():
             blocked = [(change.name, reason) for change in changes if (reason := disk.obstacle(self.root, change))]
             if blocked:

@@ -34,13 +34,21 @@ def listing(root: Path) -> dict[str, Any]:
 
 
 def restoring(root: Path, keys: Sequence[str]) -> list[Change]:
-    """Moves from the trash to where the files were.  Raises `UserError` for a key that is none, or a taken place."""
+    """Moves from the trash to where the files were.
+
+    Raises `UserError` for a key that is none, for a taken place, and for two files that were at the same place.
+    """
     there = {key for key, _ in _files(root)}
-    for key in keys:
+    names: set[str] = set()
+    for key in dict.fromkeys(keys):
+        name = key.partition("/")[2]
         if key not in there:
-            raise UserError(f"{key.partition('/')[2][:200]} is no longer in the trash")
-        if os.path.lexists(place(root, key.partition("/")[2])):
-            raise UserError(f"there is a {key.partition('/')[2]} again; move that one away first")
+            raise UserError(f"{name[:200]} is no longer in the trash")
+        if os.path.lexists(place(root, name)):
+            raise UserError(f"there is a {name} again; move that one away first")
+        if name in names:
+            raise UserError(f"two of the files were called {name}; choose one of them")
+        names.add(name)
     return [Move(f"{FOLDER}/{key}", key.partition("/")[2]) for key in dict.fromkeys(keys)]
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from app.datasets import trash
 from app.datasets.arrange import free_stem, safe_name
-from app.datasets.changes import Change, Move, Write, content
+from app.datasets.changes import Change, Move, Write, content, end_of
 from app.datasets.index import Record
 from app.datasets.journal import HIDDEN
 from trainer.data import folders
@@ -47,6 +47,11 @@ class Plan:
     images: int = 0
     captions: int = 0
     refused: list[tuple[str, str]] = field(default_factory=list)
+    ends: set[str] = field(default_factory=set)  # of the changes
+
+    def add(self, change: Change) -> None:
+        self.changes.append(change)
+        self.ends.add(end_of(change))
 
     def what(self) -> str:
         parts = [f"{count} {word}{'s' * (count != 1)}" for count, word in
@@ -110,7 +115,7 @@ def plan(root: Path, batch: Batch, records: Sequence[Record]) -> Plan:
             if new.casefold() in taken:  # a.png and a.jpg came, and one of them is there
                 new = free_stem(stem, (suffix, ".txt", folders.MASK), taken) + suffix
             taken.add(new.casefold())
-            result.changes.append(Move(_inside(root, path), new))
+            result.add(Move(_inside(root, path), new))
             result.images += 1
     for name, path in batch.files.items():
         if _is_image(name):
@@ -129,13 +134,13 @@ def _plan_companion(root: Path, name: str, path: Path, stems: dict[str, str], kn
     stem = name[:-len(ending)]
     target = stems.get(stem, stem) + ending
     before = content(root, target)
-    if before is not None and stem in stems and target not in known:
+    if target in result.ends or before is not None and stem in stems and target not in known:
         result.refused.append((name, f"there is a {target} already"))
     elif before is None:
-        result.changes.append(Move(_inside(root, path), target))
+        result.add(Move(_inside(root, path), target))
         result.captions += ending == ".txt"
     elif before != (after := path.read_bytes()):
-        result.changes.append(Write(target, before, after))
+        result.add(Write(target, before, after))
         result.captions += ending == ".txt"
 
 
