@@ -196,6 +196,36 @@ def test_tags_are_completed_moved_and_taken_out(browser, server, folder):
     assert (folder / "02.txt").read_bytes() == b"no tags here"
 
 
+def test_a_tag_that_is_written_otherwise_takes_the_place_of_the_old_one(browser, server, folder):
+    make(folder, 2, {"00": "alpha, beta, gamma", "01": "one"})
+    with opened(browser, server.address) as page:
+        use(page, folder, 2)
+        page.get_by_label("View", exact=True).select_option("tags")
+        page.wait_for_timeout(600)  # tokens are counted, which updates the cards
+        entry = page.get_by_role("combobox", name="Add a tag to 00.png")
+        page.get_by_role("button", name="beta, tag 2 of 3").click()
+        expect(entry).to_have_value("beta")
+        (folder / "01.txt").write_text("two")  # makes the page read all cards again
+        expect(page.get_by_role("button", name="two, tag 1 of 1")).to_be_visible(timeout=10_000)
+        entry.fill("delta")
+        entry.press("Enter")
+        expect(page.get_by_role("button", name="delta, tag 2 of 3")).to_be_visible()
+        expect(undo(page)).to_contain_text("00.png")
+        assert (folder / "00.txt").read_text() == "alpha, delta, gamma"
+        page.get_by_role("button", name="gamma, tag 3 of 3").click()
+        (folder / "00.txt").write_text("first, gamma, alpha")  # by another program
+        (folder / "01.txt").write_text("three")
+        expect(page.get_by_role("button", name="three, tag 1 of 1")).to_be_visible(timeout=10_000)
+        entry.fill("omega")
+        entry.press("Enter")
+        expect(page.get_by_role("button", name="omega, tag 2 of 3")).to_be_visible()
+        page.get_by_role("button", name="alpha, tag 3 of 3").click()
+        entry.press("Escape")
+        expect(page.get_by_role("button", name="alpha, tag 3 of 3")).to_be_visible()
+        page.wait_for_timeout(300)
+    assert (folder / "00.txt").read_text() == "first, omega, alpha"
+
+
 def test_tokens_are_counted_and_the_limit_is_marked_where_it_falls(browser, server, folder):
     make(folder, 2, {"00": "cat " * 80 + "tail", "01": "short"})
     with opened(browser, server.address) as page:

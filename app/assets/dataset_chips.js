@@ -13,7 +13,7 @@
   /** `changed(text)` for each whole change; `walk(event)` for keys that lead to another card. */
   Studio.Chips = class {
     constructor(store, changed, walk) {
-      Object.assign(this, { store, changed, name: "", text: null, lines: [[]], dragged: null, turn: 0 });
+      Object.assign(this, { store, changed, name: "", text: null, lines: [[]], editing: null, dragged: null, turn: 0 });
       count += 1;
       this.list = h("ul", { class: "st-chips", "aria-label": "Tags", ondragover: (event) => this.over(event), ondrop: (event) => this.drop(event) });
       this.choices = h("ul", { class: "st-choices", role: "listbox", id: `studio-tags-${count}`, "aria-label": "Tags of this data set", hidden: true });
@@ -23,11 +23,21 @@
       this.element = h("div", { class: "st-chipbox" }, this.list, h("div", { class: "st-entry-box" }, this.entry, this.choices));
     }
 
+    /** Show the tags of an image; while one of them is in the field to be changed, the rest stay as they are. */
     show(name, text, isOther) {
-      if (text === this.text && !isOther) return;
-      if (isOther && name !== this.name) this.entry.value = "";
-      Object.assign(this, { name, text, lines: Studio.splitTags(text) });
+      const isSame = name === this.name;
+      if (isSame && (this.editing || (text === this.text && !isOther))) return;
+      if (!isSame) {
+        this.entry.value = "";
+        this.editing = null;
+      }
+      this.name = name;
       this.entry.ariaLabel = `Add a tag to ${name}`;
+      this.draw(text);
+    }
+
+    draw(text) {
+      Object.assign(this, { text, lines: Studio.splitTags(text) });
       const focused = this.focusedAt();
       this.list.replaceChildren(...this.lines.flatMap((tags, line) => [
         ...(line ? [h("li", { class: "st-break", "aria-label": "New line" }, "↵")] : []), ...tags.map((tag, at) => this.chip(tag, line, at))]));
@@ -58,7 +68,7 @@
     /** Write the tags down and say so. */
     commit(line, at) {
       const text = Studio.joinTags(this.lines);
-      this.show(this.name, text, true);
+      this.draw(text);
       if (at !== undefined) this.focusChip(line, at);
       this.changed(text);
     }
@@ -79,7 +89,7 @@
     change(line, at) {
       const [tag] = this.lines[line].splice(at, 1);
       this.editing = [line, at, tag];
-      this.show(this.name, Studio.joinTags(this.lines), true);
+      this.draw(Studio.joinTags(this.lines));
       this.entry.value = tag;
       this.entry.focus();
       this.entry.select();
@@ -129,7 +139,7 @@
       else if (isOpen && event.key === "Escape") this.close();
       else if (this.editing && event.key === "Escape") this.add(this.editing[2]);
       else if ((event.key === "Enter" && !isDone) || event.key === ",") this.add(this.marked()?.dataset.tag);
-      else if (event.key === "Backspace" && !this.entry.value && this.lines.at(-1).length) this.remove(this.lines.length - 1, this.lines.at(-1).length - 1);
+      else if (event.key === "Backspace" && !this.entry.value && !this.editing && this.lines.at(-1).length) this.remove(this.lines.length - 1, this.lines.at(-1).length - 1);
       else {
         if (isDone || (event.altKey && event.key.startsWith("Arrow"))) this.add();
         walk(event);
@@ -140,18 +150,30 @@
       if (event.key === "Backspace") this.entry.focus();
     }
 
-    /** Put in what was typed, at the end or where the tag that is changed was. */
+    /** Put in what was typed, at the end or in place of the tag that is changed. */
     add(chosen) {
       const typed = (chosen ?? this.entry.value).split(",").map((tag) => tag.trim()).filter(Boolean);
-      const [line, at, old] = this.editing ?? [this.lines.length - 1, this.lines.at(-1).length, null];
+      const { editing } = this;
       this.editing = null;
       this.entry.value = "";
       this.close();
-      if (!typed.length && old === null) return;
-      (this.lines[line] ?? this.lines.at(-1)).splice(at, 0, ...typed);
-      const text = Studio.joinTags(this.lines);
-      this.show(this.name, text, true);
-      if (text !== this.store.textOf(this.name)) this.changed(text);
+      if (!typed.length && !editing) return;
+      const now = this.store.textOf(this.name); // another tab may have changed it meanwhile
+      const lines = Studio.splitTags(now);
+      if (editing) this.replace(lines, editing, typed);
+      else lines.at(-1).push(...typed);
+      const isAsBefore = editing && typed.join(", ") === editing[2];
+      const text = isAsBefore ? now : Studio.joinTags(lines);
+      this.draw(text);
+      if (text !== now) this.changed(text);
+    }
+
+    /** Put tags in place of the one that was taken into the field, wherever it is by now; else at the end. */
+    replace(lines, [line, at, old], tags) {
+      const isThere = lines[line]?.[at] === old;
+      const found = isThere ? lines[line] : lines.find((row) => row.includes(old));
+      if (found) found.splice(isThere ? at : found.indexOf(old), 1, ...tags);
+      else lines.at(-1).push(...tags);
     }
 
     offerSoon() {
