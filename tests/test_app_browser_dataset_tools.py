@@ -193,6 +193,24 @@ def test_a_model_proposes_captions_which_are_written_when_applied(browser, serve
         assert texts(folder)["01.txt"] == b"" and texts(folder)["03.txt"] == b"by hand"
 
 
+def test_captions_are_not_made_for_all_when_none_is_shown_and_excluded_ones_are_not_counted(browser, server, folder):
+    make(folder, 3)
+    with opened(browser, server.address) as page:
+        use(page, folder, 3)
+        automatic = panel(page, "Automatic captions")
+        expect(automatic.get_by_text("For all 3 images, as the mode says.")).to_be_visible()
+        card(page, "00.png").focus()
+        page.keyboard.press("x")
+        expect(automatic.get_by_text("For all 2 images that are not excluded, as the mode says.")).to_be_visible()
+        page.get_by_label("Search in captions").fill("no caption says this")
+        expect(page.get_by_text("No image matches.")).to_be_visible()
+        automatic.get_by_label("Model").select_option("other")
+        automatic.get_by_label("Hub id or folder").fill("any/model")
+        button(page, "Start").click()
+        expect(automatic.get_by_text("No image is shown: change the search or the filter")).to_be_visible()
+        expect(automatic.get_by_role("region", name="Proposed captions")).to_be_hidden()
+
+
 def test_a_mask_is_drawn_by_mouse_and_by_keyboard(browser, server, folder):
     make(folder, 2)
     pixels = images(folder)

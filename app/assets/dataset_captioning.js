@@ -52,7 +52,12 @@
       this.task.begin();
     }
 
-    chosen() { this.scope.textContent = `For ${this.page.scopeText()}, as the mode says.`; }
+    /** Say which images are meant; the task passes over excluded ones when none are named. */
+    chosen() {
+      const { images = 0, excluded = 0 } = this.page.store.info ?? {};
+      const all = `all ${Studio.count(images - excluded, "image")}${excluded ? " that are not excluded" : ""}`;
+      this.scope.textContent = `For ${this.page.scope() ? this.page.scopeText() : all}, as the mode says.`;
+    }
     found() { this.chosen(); }
     poll() { this.task.poll(); }
 
@@ -65,8 +70,10 @@
       this.said.textContent = "";
       try {
         if (!model) throw new Error("Give the model: a hub id or a folder.");
+        const images = this.page.scope();
+        if (images?.length === 0) throw new Error("No image is shown: change the search or the filter, or choose images, before you start.");
         if (!await this.page.store.flush()) throw new Error("A caption is not saved yet: look at the marked card first.");
-        const { task } = await this.page.store.ask("start_captioning", { settings, images: this.page.scope() ?? [] });
+        const { task } = await this.page.store.ask("start_captioning", { settings, images: images ?? [] });
         this.task.follow(task);
       } catch (error) {
         const lines = error.message.split("\n");
