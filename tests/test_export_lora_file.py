@@ -132,3 +132,29 @@ def test_magnitudes_that_do_not_fit_their_layer_are_refused(tmp_path, name, shap
         return
     with pytest.raises(UserError, match=rf"DoRA magnitudes of {key} are .*, which do not fit its layer of 12 outputs"):
         open_lora(tmp_path / "a.safetensors")
+
+
+def halves(key, down="lora_down", up="lora_up"):
+    return {f"{key}.{up}.weight": torch.ones(12, 2), f"{key}.{down}.weight": torch.ones(2, 12)}
+
+
+@pytest.mark.parametrize("names", [("lora_down", "lora_B"), ("lora_A", "lora_up")])
+def test_halves_of_two_kinds_are_no_pair(tmp_path, names):
+    mixed, whole = (f"lora_te_text_model_encoder_layers_{i}_self_attn_q_proj" for i in (0, 1))
+    save_file(halves(mixed, *names) | halves(whole), tmp_path / "a.safetensors")
+    lora = open_lora(tmp_path / "a.safetensors", family="sd15")
+    assert list(lora.entries) == [whole] and sorted(lora.incomplete[mixed]) == sorted(halves(mixed, *names))
+
+
+@pytest.mark.parametrize(("family", "first", "second"), [
+    ("sd15", halves("lora_unet_conv_out"), halves("lora_unet_conv_out", "lora_A", "lora_B")),
+    *[(family, halves(f"{one}_text_model_encoder_layers_0_mlp_fc1"), halves(f"{other}_encoder_layers_0_mlp_fc1"))
+      for family, one, other in (("sd15", "lora_te", "lora_te1_text_model"), ("sdxl", "lora_te1", "lora_te_text_model"),
+                                 ("sd15", "lora_te", "lora_te"))]])
+def test_two_changes_of_one_layer_are_refused_with_both_names(tmp_path, family, first, second):
+    save_file(first | second, tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match=r"a\.safetensors changes one layer twice, by lora_\w+\S* and by lora_\w+"):
+        open_lora(tmp_path / "a.safetensors", family=family)
+    for alone in (first, second):
+        save_file(alone, tmp_path / "a.safetensors")
+        assert len(open_lora(tmp_path / "a.safetensors", family=family).entries) == 1

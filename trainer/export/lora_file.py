@@ -56,7 +56,7 @@ class LoraFile:
     format: Format
     entries: dict[str, Entry]
     unknown: list[str]
-    incomplete: dict[str, list[str]] = field(default_factory=dict)  # key without up or down → its tensors
+    incomplete: dict[str, list[str]] = field(default_factory=dict)  # key without a pair of up and down → its tensors
 
     @property
     def naming(self) -> Naming:
@@ -139,7 +139,7 @@ def open_lora(path: Path, *, family: str = "") -> LoraFile:
     """Open a LoRA by its header. family: of which it must be; "" finds out.
 
     Raises UserError, naming the file, for one that is missing or damaged, that is no LoRA, whose factors do not fit
-    each other, or that holds none of the family's modules.
+    each other, that changes a layer twice, or that holds none of the family's modules.
     """
     described = header.read(path)
     grouped: dict[str, dict[str, str]] = {}
@@ -148,6 +148,8 @@ def open_lora(path: Path, *, family: str = "") -> LoraFile:
         found = formats.split(name)
         if found is None:
             unknown.append(name)
+        elif found[1] in grouped.get(found[0], {}):
+            raise _twice(path, grouped[found[0]][found[1]], name)
         else:
             grouped.setdefault(found[0], {})[found[1]] = name
     family, style = find_family(described, grouped, family)
@@ -159,14 +161,29 @@ def open_lora(path: Path, *, family: str = "") -> LoraFile:
             raise UserError(f"{path} {kind_in_words(tensors.values(), family)}")
         if place is None:
             unknown += tensors.values()
-        elif not {"up", "down"} <= tensors.keys():
+        elif not _paired(tensors):
             incomplete[key] = list(tensors.values())
         else:
             parts = {part: described.tensors[name] for part, name in tensors.items()}
             entries[key] = _checked(path, Entry(key, place, parts, tensors))
     if not entries and not incomplete:
         raise UserError(f"{path} {kind_in_words(described.tensors, family)}")
+    owners: dict[str, str] = {}
+    for key, entry in entries.items():
+        for module in entry.place.modules:
+            if owners.setdefault(module, key) != key:
+                raise _twice(path, owners[module], key)
     return LoraFile(path, described, family, form, entries, unknown, incomplete)
+
+
+def _paired(tensors: Mapping[str, str]) -> bool:
+    """Whether up and down are there, and are one pair: no program puts lora_down and lora_B together."""
+    return {"up", "down"} <= tensors.keys() and len({formats.split(tensors[part])[2] for part in ("up", "down")}) == 1
+
+
+def _twice(path: Path, first: str, second: str) -> UserError:
+    return UserError(f"{path} changes one layer twice, by {first[:100]} and by {second[:100]}, of which each program "
+                     "takes another. Remove one of them, or export the file again")
 
 
 def _checked(path: Path, entry: Entry) -> Entry:
