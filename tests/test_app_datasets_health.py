@@ -80,6 +80,20 @@ def test_a_remedy_mends_its_finding_is_undone_whole_and_keeps_every_picture(ill,
     assert tree(ill.root) == old
 
 
+def test_captions_of_images_that_cannot_be_shown_are_not_lone(cats, tmp_path):
+    outside = draw(tmp_path / "outside.png", seed=70)
+    (cats.root / "link.png").symlink_to(outside)
+    draw(cats.root / "1:2.png", seed=71, caption="of a name with a colon")
+    (cats.root / "alias").symlink_to(cats.root / "5_more")
+    for name in ("link.txt", "link-masklabel.png", "1:2-masklabel.png", "3:4.txt", "alone.txt", "a.TXT"):
+        (cats.root / name).write_bytes(b"x")
+    cats.index.refresh(at_once=True)
+    assert "link.png" not in cats.index.records and "1:2.png" not in cats.index.records
+    assert health.remedy(cats, "lone_mask")["changed"] == 0
+    assert health.remedy(cats, "lone_caption")["changed"] == 2  # and the one that cannot be moved stops nothing
+    assert sorted(file["name"] for file in cats.trash()["files"]) == ["a.TXT", "alone.txt"]
+
+
 def test_remedies_do_what_they_say(ill):
     health.remedy(ill, "not_utf8")
     assert (ill.root / "b.txt").read_bytes() == "schönes Mädchen".encode()

@@ -14,6 +14,7 @@ from app.datasets import duplicates, trash
 from app.datasets.changes import Change, Move, Write, content
 from app.datasets.data_set import DataSet
 from app.datasets.index import Record, is_small
+from app.paths import inside
 from trainer import captions
 from trainer.data import folders
 from trainer.errors import UserError
@@ -72,7 +73,7 @@ def _findings(data_set: DataSet, trigger: str, too_small: int) -> list[Finding]:
     records = data_set.records()
     included = [record for record in records if not record.excluded]
     return [*_of_pixels(included, too_small), *_of_copies(included), *_of_captions(included, trigger),
-            *_of_files(data_set.root, records)]
+            *_of_files(data_set.root)]
 
 
 def _of_pixels(records: Sequence[Record], too_small: int) -> list[Finding]:
@@ -133,27 +134,36 @@ def _of_captions(records: Sequence[Record], trigger: str) -> list[Finding]:
                 "itself; other programs do not.", lacking)]
 
 
-def _of_files(root: Path, records: Sequence[Record]) -> list[Finding]:
-    """Captions and masks without an image."""
-    sidecars = {record.sidecar for record in records}
-    masks = {record.mask_name for record in records}
+def _of_files(root: Path) -> list[Finding]:
+    """Captions and masks without an image; those of images that cannot be shown have one."""
     lone_captions, lone_masks = [], []
     for folder, names, files in os.walk(root):
         names[:] = [name for name in names if not name.startswith(".")]
+        stems = {os.path.splitext(file)[0] for file in files if folders.is_image(file)}
         prefix = os.path.relpath(folder, root).replace(os.sep, "/") + "/"
         for file in files:
-            name = (prefix + file).removeprefix("./")
-            if file.startswith("."):
+            ending = folders.MASK if folders.is_mask(file) else ".txt"
+            if file.startswith(".") or not file.lower().endswith(ending) or (
+                    file.endswith(ending) and file.removesuffix(ending) in stems):
                 continue
-            if file.lower().endswith(".txt") and name not in sidecars:
-                lone_captions.append(name)
-            elif folders.is_mask(file) and name not in masks:
-                lone_masks.append(name)
+            name = (prefix + file).removeprefix("./")
+            if _can_be_named(root, name):
+                (lone_captions if ending == ".txt" else lone_masks).append(name)
     return [
         Finding("lone_caption", "info", "Captions without an image", "No image has their name; training passes them "
                 "over.", sorted(lone_captions), are_images=False),
         Finding("lone_mask", "info", "Masks without an image", "No image has their name; training passes them over.",
                 sorted(lone_masks), are_images=False)]
+
+
+def _can_be_named(root: Path, name: str) -> bool:
+    """Whether the browser can be told of a file, and the trash can take it."""
+    try:
+        name.encode()
+        inside(root, name)
+    except (UnicodeEncodeError, UserError):
+        return False
+    return True
 
 
 def _told(finding: Finding) -> Answer:
