@@ -1,5 +1,6 @@
 """Safetensors headers: damaged files are told in words; weights are checked, moved and told apart."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -44,7 +45,9 @@ def test_a_header_says_names_shapes_places_and_metadata(tmp_path):
         ("cut.safetensors", len(HEADER).to_bytes(8, "little") + HEADER[:20], "is cut short: it has 28 of 69 bytes"),
         ("data.safetensors", len(HEADER).to_bytes(8, "little") + HEADER, "is cut short: it has 69 of 73 bytes"),
         ("text.safetensors", (9).to_bytes(8, "little") + b"{no json}", "its header cannot be read"),
-        ("odd.safetensors", (10).to_bytes(8, "little") + b'{"a": [1]}', "its header cannot be read"),
+        ("odd.safetensors", (10).to_bytes(8, "little") + b'{"a": [1]}', "tensor 'a' lacks its type, shape or place"),
+        ("list.safetensors", (6).to_bytes(8, "little") + b'{"a":[', "its header cannot be read"),
+        ("deep.safetensors", (90005).to_bytes(8, "little") + b'{"a":' + b"[" * 90000, "its header cannot be read"),
     ],
 )
 def test_a_damaged_file_is_told_in_words(tmp_path, name, content, message):
@@ -52,6 +55,41 @@ def test_a_damaged_file_is_told_in_words(tmp_path, name, content, message):
     with pytest.raises(UserError, match=message) as error:
         read_header(tmp_path / name)
     assert name in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data_offsets": [4, 0]}, r"has the impossible place \[4, 0\]"),
+        ({"data_offsets": [-4, 0]}, r"has the impossible place \[-4, 0\]"),
+        ({"data_offsets": [0]}, r"has the impossible place \[0\]"),
+        ({"data_offsets": ["0", "4"]}, "has the impossible place"),
+        ({"data_offsets": 4}, "has the impossible place 4"),
+        ({"shape": [2]}, r"of shape \[2\] has 4 bytes instead of 8"),
+        ({"shape": [-1]}, r"has the impossible shape \[-1\]"),
+        ({"shape": [10**30]}, "has the impossible shape"),
+        ({"shape": [1.0]}, "has the impossible shape"),
+        ({"shape": None}, "has the impossible shape"),
+        ({"dtype": "F16"}, "has 4 bytes instead of 2"),
+        ({"dtype": "Q4"}, "has the unknown type 'Q4'"),
+        ({"dtype": ["F32"]}, "has the unknown type"),
+    ],
+)
+def test_an_entry_that_does_not_agree_with_itself_is_told(tmp_path, changes, message):
+    text = json.dumps({"a": json.loads(HEADER)["a"] | changes}).encode()
+    (tmp_path / "odd.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(4))
+    with pytest.raises(UserError, match=f"odd.safetensors is damaged: tensor 'a' .*{message}"):
+        read_header(tmp_path / "odd.safetensors")
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2,
+              torch.float8_e8m0fnu, torch.int8, torch.uint8, torch.int64, torch.bool, torch.complex64]
+)
+def test_every_type_of_safetensors_is_known(tmp_path, dtype):
+    save_file({"a": torch.zeros(3, dtype=torch.uint8).to(dtype)}, tmp_path / "a.safetensors")
+    info = read_header(tmp_path / "a.safetensors").tensors["a"]
+    assert info.shape == (3,) and info.end - info.start == 3 * dtype.itemsize
 
 
 def test_a_missing_file_is_named(tmp_path):

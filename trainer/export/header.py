@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
-import math
 import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trainer import tensor_entry
 from trainer.errors import UserError
 
 LARGEST = 32 * 2**20  # bytes; a LoRA's header takes a hundredth of that, pictures in the metadata the rest
 MOST_VALUES = 500_000  # objects, lists and named values in it: what keeps the memory for reading it bounded
 MOST_RANK = 4096  # no LoRA has more; r x r work on an absurd one would fill the memory
-BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "F8_E4M3": 8, "F8_E5M2": 8, "I64": 64, "I32": 32, "I16": 16,
-        "I8": 8, "U64": 64, "U32": 32, "U16": 16, "U8": 8, "BOOL": 8}
 _PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
 
@@ -110,26 +108,10 @@ def _no_number(text: str) -> None:
 
 
 def _info(path: Path, name: str, entry: object) -> Info:
-    """One entry; every number in it is a whole one, and the bytes are those of the shape."""
-    place = f"tensor {name[:100]!r}"
-    if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
-        raise _broken(path, f"{place} lacks its type, shape or place")
-    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if dtype not in BITS if isinstance(dtype, str) else True:
-        raise _broken(path, f"{place} has the unknown type {str(dtype)[:20]!r}")
-    if not _sizes(shape) or len(shape) > 8:
-        raise _broken(path, f"{place} has the impossible shape {str(shape)[:60]}")
-    if not _sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise _broken(path, f"{place} has the impossible place {str(offsets)[:60]}")
-    needed = math.prod(shape) * BITS[dtype] // 8
-    if needed != offsets[1] - offsets[0]:
-        raise _broken(path, f"{place} of shape {str(shape)[:60]} has {offsets[1] - offsets[0]:,} bytes instead of "
-                      f"{str(needed)[:20]}")
-    return Info(dtype, tuple(shape), *offsets)
-
-
-def _sizes(value: object) -> bool:
-    return isinstance(value, list) and all(type(number) is int and 0 <= number < 2**63 for number in value)
+    try:
+        return Info(*tensor_entry.parse(name, entry))
+    except ValueError as error:
+        raise _broken(path, str(error)) from None
 
 
 def _check_layout(path: Path, tensors: dict[str, Info], size: int) -> None:

@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from trainer import tensor_entry
 from trainer.errors import UserError
 from trainer.export import formats, header, names
 from trainer.export.formats import Format
@@ -75,7 +76,7 @@ class LoraFile:
     def dtype(self) -> str:
         """Precision of the factors: "fp16", "bf16" or "fp32", the widest where there are several."""
         found = {entry.parts["down"].dtype for entry in self.entries.values()}
-        widest = max(found, key=lambda name: (header.BITS[name], name))
+        widest = max(found, key=lambda name: (tensor_entry.BITS[name], name))
         return {"F16": "fp16", "BF16": "bf16"}.get(widest, "fp32")
 
     @cached_property

@@ -15,6 +15,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from trainer import tensor_entry
 from trainer.errors import UserError
 from trainer.quantize.available import check
 from trainer.quantize.model import linears_in_blocks, quantised_linear
@@ -72,7 +73,8 @@ class Part:
 def read_header(file: Path) -> Header:
     """The header of a safetensors file.
 
-    Raises UserError for a file that is missing, a pickle, cut short, or not a safetensors file.
+    Raises UserError for a file that is missing, a pickle, cut short, or not a safetensors file, and for a tensor whose
+    type, shape and bytes do not agree.
     """
     if not file.is_file():
         raise UserError(f"there is no file {file}")
@@ -94,7 +96,7 @@ def read_header(file: Path) -> Header:
         entries = json.loads(text)
         metadata = entries.pop("__metadata__", {})
         tensors = {name: _tensor_info(file, name, entry, 8 + length) for name, entry in entries.items()}
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         raise UserError(f"{file} is not a safetensors file: its header cannot be read") from None
     needed = max((info.end for info in tensors.values()), default=8 + length)
     if needed > size:
@@ -102,9 +104,12 @@ def read_header(file: Path) -> Header:
     return Header(file, tensors, metadata)
 
 
-def _tensor_info(file: Path, name: str, entry: Mapping[str, Any], offset: int) -> TensorInfo:
-    start, end = entry["data_offsets"]
-    return TensorInfo(file, name, entry["dtype"], tuple(entry["shape"]), offset + start, offset + end)
+def _tensor_info(file: Path, name: str, entry: object, offset: int) -> TensorInfo:
+    try:
+        dtype, shape, start, end = tensor_entry.parse(name, entry)
+    except ValueError as error:
+        raise UserError(f"{file} is damaged: {error}. Download it again") from None
+    return TensorInfo(file, name, dtype, shape, offset + start, offset + end)
 
 
 def _cut_short(file: Path, size: int, needed: int) -> UserError:
