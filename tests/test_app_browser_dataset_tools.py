@@ -250,6 +250,28 @@ def test_a_mask_is_drawn_by_mouse_and_by_keyboard(browser, server, folder):
     assert not mask.exists() and images(folder) == pixels
 
 
+def test_a_mask_that_another_tab_changed_is_not_overwritten_unasked(browser, server, folder):
+    make(folder, 1)
+    mask = folder / "00-masklabel.png"
+    with opened(browser, server.address) as one, opened(browser, server.address) as two:
+        for page in (one, two):
+            use(page, folder, 1)
+            card(page, "00.png").dblclick()
+            button(page, "Draw a mask").click()
+            expect(page.get_by_role("application")).to_be_focused()
+            page.keyboard.press("Space")
+        two.keyboard.press("Shift+ArrowLeft")
+        button(one, "Save the mask").click()
+        expect(button(one, "Change the mask")).to_be_visible()
+        first = mask.read_bytes()
+        button(two, "Save the mask").click()
+        expect(two.get_by_text("Another tab or program changed this mask")).to_be_visible()
+        assert mask.read_bytes() == first
+        button(two, "Save the mask").click()
+        expect(button(two, "Change the mask")).to_be_visible()
+        assert mask.read_bytes() != first
+
+
 def test_a_preset_takes_its_folder_from_the_data_sets(browser, server, folder):
     make(folder, 1)
     with opened(browser, server.address) as page:

@@ -145,8 +145,10 @@
       const { name } = this;
       try {
         if (!await this.whole) { this.mask(false); return; }
-        const { png } = await this.store.ask("read_mask", { name });
+        this.version = null;
+        const { png, version } = await this.store.ask("read_mask", { name });
         if (name !== this.name) return;
+        this.version = version;
         await this.brush.begin(name, this.width, this.height, png);
         this.placed();
         this.brush.element.focus();
@@ -166,8 +168,12 @@
     async write(png, label) {
       this.said.textContent = "";
       try {
-        const answer = await this.store.ask("save_mask", { name: this.name, png });
+        const answer = await this.store.ask("save_mask", { name: this.name, png, version: this.version });
         this.store.hooks.state(answer);
+        if (!answer.saved) {
+          this.version = answer.version; // one is told: the next time it is written over that one
+          throw new Error("Another tab or program changed this mask after you opened it, so yours is not saved. Save again to put yours in its place, or take your strokes back to keep the other one.");
+        }
       } catch (error) {
         this.said.textContent = error.message;
         return false;

@@ -102,9 +102,10 @@ class DataSet:
         return {"tags": found[:most]}
 
     def mask(self, name: str) -> Answer:
-        """The mask beside an image, as base64; "" when there is none."""
+        """The mask beside an image, as base64, "" when there is none; and its version."""
         [record] = self.index.named([name])
-        return {"png": base64.b64encode(content(self.root, record.mask_name) or b"").decode()}
+        data = content(self.root, record.mask_name)
+        return {"png": base64.b64encode(data or b"").decode(), "version": captions.version(data)}
 
     def history(self, most: int = 50) -> Answer:
         return {"entries": [_told(entry) | {"undone": undone} for entry, undone in self.journal.history(most)]}
@@ -174,16 +175,20 @@ class DataSet:
             changes = arrange.into_folder(self.root, chosen, self.records(), folder)
             return self.change(f"move {_count(chosen)} to {folder or 'the top folder'}", changes)
 
-    def save_mask(self, name: str, png: bytes | None) -> Answer:
-        """Write the mask beside an image, or put it away."""
+    def save_mask(self, name: str, png: bytes | None, version: str | None = None) -> Answer:
+        """Write the mask beside an image, or put it away; nothing is written over one of another version than given."""
         with self.journal.held():
             [record] = self.index.named([name])
             if png is not None:
                 arrange.check_mask(record, png)
             write = Write(record.mask_name, content(self.root, record.mask_name), png)
+            now = captions.version(write.before)
             if write.before == write.after:
-                return self.state()
-            return self.change(f"{'remove' if png is None else 'draw'} the mask of {name}", [write])
+                return {"saved": True, **self.state()}
+            if version not in (None, now):
+                return {"saved": False, "version": now, **self.state()}
+            answer = self.change(f"{'remove' if png is None else 'draw'} the mask of {name}", [write])
+            return {"saved": True, **answer}
 
     def add_files(self, files: Sequence[tuple[str, Path]]) -> Answer:
         """Take in copies of images, captions, masks and zips of them; what cannot be taken is named with its reason."""

@@ -97,6 +97,7 @@ class Turn(OfSet):
 
 class SaveMask(OfImage):
     png: Annotated[str, Field(max_length=LARGEST_MASK)] | None  # base64; None takes the mask away
+    version: Annotated[str, Field(max_length=64)] | None = None  # of the mask that was drawn on
 
 
 def build(library: Library) -> None:
@@ -148,7 +149,8 @@ def _of_changes(library: Library) -> list[Any]:
         server_function("send_images", SendImages,
                         lambda asked: of(asked).send(asked.names, library.open(asked.to), asked.keep)),
         server_function("add_files", AddFiles, lambda asked: add_files(of(asked), asked)),
-        server_function("save_mask", SaveMask, lambda asked: of(asked).save_mask(asked.name, decoded(asked.png))),
+        server_function("save_mask", SaveMask,
+                        lambda asked: of(asked).save_mask(asked.name, decoded(asked.png), asked.version)),
         server_function("restore_files", RestoreFiles, lambda asked: of(asked).restore(asked.keys)),
         server_function("empty_trash", OfSet, lambda asked: of(asked).empty_trash()),
         server_function("undo_change", Turn, lambda asked: of(asked).undo(asked.skip_changed)),
