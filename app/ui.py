@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+
 import gradio as gr
 
 from app import components, theme
@@ -18,6 +20,7 @@ CACHE_CLEANING = (3600, 86400)  # seconds: look each hour, drop what is a day ol
 def build(jobs: Jobs) -> gr.Blocks:
     """The page.  It has no session state and no queued events: each open tab costs one small request a second."""
     library = Library(jobs.places)
+    atexit.register(library.close)
     with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=True, delete_cache=CACHE_CLEANING) as page:
         Header([])
         with gr.Tabs(elem_id="tabs"):

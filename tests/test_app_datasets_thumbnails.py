@@ -1,6 +1,7 @@
 """Thumbnails are made elsewhere, in the order of need, and what is known of images outlives the app."""
 
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -86,20 +87,48 @@ def test_broken_images_have_their_reason_and_stop_nobody(workshop, tmp_path):
     assert "HEIC files are not read" in told["x.heic"].trouble and not told["good.png"].trouble
 
 
-def test_a_file_that_takes_its_reader_down_is_told_and_the_next_one_is_made(workshop, tmp_path, monkeypatch):
+def dying(monkeypatch, times):
+    """The first workers die of what they are asked."""
     killer = "import sys, os\nline = sys.stdin.readline()\nos.abort()"
-    real, first = thumbnails._start, []
+    real, started = thumbnails._start, []
 
     def start():
-        if first:
-            return real()
-        first.append(True)
-        return subprocess.Popen([sys.executable, "-c", killer], text=True, bufsize=1, stdin=subprocess.PIPE,
-                                stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        started.append(True)
+        return real() if len(started) > times else subprocess.Popen(
+            [sys.executable, "-c", killer], text=True, bufsize=1, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL)
 
     monkeypatch.setattr(thumbnails, "_start", start)
+
+
+def test_a_file_that_takes_its_reader_down_is_told_and_the_next_one_is_made(workshop, tmp_path, monkeypatch):
+    dying(monkeypatch, times=2)
     told = dict(make(workshop, draw(tmp_path / "a.png"), draw(tmp_path / "b.png", seed=2)))
     assert "ends the program that reads it" in told["a.png"].trouble and not told["b.png"].trouble
+    assert told["a.png"].passing
+
+
+def test_a_reader_that_dies_once_says_nothing_of_the_image(workshop, tmp_path, monkeypatch):
+    dying(monkeypatch, times=1)
+    [(_, told)] = make(workshop, draw(tmp_path / "a.png"))
+    assert (told.trouble, told.width) == ("", 32)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="groups of processes are other things there")
+def test_an_interrupt_of_the_app_does_not_reach_the_workers():
+    worker = thumbnails._start()
+    assert os.getpgid(worker.pid) != os.getpgid(0)
+    worker.communicate()
+
+
+def test_a_trouble_that_may_pass_is_looked_at_again_after_a_restart(tmp_path):
+    told = facts.look(tmp_path / "none.png", tmp_path / "t.webp")
+    kept = FactsFile(tmp_path / "facts.jsonl")
+    kept.put("none.png", (1, 2), told)
+    kept.put("bad.png", (1, 2), Facts(trouble="broken: no end"))
+    assert told.trouble.startswith("cannot be read") and kept.get("none.png", (1, 2)) == told
+    again = FactsFile(kept.path)
+    assert again.get("none.png", (1, 2)) is None and again.get("bad.png", (1, 2)).trouble == "broken: no end"
 
 
 def test_a_full_disk_says_nothing_of_an_image(tmp_path):

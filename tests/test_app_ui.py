@@ -11,6 +11,7 @@ import pytest
 from gradio_client import Client
 
 from app import ui
+from app.datasets.library import Library
 from app.jobs import Jobs
 from app.paths import Places
 from trainer import run
@@ -53,6 +54,15 @@ def call(address, function, data, page):
                   and function in [item.__name__ for item in block.server_fns])
     return fetch(f"{address}/gradio_api/component_server",
                  {"data": data, "component_id": number, "fn_name": function, "session_hash": "x"})
+
+
+def test_the_library_is_closed_when_the_app_ends(tmp_path, monkeypatch):
+    at_end = []
+    monkeypatch.setattr("atexit.register", lambda call, *_, **__: at_end.append(call))
+    ui.build(Jobs(Places(tmp_path), STAND_IN))
+    [close] = [call for call in at_end if isinstance(getattr(call, "__self__", None), Library)]
+    close()
+    assert not close.__self__.workshop._is_open
 
 
 def test_a_page_calls_the_servers_functions(app):

@@ -37,6 +37,7 @@ class Facts:
     cmyk: bool = False
     deep: bool = False  # more than 8 bits a channel
     trouble: str = ""
+    passing: bool = False  # the trouble may be gone at another time: it is not kept over restarts
 
 
 def look(path: Path, thumbnail: Path, side: int = SIDE) -> Facts:
@@ -51,7 +52,7 @@ def look(path: Path, thumbnail: Path, side: int = SIDE) -> Facts:
         width, height = images.inspect(data)
         picture = images.decode(data, at_least=side)
     except OSError as error:
-        return Facts(trouble=f"cannot be read: {error.strerror}")
+        return Facts(trouble=f"cannot be read: {error.strerror}", passing=True)
     except images.ImageError as error:
         return Facts(trouble=str(error))
     picture.thumbnail((side, side))

@@ -22,7 +22,10 @@ from trainer.files import write_atomic
 HOME = Path(__file__).resolve().parent.parent.parent  # where `-m app.datasets.facts` is found
 WORKERS = max(1, min(4, (os.cpu_count() or 2) // 2))
 IDLE = 20.0  # seconds without work after which a worker's memory is given back
+TRIES = 2  # a worker may die of something else than the image
 SOON, LATER = 0, 1  # what somebody is looking at, and all the rest
+
+_DEATH = Facts(trouble="broken: reading it ends the program that reads it", passing=True)
 
 Stamp = tuple[int, int]  # modification time in nanoseconds, size in bytes
 
@@ -77,9 +80,13 @@ class Workshop:
         worker: subprocess.Popen[str] | None = None
         try:
             while self._is_open and (wanted := self._next()):
-                if worker is None or worker.poll() is not None:
-                    worker = _start()
-                if facts := self._look(worker, wanted):
+                for _ in range(TRIES):
+                    if worker is None or worker.poll() is not None:
+                        worker = _start()
+                    facts = self._look(worker, wanted)
+                    if facts is not _DEATH:
+                        break
+                if facts and (self._is_open or facts is not _DEATH):  # at the app's end workers are ended, too
                     wanted.done(facts)
         finally:
             if worker:
@@ -102,7 +109,7 @@ class Workshop:
                     return wanted
 
     def _look(self, worker: subprocess.Popen[str], wanted: Wanted) -> Facts | None:
-        """What the worker says; None when the disk does not take the thumbnail."""
+        """What the worker says, `_DEATH` when it dies of it; None when the disk does not take the thumbnail."""
         assert worker.stdin and worker.stdout
         target = self.file_of(wanted.path, wanted.stamp, wanted.side)
         asked = {"path": os.fspath(wanted.path), "thumbnail": os.fspath(target), "side": wanted.side}
@@ -114,12 +121,15 @@ class Workshop:
         except (OSError, ValueError):  # the decoder took the process down with it
             worker.kill()
             worker.wait()  # so that the next image does not go to a program that is ending
-            return Facts(trouble="broken: reading it ends the program that reads it")
+            return _DEATH
 
 
 def _start() -> subprocess.Popen[str]:
+    """A worker out of reach of the terminal: a Ctrl-C that is meant for the app says nothing of an image."""
+    flags = 0 if sys.platform != "win32" else subprocess.CREATE_NEW_PROCESS_GROUP
     return subprocess.Popen([sys.executable, "-m", "app.datasets.facts"], cwd=HOME, text=True, encoding="utf-8",
-                            bufsize=1, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+                            bufsize=1, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                            start_new_session=sys.platform != "win32", creationflags=flags)
 
 
 class FactsFile:
@@ -147,6 +157,8 @@ class FactsFile:
     def put(self, name: str, stamp: Stamp, facts: Facts) -> None:
         with self._lock:
             self._known[name] = stamp, facts
+            if facts.passing:
+                return
             with suppress(OSError):  # a full disk: it is found again at the next start
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 with open(self.path, "ab", buffering=0) as file:
