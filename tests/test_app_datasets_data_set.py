@@ -136,6 +136,42 @@ def test_deleted_images_lie_in_the_trash_with_their_captions_until_it_is_emptied
     assert cats.undo(skip_changed=True)["done"] == "delete 1 image"
 
 
+def test_an_excluded_image_comes_back_from_the_trash_excluded(cats):
+    old = tree(cats.root)
+    cats.exclude(["5_more/d.png", "a.png", "b.png"])
+    excluded = tree(cats.root)
+    cats.delete(["5_more/d.png", "a.png", "c.png"])
+    files = {file["name"]: file["key"] for file in cats.trash()["files"]}
+    assert sorted(files) == ["5_more/d.png", "5_more/d.txt", "a.png", "a.txt", "c.png"]
+    trashed = {path: path.read_bytes() for path in cats.root.rglob("*") if path.is_file() and "trash" in path.parts}
+    cats.restore([files[name] for name in ("5_more/d.png", "a.png", "a.txt")])
+    assert cats.info()["excluded"] == 3 and cats.info()["undo"] == "restore 3 files"
+    cats.restore([files["5_more/d.txt"], files["c.png"]])
+    assert tree(cats.root) == excluded
+    assert [path for path in (cats.root / ".studio" / "trash").rglob("*")] == []  # no list is left there
+    cats.undo(), cats.undo()
+    assert cats.info()["excluded"] == 1
+    assert trashed == {path: path.read_bytes() for path in trashed}
+    cats.undo()
+    assert tree(cats.root) == excluded and cats.trash()["files"] == []
+    cats.undo()
+    assert tree(cats.root) == old
+
+
+def test_excluded_images_are_excluded_in_the_other_data_set_too(cats, library):
+    other = library.open(library.create("other")["id"])
+    draw(other.root / "a.png", seed=91)
+    before = tree(other.root)
+    cats.exclude(["a.png", "5_more/d.png"])
+    cats.send(["a.png", "b.png", "5_more/d.png"], other)
+    assert {name: record.excluded for name, record in other.index.records.items()} == {
+        "a.png": False, "a-2.png": True, "b.png": False, "5_more/d.png": True}
+    other.undo()
+    assert tree(other.root) == before
+    other.redo()
+    assert other.info()["excluded"] == 2
+
+
 def test_restoring_onto_a_new_file_is_refused(cats):
     cats.delete(["a.png"])
     draw(cats.root / "a.png", seed=9)

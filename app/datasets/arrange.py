@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
 
@@ -38,12 +38,8 @@ def into_folder(root: Path, chosen: Sequence[Record], everything: Sequence[Recor
     if repeated := {name for name in targets if targets.count(name) > 1}:
         raise UserError(f"two of the images would be called {sorted(repeated)[0]}; rename one first")
     excluded = {record.name.rpartition("/")[2] for record in chosen if record.excluded}
-    lists = {change.name: change for change in exclusions(root, chosen, False)}
-    if excluded:
-        before = content(root, prefix + folders.EXCLUDED)
-        after = folders.format_excluded(folders.parse_excluded(before or b"") | excluded)
-        lists[prefix + folders.EXCLUDED] = Write(prefix + folders.EXCLUDED, before, after)
-    return changes + list(lists.values())
+    lists = [*exclusions(root, chosen, False), *relisted(root, {folder: excluded}, True)]
+    return changes + lists
 
 
 def exclusions(root: Path, chosen: Sequence[Record], excluded: bool) -> list[Change]:
@@ -52,14 +48,35 @@ def exclusions(root: Path, chosen: Sequence[Record], excluded: bool) -> list[Cha
     for record in chosen:
         if record.excluded != excluded:
             by_folder.setdefault(record.folder, set()).add(record.name.rpartition("/")[2])
+    return relisted(root, by_folder, excluded)
+
+
+def into_trash(root: Path, chosen: Sequence[Record], everything: Sequence[Record], folder: str) -> list[Change]:
+    """Images into a folder of the trash, where lists like those of the data set's folders tell which are excluded."""
+    by_folder: dict[str, set[str]] = {}
+    for record in chosen:
+        if record.excluded:
+            by_folder.setdefault(f"{folder}/{record.folder}".rstrip("/"), set()).add(record.name.rpartition("/")[2])
+    return [*moves(chosen, everything, lambda name: f"{folder}/{name}"), *exclusions(root, chosen, False),
+            *relisted(root, by_folder, True)]
+
+
+def relisted(root: Path, by_folder: Mapping[str, Collection[str]], excluded: bool) -> list[Change]:
+    """The folders' lists of excluded images, with these names added or taken out."""
     changes: list[Change] = []
     for folder, names in by_folder.items():
-        name = f"{folder}/{folders.EXCLUDED}" if folder else folders.EXCLUDED
+        name = list_of(folder)
         before = content(root, name)
         listed = folders.parse_excluded(before or b"")
-        after = folders.format_excluded(listed | names if excluded else listed - names)
-        changes.append(Write(name, before, after))
+        after = folders.format_excluded(listed.union(names) if excluded else listed.difference(names))
+        if names:
+            changes.append(Write(name, before, after))
     return changes
+
+
+def list_of(folder: str) -> str:
+    """The name of a folder's list of excluded images."""
+    return f"{folder}/{folders.EXCLUDED}" if folder else folders.EXCLUDED
 
 
 def check_folder(root: Path, folder: str) -> None:

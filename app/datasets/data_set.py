@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -162,8 +162,7 @@ class DataSet:
         """Put images with their captions and masks into the trash."""
         with self.journal.held():
             chosen, folder = self.index.named(names), trash.new_folder()
-            changes = arrange.moves(chosen, self.records(), lambda name: f"{folder}/{name}")
-            changes += arrange.exclusions(self.root, chosen, False)
+            changes = arrange.into_trash(self.root, chosen, self.records(), folder)
             return self.change(what or f"delete {_count(names)}", changes)
 
     def move(self, names: Sequence[str], folder: str) -> Answer:
@@ -190,21 +189,24 @@ class DataSet:
             answer = self.change(f"{'remove' if png is None else 'draw'} the mask of {name}", [write])
             return {"saved": True, **answer}
 
-    def add_files(self, files: Sequence[tuple[str, Path]]) -> Answer:
-        """Take in copies of images, captions, masks and zips of them; what cannot be taken is named with its reason."""
+    def add_files(self, files: Sequence[tuple[str, Path]], excluded: Collection[str] = ()) -> Answer:
+        """Take in copies of images, captions, masks and zips of them; what cannot be taken is named with its reason.
+
+        `excluded` names those of the images that are left out of training here, too.
+        """
         with upload.staged(self.root, files) as batch, self.journal.held():
             self.index.refresh(at_once=True)
-            plan = upload.plan(self.root, batch, self.records())
+            plan = upload.plan(self.root, batch, self.records(), excluded)
             answer = self.change(plan.what(), plan.changes) if plan.changes else self.state()
             return {"added": plan.images, "captions": plan.captions, "refused": plan.refused, **answer}
 
     def send(self, names: Sequence[str], other: DataSet, keep: bool = True) -> Answer:
-        """Copy images with captions and masks to the top of another data set, or move them there."""
+        """Copy images with captions and masks to another data set, or move them there; the excluded ones stay so."""
         if other.root == self.root:
             raise UserError("that is the same data set; to move images within it, choose one of its folders")
         chosen = self.index.named(names)
         files = {name: self.root / name for record in chosen for name in record.files()}
-        taken = other.add_files(list(files.items()))
+        taken = other.add_files(list(files.items()), {record.name for record in chosen if record.excluded})
         refused = {name for name, _ in taken["refused"]}
         sent = [record.name for record in chosen if not refused.intersection(record.files())]
         if not keep and sent:
@@ -217,10 +219,11 @@ class DataSet:
         return trash.listing(self.root)
 
     def restore(self, keys: Sequence[str]) -> Answer:
-        """Take files out of the trash, to where they were."""
+        """Take files out of the trash, to where they were; an image that was excluded still is."""
         with self.journal.held():
             changes = trash.restoring(self.root, keys)
-            return self.change(f"restore {len(changes)} file{'s' * (len(changes) != 1)}", changes)
+            count = len(set(keys))
+            return self.change(f"restore {count} file{'s' * (count != 1)}", changes)
 
     def empty_trash(self) -> Answer:
         """Remove what is in the trash, for good."""

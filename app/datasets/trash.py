@@ -10,9 +10,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from app.datasets.changes import Change, Move, place
+from app.datasets.arrange import list_of, relisted
+from app.datasets.changes import Change, Move, content, place
 from app.datasets.journal import HIDDEN
 from app.paths import inside
+from trainer.data import folders
 from trainer.errors import UserError
 
 FOLDER = f"{HIDDEN}/trash"
@@ -34,7 +36,7 @@ def listing(root: Path) -> dict[str, Any]:
 
 
 def restoring(root: Path, keys: Sequence[str]) -> list[Change]:
-    """Moves from the trash to where the files were.
+    """Moves from the trash to where the files were, and to the lists of excluded images what was on them.
 
     Raises `UserError` for a key that is none, for a taken place, and for two files that were at the same place.
     """
@@ -49,7 +51,19 @@ def restoring(root: Path, keys: Sequence[str]) -> list[Change]:
         if name in names:
             raise UserError(f"two of the files were called {name}; choose one of them")
         names.add(name)
-    return [Move(f"{FOLDER}/{key}", key.partition("/")[2]) for key in dict.fromkeys(keys)]
+    return [*(Move(f"{FOLDER}/{key}", key.partition("/")[2]) for key in dict.fromkeys(keys)), *_excluded(root, keys)]
+
+
+def _excluded(root: Path, keys: Sequence[str]) -> list[Change]:
+    """Names of excluded images from the trash's lists to those of the folders that the images go back to."""
+    here: dict[str, set[str]] = {}
+    there: dict[str, set[str]] = {}
+    for key in keys:
+        trashed, _, file = f"{FOLDER}/{key}".rpartition("/")
+        if file in folders.parse_excluded(content(root, list_of(trashed)) or b""):
+            here.setdefault(trashed, set()).add(file)
+            there.setdefault(key.partition("/")[2].rpartition("/")[0], set()).add(file)
+    return [*relisted(root, here, False), *relisted(root, there, True)]
 
 
 def empty(root: Path) -> dict[str, Any]:
@@ -75,6 +89,8 @@ def _files(root: Path) -> Iterator[tuple[str, int]]:
     top = root / FOLDER
     for folder, _, names in os.walk(top):
         for name in names:
+            if name == folders.EXCLUDED:  # goes with the images that it names
+                continue
             path = os.path.join(folder, name)
             yield os.path.relpath(path, top).replace(os.sep, "/"), os.lstat(path).st_size
 

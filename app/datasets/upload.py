@@ -8,13 +8,13 @@ import shutil
 import stat
 import tempfile
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from app.datasets import trash
-from app.datasets.arrange import free_stem, safe_name
+from app.datasets.arrange import free_stem, relisted, safe_name
 from app.datasets.changes import Change, Move, Write, content, end_of
 from app.datasets.index import Record
 from app.datasets.journal import HIDDEN
@@ -88,9 +88,9 @@ def staged(root: Path, files: Sequence[tuple[str, Path]]) -> Iterator[Batch]:
         _clear(root / folder, batch)
 
 
-def plan(root: Path, batch: Batch, records: Sequence[Record]) -> Plan:
+def plan(root: Path, batch: Batch, records: Sequence[Record], excluded: Collection[str] = ()) -> Plan:
     """Where each file goes: an image whose name is taken gets a number, with its caption; a caption that comes for an
-    image that is there takes the place of its present one."""
+    image that is there takes the place of its present one.  `excluded` has the names that images came with."""
     result = Plan(refused=batch.refused)
     taken = {name.casefold() for record in records for name in (record.name, record.sidecar, record.mask_name)}
     known = {record.sidecar for record in records}
@@ -99,6 +99,7 @@ def plan(root: Path, batch: Batch, records: Sequence[Record]) -> Plan:
         if record.facts and record.facts.sha256:
             hashes.setdefault(record.facts.sha256, []).append(record.name)
     stems: dict[str, str] = {}  # of images that came -> the stem that they get
+    listed: dict[str, set[str]] = {}  # folder -> the excluded ones of it
     without: dict[str, str] = {}  # folded stem of an image that was refused -> what it came as
     for name, path in batch.files.items():
         if _is_image(name):
@@ -117,6 +118,9 @@ def plan(root: Path, batch: Batch, records: Sequence[Record]) -> Plan:
             taken.add(new.casefold())
             result.add(Move(_inside(root, path), new))
             result.images += 1
+            if batch.came_as[name] in excluded:
+                folder, _, file = new.rpartition("/")
+                listed.setdefault(folder, set()).add(file)
     for name, path in batch.files.items():
         if _is_image(name):
             continue
@@ -125,6 +129,8 @@ def plan(root: Path, batch: Batch, records: Sequence[Record]) -> Plan:
             result.refused.append((batch.came_as[name], f"belongs to {without[stem.casefold()]}, which was not taken"))
         else:
             _plan_companion(root, name, path, stems, known, result)
+    for change in relisted(root, listed, True):
+        result.add(change)
     return result
 
 
