@@ -1,5 +1,7 @@
 """The health check finds what is wrong, and its remedies can be undone and touch no picture."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -50,6 +52,15 @@ def test_everything_is_found_counted_and_named(ill):
     assert found["lone_caption"] == ["alone.txt"] and found["lone_mask"] == ["alone-masklabel.png"]
     assert "turned.jpg" not in found["no_trigger"] and "print.jpg" not in found["no_trigger"]
     assert "large.png" in found["no_trigger"] and "enormous" not in found
+
+
+def test_all_files_of_a_large_finding_are_named(cats):
+    [some] = [record for record in cats.records() if record.name == "c.png"]
+    many = {f"{i}.png": replace(some, name=f"{i}.png", caption="same") for i in range(5000)}
+    cats.index.refresh = lambda at_once=False: None  # 5000 images without as many files
+    cats.index.records = many
+    found = findings(cats)["equal_caption"]
+    assert found["count"] == 5000 and set(found["files"]) == set(many) and found["groups"] == [list(many)]
 
 
 def test_a_sound_set_has_no_findings_and_bad_ones_come_first(cats, ill):

@@ -1,6 +1,7 @@
 """The overview tells what training will see: the same buckets, crops, counts, tokens and captions."""
 
 import random
+from dataclasses import replace
 
 import pytest
 from pydantic import ValidationError
@@ -72,6 +73,17 @@ def test_images_fall_into_the_buckets_that_training_gives_them(cats):
     assert (told["known"], told["of"]) == (8, 8) and sum(told["ratios"]["counts"]) == 8
     square = overview.sizes(cats, resolution=512, buckets_on=False)["buckets"]
     assert [bucket["size"] for bucket in square] == [[512, 512]] and square[0]["enlarged"] == 4
+
+
+def test_all_images_of_a_large_bucket_and_all_long_captions_are_named(cats):
+    wait_until_known(cats)
+    [some] = [record for record in cats.records() if record.name == "c.png"]
+    many = {f"{i}.png": replace(some, name=f"{i}.png", caption="word " * 100) for i in range(3000)}
+    cats.index.refresh = lambda at_once=False: None  # 3000 images without as many files
+    cats.index.records = many
+    [bucket] = overview.sizes(cats)["buckets"]
+    assert bucket["images"] == 3000 and bucket["names"] == list(many)
+    assert overview.captions(cats)["tokens"]["names"] == list(many)
 
 
 def test_a_crop_is_the_one_that_training_makes(cats):

@@ -21,7 +21,6 @@ from trainer.errors import UserError
 
 Answer = dict[str, Any]
 Level = Literal["bad", "warn", "info"]
-MOST_FILES = 2000  # named of one finding
 ENORMOUS = 40_000_000  # pixels
 UNREADABLE_SHARE = 0.3  # of bytes above 127, from which on a text is no Western one
 
@@ -169,9 +168,9 @@ def _can_be_named(root: Path, name: str) -> bool:
 def _told(finding: Finding) -> Answer:
     label = REMEDIES.get(finding.kind)
     told = {"kind": finding.kind, "level": finding.level, "title": finding.title, "text": finding.text,
-            "count": len(finding.files), "files": list(finding.files)[:MOST_FILES], "images": finding.are_images,
+            "count": len(finding.files), "files": list(finding.files), "images": finding.are_images,
             "remedy": {"kind": finding.kind, "label": label} if label else None}
-    return told | {"groups": [list(group) for group in finding.groups][:MOST_FILES]} if finding.groups else told
+    return told | {"groups": [list(group) for group in finding.groups]} if finding.groups else told
 
 
 # Remedies

@@ -21,7 +21,6 @@ from trainer.errors import UserError
 Answer = dict[str, Any]
 Family = Literal["sd15", "sdxl", "flux1", "flux2"]
 MOST_TAGS = 500
-MOST_NAMES = 2000
 TOKEN_EDGES = [0, 10, 20, 30, 40, 50, 60, 77, 100, 125, 150, 225, 300, 100_000]
 LENGTH_EDGES = [0, 25, 50, 100, 150, 200, 300, 400, 600, 800, 1200, 2000, 1_000_000]
 RATIO_EDGES = [0.0, 0.25, 0.4, 0.5, 0.6, 0.7, 0.8, 0.95, 1.05, 1.25, 1.45, 1.7, 2.0, 2.5, 4.0, 1000.0]
@@ -63,8 +62,7 @@ def captions(data_set: DataSet, trigger: str = "") -> Answer:
         "different_tags": len(counts), "with_trigger": with_trigger, "of": len(records),
         "empty": sum(not text.strip() for text in texts),
         "lengths": _histogram(lengths, LENGTH_EDGES) | {"median": median(lengths) if lengths else 0},
-        "tokens": _histogram(token_counts, TOKEN_EDGES) | {"limit": tokens.LIMIT, "over": len(over),
-                                                           "names": over[:MOST_NAMES]}}
+        "tokens": _histogram(token_counts, TOKEN_EDGES) | {"limit": tokens.LIMIT, "over": len(over), "names": over}}
 
 
 def sizes(data_set: DataSet, resolution: int = 512, family: Family = "sd15", buckets_on: bool = True, batch: int = 1,
@@ -138,7 +136,7 @@ def _bucket(size: buckets.Size, members: Sequence[Record], repeats: int) -> Answ
     enlarged = sum(record.pixels < size[0] * size[1] for record in members)
     return {"size": list(size), "images": len(members), "repeated": sum(r.repeats * repeats for r in members),
             "crop": round(sum(shares) / len(shares), 4), "most_crop": round(max(shares), 4), "enlarged": enlarged,
-            "names": [record.name for record in members][:MOST_NAMES]}
+            "names": [record.name for record in members]}
 
 
 def _cut(record: Record, size: buckets.Size) -> float:
