@@ -3,15 +3,26 @@
 import shutil
 
 import pytest
+import torch
 from playwright.sync_api import expect
 
-from tests import lora_bases
 from tests.app_browser import button, chromium, faults, opened, run_in, served  # noqa: F401 - a fixture
 from trainer.export.convert import convert
 from trainer.export.lora_file import open_lora
+from trainer.export.sizes import true_sizes
 from trainer.export.texts import Labels
+from trainer.export.writer import write
 
 pytestmark = pytest.mark.browser
+
+
+def lora(path, seed):
+    """A LoRA of SDXL's true sizes for the attention of its middle block."""
+    generator = torch.Generator().manual_seed(seed)
+    pairs = [(name, torch.randn(shape[0], 3, generator=generator), torch.randn(3, shape[1], generator=generator), None)
+             for name, shape in true_sizes("sdxl")["SDXL"].items() if ".attn" in name and "unet.mid_block" in name]
+    write(path, pairs, family="sdxl", dtype="fp16", metadata={})
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -19,12 +30,12 @@ def server(tmp_path_factory):
     """An app with a run of two checkpoints, and one file that was made before."""
     folder = tmp_path_factory.mktemp("app")
     run = run_in(folder / "w", "my-style", rows=5)
-    convert(lora_bases.lora(folder / "raw.safetensors", "sdxl", ("attention",)), "auto", run.result, dtype="fp16",
+    convert(lora(folder / "raw.safetensors", 5), "auto", run.result,
             labels=Labels("My style", triggers=("ohwx style",)))
     run.exports.mkdir(exist_ok=True)
     shutil.copy(run.result, run.exports / "my-style-000500.safetensors")
     (folder / "w" / "exports").mkdir()
-    lora_bases.lora(folder / "w" / "exports" / "other.safetensors", "sdxl", ("attention",), seed=8)
+    lora(folder / "w" / "exports" / "other.safetensors", 8)
     with served(folder / "w") as running:
         yield running
 
@@ -32,7 +43,7 @@ def server(tmp_path_factory):
 def test_a_file_for_a_program_is_made_checked_and_downloaded(browser, server):
     with opened(browser, server.address) as page:
         page.get_by_role("tab", name="Export").click()
-        expect(page.get_by_text("For SDXL · rank 3 · 136 layers")).to_be_visible()
+        expect(page.get_by_text("For SDXL · rank 3 · 80 layers")).to_be_visible()
         page.get_by_label("Checkpoint").first.select_option(label="step 500")
         expect(page.get_by_label("Name of the new file").first).to_have_value("my-style-000500")
         page.get_by_label("A1111").focus()
@@ -43,7 +54,7 @@ def test_a_file_for_a_program_is_made_checked_and_downloaded(browser, server):
         page.get_by_label("Author").fill("Ada")
         button(page, "Export").click()
         card = page.get_by_role("region", name="night")
-        expect(card.get_by_text("A1111 reads all 136 layers at full strength.")).to_be_visible(timeout=60_000)
+        expect(card.get_by_text("A1111 reads all 80 layers at full strength.")).to_be_visible(timeout=60_000)
         expect(card.get_by_role("listitem").first).to_contain_text("A1111")  # the one that was asked for
         expect(card.get_by_text("<lora:night:1>")).to_be_visible()
         expect(card.get_by_text("models/Lora of your program")).to_be_visible()
@@ -75,6 +86,6 @@ def test_the_workshop_resizes_and_compares(browser, server):
         form = tools.get_by_role("form", name="Compare")
         form.get_by_label("File 2").select_option(label="other.safetensors")
         button(form, "Compare").click()
-        expect(page.get_by_text("136 layers are changed by both")).to_be_visible(timeout=60_000)
+        expect(page.get_by_text("80 layers are changed by both")).to_be_visible(timeout=60_000)
         page.get_by_text("The layers where they overlap most").click()
         assert page.evaluate("document.documentElement.scrollWidth") <= 390 and faults(page) == []

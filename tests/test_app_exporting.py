@@ -129,6 +129,17 @@ def test_resize_merge_and_compare_answer_for_the_page(exporting):
     assert "want much the same" in compared["comparison"]["words"][2] and len(compared["comparison"]["layers"]) == 12
 
 
+@pytest.mark.parametrize("no_paths", [True, False])
+def test_folders_of_this_computer_stay_only_where_asked(exporting, monkeypatch, no_paths):
+    asked, started, server = {"name": "x", "no_paths": no_paths}, [], functions(exporting)
+    monkeypatch.setattr(exporting, "start", lambda arguments, out: started.append(arguments) or "1")
+    file = {"id": "run:cats/cats.safetensors"}
+    server["start_export"]({**asked, **file, "format": "U1"})
+    server["start_resize"]({**asked, **file, "how": "rank", "rank": 2})
+    server["start_merge"]({**asked, "ids": [file["id"]] * 2, "weights": [1.0, 1.0]})
+    assert [("--keep-paths" in arguments) for arguments in started] == [not no_paths] * 3
+
+
 def test_what_a_tool_refuses_is_told(exporting):
     server = functions(exporting)
     task = server["start_merge"]({"ids": ["run:cats/cats.safetensors", "0:inner/klein.safetensors"], "weights": [1, 1],

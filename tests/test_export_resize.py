@@ -11,8 +11,8 @@ from tests.test_export_merged import assert_same, fused
 from trainer.errors import UserError
 from trainer.export import layers, texts
 from trainer.export.__main__ import main
+from trainer.export.consumers import read_as
 from trainer.export.lora_file import open_lora
-from trainer.export.report import examine
 from trainer.export.resize import resize
 from trainer.export.writer import write
 
@@ -72,8 +72,7 @@ def test_dynamic_gives_each_layer_its_own_rank_at_one_alpha(tmp_path):
     before, after = changes(source), changes(tmp_path / "b.safetensors")
     torch.testing.assert_close(after[f"{KEY}.to_k"], before[f"{KEY}.to_k"])
     assert torch.dist(after[f"{KEY}.to_v"], before[f"{KEY}.to_v"]) == pytest.approx(0.03**0.5, rel=1e-3)
-    readings = {reading.consumer: reading for reading in examine(tmp_path / "b.safetensors").asked}
-    assert readings["comfyui"].whole and "before version 0.40" in readings["diffusers"].faults[0].text
+    assert read_as("comfyui", found).whole and "before version 0.40" in read_as("diffusers", found).faults[0].text
 
 
 @pytest.mark.parametrize(("model", "form"), [("sd15", "U1"), ("sdxl", "U2"), ("flux1", "F1"), ("klein", "F6")])
@@ -179,6 +178,6 @@ def test_the_command_line_shows_what_is_lost(tmp_path, capsys):
     assert said.index("50.00%      4 → 2") < said.index("94.12%      4 → 2")  # the largest loss first
     assert main(["resize", str(source), "--energy", "0.99", "--out", out, "--json"]) == 0
     answer = json.loads(capsys.readouterr().out)
-    assert answer["rank"] == 4 and len(answer["cuts"]) == 3 and answer["report"]["asked"]["comfyui"]["whole"]
+    assert answer["rank"] == 4 and len(answer["cuts"]) == 3 and "SD 1.5" in answer["report"]["model"]
     assert main(["resize", str(source), "--out", out]) == 1
     assert "one of the arguments --rank --energy --dynamic is required" in capsys.readouterr().err

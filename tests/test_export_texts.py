@@ -1,6 +1,7 @@
 """Metadata of files made of others: what people write over them, what is kept, what is private."""
 
 import json
+import time
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from PIL import Image
 from trainer import preset
 from trainer.errors import UserError
 from trainer.export import metadata, texts
+from trainer.export.__main__ import main
 from trainer.export.convert import convert
 from trainer.export.lora_file import open_lora
 from trainer.export.texts import Labels
@@ -61,6 +63,15 @@ def test_a_cover_that_is_no_picture_is_told(tmp_path):
     ('{"image_dir":"/home/ada/5_cat","n":5}', '{"image_dir":"5_cat","n":5}'),
     ('{"/home/ada/5_cat":{"img_count":3}}', '{"5_cat":{"img_count":3}}'),
     ('["E:\\\\data\\\\cats"]', '["cats"]'),
+    ("file:///home/bob/x.safetensors", "x.safetensors"), ("see file:///home/bob/x.pt, it", "see x.pt, it"),
+    ("name:/home/bob/x", "name:x"), ("in /home/bob/ and", "in  and"), ("in /home/bob and", "in  and"),
+    ("/home/bob", ""), ("C:\\Users\\John Smith", ""), ("in /data/bob/cats/ and", "in  and"),
+    ("saved to C:\\Users\\John Smith\\loras\\a.safetensors", "saved to a.safetensors"),
+    ("at /Users/Jane Doe/My Loras/a.pt now", "at a.pt now"), ("on /mnt/c/Users/Bob Smith/a.pt", "on a.pt"),
+    ("on \\\\nas\\bob share\\a.pt", "on a.pt"), ("in ~/My Loras/a.pt", "in a.pt"),
+    ('{"a": "C:/Users/Smith, John/a.pt", "b": 1.0}', '{"a":"a.pt","b":1.0}'),
+    ('{"a": 1, "b": "1/2"}', '{"a": 1, "b": "1/2"}'), ("the /w/ sound", "the /w/ sound"),
+    ("see https://x.org/home/bob/y", "see https://x.org/home/bob/y"), ("data/home/bob", "data/home/bob"),
     ("https://github.com/black-forest-labs/flux", "https://github.com/black-forest-labs/flux"),
     ("stable-diffusion-xl-v1-base/lora", "stable-diffusion-xl-v1-base/lora"),
     ("someone/some-model", "someone/some-model"), ("1/2", "1/2"), ("and/or", "and/or"), ("(512, 512)", "(512, 512)"),
@@ -69,16 +80,16 @@ def test_a_cover_that_is_no_picture_is_told(tmp_path):
 ])
 def test_folders_of_a_computer_go_and_all_else_stays(text, cut):
     key = "modelspec.thumbnail" if text.startswith("data:") else "ssmd_cover_images" if "/9j/" in text else "note"
-    assert texts.labelled({key: text}, Labels(without_paths=True)) == {key: cut}
-    assert texts.labelled({key: text}, Labels()) == {key: text}
+    assert texts.kept({key: text}) == ({key: cut} if cut else {})
+    assert texts.kept({key: text}, paths=True) == {key: text}
 
 
 def test_a_presets_folders_go_too():
     whole = preset.parse(PRESET, "a.toml")
-    said = texts.labelled({metadata.PRESET_KEY: preset.dumps(whole), "x": "1"}, Labels(without_paths=True))
+    said = texts.kept({metadata.PRESET_KEY: preset.dumps(whole), "x": "1"})
     left = preset.parse(said[metadata.PRESET_KEY], "b.toml")
     assert left == metadata.without_paths(whole) and left.train == whole.train
-    assert texts.labelled({metadata.PRESET_KEY: "no preset"}, Labels(without_paths=True)) == {}
+    assert texts.kept({metadata.PRESET_KEY: "no preset"}) == {}
 
 
 def test_several_files_keep_what_they_agree_on():
@@ -96,9 +107,28 @@ def test_texts_of_other_shapes_are_left_alone(text):
     said = {"ss_tag_frequency": text, "trained_words": text, texts.HISTORY: text}
     assert texts.history(said) == [] and texts.frequent_tags(said, 5) == [] and isinstance(texts.triggers(said), list)
     texts.joined([said, said])
-    texts.labelled(said, Labels(without_paths=True))
+    texts.kept(said)
 
 
 def test_history_grows_by_a_step():
     said = texts.with_step(texts.with_step({}, "merge", rank=4), "resize", rank=2)
     assert texts.history(said) == [{"what": "merge", "rank": 4}, {"what": "resize", "rank": 2}]
+
+
+@pytest.mark.parametrize("tool", [["convert", "A", "--to", "auto"], ["resize", "A", "--rank", "1"],
+                                  ["merge", "A", "A"]])
+def test_every_tool_leaves_folders_out_unless_asked(tmp_path, tool):
+    source = made(tmp_path / "a.safetensors", note="from /home/ada/cats", **{"modelspec.title": "/home/ada/x"})
+    arguments = [str(source) if word == "A" else word for word in tool]
+    for option, note in (([], "from cats"), (["--keep-paths"], "from /home/ada/cats")):
+        out = tmp_path / f"{len(option)}.safetensors"
+        assert main([*arguments, "--out", str(out), *option]) == 0
+        said = open_lora(out).metadata
+        assert said["note"] == note and ("/home/ada" in json.dumps(said)) == bool(option)
+
+
+@pytest.mark.parametrize("piece", ["/", "/a", "C:\\", "~/a b ", "/home/", "/home/a b ", "\\\\a\\", "a,b c "])
+def test_long_texts_are_cleaned_at_once(piece):
+    begin = time.perf_counter()
+    texts.kept({"note": "t " + piece * 20_000})
+    assert time.perf_counter() - begin < 2

@@ -13,6 +13,16 @@
 
   Studio.dtypeChoice = () => Studio.select(DTYPES, "auto");
 
+  /** Whether the new file's metadata leave out the folders of this computer. */
+  Studio.PathsChoice = class {
+    constructor(id) {
+      this.box = h("input", { type: "checkbox", checked: true, id });
+      this.element = h("div", { class: "st-field st-kind-bool" }, this.box, h("label", { for: id }, "Leave out folders of this computer"));
+    }
+
+    get value() { return this.box.checked; }
+  };
+
   class ExportPage {
     constructor(server) {
       Object.assign(this, { server, chosen: null, known: "", names: new Map() });
@@ -26,7 +36,7 @@
       this.triggers = Studio.input("", { maxlength: "400" });
       this.cover = Studio.select([["", "None"]], "", { onchange: () => this.showCover() });
       this.picture = h("img", { class: "st-cover", alt: "The cover", hidden: true });
-      this.paths = h("input", { type: "checkbox", checked: true, id: "studio-export-paths" });
+      this.paths = new Studio.PathsChoice("studio-export-paths");
       this.start = h("button", { type: "submit", class: "st-button st-primary" }, "Export");
       this.check = h("button", { type: "button", class: "st-button", onclick: () => this.run("start_check", { id: this.chosen.id }) }, "Only check it");
       this.said = h("p", { class: "st-warn", role: "alert" });
@@ -42,7 +52,7 @@
       const more = h("details", {}, h("summary", {}, "Title, author, trigger words, cover"),
         h("div", { class: "st-form" }, Studio.field("Title", this.titleText), Studio.field("Author", this.author),
           Studio.field("Trigger words", this.triggers, "Parted by commas."), h("div", { class: "st-cover-field" }, Studio.field("Cover", this.cover, "A small copy goes into the file."), this.picture),
-          h("div", { class: "st-field st-kind-bool" }, this.paths, h("label", { for: this.paths.id }, "Leave out folders of this computer"))));
+          this.paths.element));
       return h("form", { class: "st-card st-export-form", "aria-label": "Export", onsubmit: (event) => { event.preventDefault(); this.export(); } },
         h("h3", {}, "A LoRA for a program"), this.files.element, this.facts,
         h("div", { class: "st-field" }, h("span", { class: "st-label" }, "Program"), this.target),
@@ -104,7 +114,7 @@
     async export() {
       const target = this.chosen.targets.find(({ id }) => id === this.target.querySelector(":checked").value);
       await this.run("start_export", { id: this.chosen.id, format: target.format, dtype: this.dtype.value, name: this.name.value, title: this.titleText.value,
-        author: this.author.value, triggers: this.triggers.value, cover: this.cover.value, no_paths: this.paths.checked }, target.id, this.said, this.triggers.value);
+        author: this.author.value, triggers: this.triggers.value, cover: this.cover.value, no_paths: this.paths.value }, target.id, this.said, this.triggers.value);
     }
 
     /** Start a tool and follow it on a card of its own, the newest on top. */

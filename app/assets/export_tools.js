@@ -38,6 +38,7 @@
       this.said = h("p", { class: "st-warn", role: "alert" });
       this.name = Studio.input("", { maxlength: "100" });
       this.dtype = Studio.dtypeChoice();
+      this.paths = new Studio.PathsChoice(`studio-${title.toLowerCase()}-paths`);
       this.fields = h("div", { class: "st-tool-fields" });
       this.go = h("button", { type: "submit", class: "st-button st-primary" }, button);
       this.element = h("form", { class: "st-tool", "aria-label": title, onsubmit: (event) => { event.preventDefault(); this.start(); } }, h("p", {}, words), this.fields, this.said, h("div", { class: "st-row" }, this.go));
@@ -45,7 +46,10 @@
 
     offer(sources) { this.file.offer(sources); }
 
-    written() { return h("div", { class: "st-form" }, Studio.field("Precision", this.dtype), Studio.field("Name of the new file", this.name)); }
+    written() { return h("div", { class: "st-form" }, Studio.field("Precision", this.dtype), Studio.field("Name of the new file", this.name), this.paths.element); }
+
+    /** What the server takes of the fields of `written`. */
+    writing() { return { dtype: this.dtype.value, name: this.name.value, no_paths: this.paths.value }; }
 
     async run(name, request) {
       this.go.disabled = true;
@@ -85,7 +89,7 @@
     }
 
     start() {
-      return this.run("start_export", { id: this.file.value, format: this.format.value, dtype: this.dtype.value, name: this.name.value, no_paths: false });
+      return this.run("start_export", { id: this.file.value, format: this.format.value, ...this.writing() });
     }
   }
 
@@ -115,7 +119,7 @@
       const share = Number(this.share.value) / 100;
       if (how === "rank" && !(Number.isInteger(rank) && rank >= 1 && rank <= 4096)) { this.said.textContent = "Rank: give a whole number from 1 on."; return null; }
       if (how !== "rank" && !(share > 0 && share <= 1)) { this.said.textContent = "Keep: give a number above 0 and up to 100."; return null; }
-      return this.run("start_resize", { id: this.file.value, how, ...(how === "rank" ? { rank } : { share }), dtype: this.dtype.value, name: this.name.value });
+      return this.run("start_resize", { id: this.file.value, how, ...(how === "rank" ? { rank } : { share }), ...this.writing() });
     }
   }
 
@@ -180,7 +184,7 @@
       try {
         const rank = this.rank.value.trim() ? Number(this.rank.value) : null;
         if (rank !== null && !(Number.isInteger(rank) && rank >= 1 && rank <= 4096)) throw new Error("Rank: give a whole number from 1 on, or leave it empty.");
-        return this.run("start_merge", { ...this.file.request(), rank, dtype: this.dtype.value, name: this.name.value });
+        return this.run("start_merge", { ...this.file.request(), rank, ...this.writing() });
       } catch (error) {
         this.said.textContent = error.message;
         return null;

@@ -35,6 +35,7 @@ class ReadTask(Request):
 class Write(Request):
     name: Word  # of the new file
     dtype: Dtype = "auto"
+    no_paths: bool = True  # folders of this computer are left out of its metadata
 
 
 class StartExport(OfFile, Write):
@@ -43,7 +44,6 @@ class StartExport(OfFile, Write):
     author: Word = ""
     triggers: Word = ""
     cover: Annotated[str, Field(max_length=100)] = ""
-    no_paths: bool = True
 
 
 class StartResize(OfFile, Write):
@@ -88,19 +88,18 @@ def functions(exporting: Exporting) -> list:
 
 def start_export(exporting: Exporting, asked: StartExport) -> Answer:
     """Write the file for a program, with its metadata."""
-    arguments = ["convert", str(exporting.path(asked.id)), "--to", asked.format, "--dtype", asked.dtype]
+    arguments = ["convert", str(exporting.path(asked.id)), "--to", asked.format, *_written(asked)]
     for option in ("title", "author", "triggers"):
         if text := getattr(asked, option).strip():
             arguments.append(f"--{option}={text}")
     arguments += ["--cover", str(exporting.cover(asked.id, asked.cover))] if asked.cover else []
-    arguments += ["--no-paths"] if asked.no_paths else []
     return {"task": exporting.start(arguments, exporting.out(asked.name))}
 
 
 def start_resize(exporting: Exporting, asked: StartResize) -> Answer:
     """Write the file at another rank."""
     number = asked.rank if asked.how == "rank" else asked.share
-    arguments = ["resize", str(exporting.path(asked.id)), f"--{asked.how}", str(number), "--dtype", asked.dtype]
+    arguments = ["resize", str(exporting.path(asked.id)), f"--{asked.how}", str(number), *_written(asked)]
     return {"task": exporting.start(arguments, exporting.out(asked.name))}
 
 
@@ -109,7 +108,7 @@ def start_merge(exporting: Exporting, asked: StartMerge) -> Answer:
     if len(asked.ids) < 2:
         raise UserError("choose at least two files to merge")
     rank = ["--rank", str(asked.rank)] if asked.rank else []
-    arguments = ["merge", *_weighted(exporting, asked), *rank, "--dtype", asked.dtype]
+    arguments = ["merge", *_weighted(exporting, asked), *rank, *_written(asked)]
     return {"task": exporting.start(arguments, exporting.out(asked.name))}
 
 
@@ -118,6 +117,11 @@ def start_comparison(exporting: Exporting, asked: OfFiles) -> Answer:
     if len(asked.ids) != 2:
         raise UserError("choose two files to compare")
     return {"task": exporting.start(["compare", *_weighted(exporting, asked)])}
+
+
+def _written(asked: Write) -> list[str]:
+    """How the new file is written, as the command line takes it."""
+    return ["--dtype", asked.dtype, *([] if asked.no_paths else ["--keep-paths"])]
 
 
 def _weighted(exporting: Exporting, asked: OfFiles) -> list[str]:

@@ -120,13 +120,13 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--to", metavar="FORMAT", required=True,
                         help="U1 or U2 (SD 1.5, SDXL), F1, F5 or F6 (Flux); auto: the family's usual")
     _add_out(parser)
+    _add_keep_paths(parser)
     parser.add_argument("--title", default="", help="title in the metadata (default: as it is)")
     parser.add_argument("--author", default="", help="author in the metadata (default: as it is)")
     parser.add_argument("--triggers", default="", metavar="WORDS", help="trigger words in the metadata, parted by "
                         "commas")
     parser.add_argument("--cover", type=Path, metavar="PICTURE", help="put this picture into the file, small, as its "
                         "cover")
-    parser.add_argument("--no-paths", action="store_true", help="cut the folders of your computer out of the metadata")
     parser.set_defaults(run=_convert)
 
 
@@ -135,8 +135,9 @@ def _convert(options: argparse.Namespace) -> int:
     from trainer.export.texts import Labels
 
     triggers = tuple(word.strip() for word in options.triggers.split(",") if word.strip())
-    labels = Labels(options.title, options.author, triggers, options.cover, options.no_paths)
-    return _say(options, convert(options.file, options.to, options.out, dtype=options.dtype, labels=labels))
+    labels = Labels(options.title, options.author, triggers, options.cover)
+    return _say(options, convert(options.file, options.to, options.out, dtype=options.dtype, labels=labels,
+                                 keep_paths=options.keep_paths))
 
 
 def _add_resize(parser: argparse.ArgumentParser) -> None:
@@ -150,6 +151,7 @@ def _add_resize(parser: argparse.ArgumentParser) -> None:
                       help="each layer's own smallest rank that keeps this share of its change; the smallest file, but "
                       "diffusers before 0.40 misreads such files")
     _add_out(parser)
+    _add_keep_paths(parser)
     parser.set_defaults(run=_resize)
 
 
@@ -157,7 +159,7 @@ def _resize(options: argparse.Namespace) -> int:
     from trainer.export.resize import resize
 
     done = resize(options.file, options.out, rank=options.rank, energy=options.energy, dynamic=options.dynamic,
-                  dtype=options.dtype, tell=_progress(options))
+                  dtype=options.dtype, keep_paths=options.keep_paths, tell=_progress(options))
     return _say(options, done.written, done)
 
 
@@ -167,6 +169,7 @@ def _add_merge(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rank", type=int, metavar="R", help="each layer's nearest change of this rank (default: "
                         "exactly the sum, at the sum of the ranks)")
     _add_out(parser)
+    _add_keep_paths(parser)
     parser.set_defaults(run=_merge)
 
 
@@ -174,7 +177,7 @@ def _merge(options: argparse.Namespace) -> int:
     from trainer.export.merge import merge
 
     done = merge(options.files, options.weights, options.out, rank=options.rank, dtype=options.dtype,
-                 tell=_progress(options))
+                 keep_paths=options.keep_paths, tell=_progress(options))
     return _say(options, done.written, done)
 
 
@@ -241,6 +244,11 @@ def _add_out(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", metavar="FILE", type=Path, required=True, help="the file to write")
     parser.add_argument("--dtype", choices=("auto", "fp16", "bf16", "fp32"), default="auto",
                         help="its precision (default: as it is; of extract the family's usual)")
+
+
+def _add_keep_paths(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--keep-paths", action="store_true", help="keep the folders of your computer in the metadata "
+                        "(default: of each path only its last part)")
 
 
 def _progress(options: argparse.Namespace) -> Callable[[int, int], None]:

@@ -132,7 +132,7 @@ def _apply(weight: Tensor, pair: Pair, strength: float) -> None:
 def _texts(header: Header, files: Sequence[Weighted]) -> texts.Texts:
     """The base's own texts, and what was put into it."""
     steps = [source(file.lora, file.weight) for file in files]
-    found = texts.with_step(header.metadata, "bake", base=header.file.name, **{"from": steps})
+    found = texts.with_step(texts.without_paths(header.metadata), "bake", base=header.file.name, **{"from": steps})
     if any(key.startswith("modelspec.") for key in found):
         found["modelspec.merged_from"] = ", ".join([header.file.stem, *(file.lora.path.stem for file in files)])
     return found

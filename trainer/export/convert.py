@@ -14,11 +14,13 @@ from trainer.export.writer import Written
 UNCHANGED = Labels()
 
 
-def convert(path: Path, to: str, out: Path, *, dtype: str = "auto", labels: Labels = UNCHANGED) -> Written:
+def convert(path: Path, to: str, out: Path, *, dtype: str = "auto", labels: Labels = UNCHANGED,
+            keep_paths: bool = False) -> Written:
     """Write `path` as `out` in the format `to` (such as "F5"); dtype "auto" keeps the file's own precision.
 
     The change of every layer stays the same to the bit, unless alpha is folded in that is no power of two times the
-    rank. Metadata are kept but for names and hashes. Raises UserError for a file that cannot be read or has layers
+    rank. Metadata are kept but for names and hashes, and, unless
+    `keep_paths`, the folders of paths. Raises UserError for a file that cannot be read or has layers
     that are not known, and for a format that the family has not or that cannot hold the file.
     """
     lora = open_whole(path)
@@ -28,7 +30,7 @@ def convert(path: Path, to: str, out: Path, *, dtype: str = "auto", labels: Labe
     pairs = list(lora.pairs(fold=alpha is None))
     if lora.format.style == "native":  # fused q, k and v had their ranks side by side, and the others zeros
         pairs = trimmed(pairs)
-    texts = labelled(kept(lora.metadata), labels)
+    texts = labelled(kept(lora.metadata, paths=keep_paths), labels)
     precision = lora.dtype if dtype == "auto" else dtype
     return writer.write(out, pairs, family=lora.family, dtype=precision, metadata=texts, form=form.name, alpha=alpha)
 

@@ -27,11 +27,12 @@ class Weighted:
 
 
 def merge(paths: Sequence[Path], weights: Sequence[float], out: Path, *, rank: int | None = None, dtype: str = "auto",
-          tell: Tell = lambda done, of: None) -> Resized:
+          keep_paths: bool = False, tell: Tell = lambda done, of: None) -> Resized:
     """Write the weighted sum of several LoRAs of one family as `out`, in the first one's format.
 
     rank None: exactly, at the sum of their ranks (factors side by side). Else each layer's nearest matrix of at most
-    that rank, with what is lost. dtype "auto": the widest of theirs. Raises UserError for files of several families,
+    that rank, with what is lost. dtype "auto": the widest of theirs. keep_paths: the
+    metadata keep the folders of paths. Raises UserError for files of several families,
     for DoRA (whose change depends on the base), and for a rank that no program would read.
     """
     files = open_weighted(paths, weights)
@@ -58,7 +59,7 @@ def merge(paths: Sequence[Path], weights: Sequence[float], out: Path, *, rank: i
     widest = max((file.lora.dtype for file in files), key=("fp16", "bf16", "fp32").index)
     mixed = {file.lora.dtype for file in files} == {"fp16", "bf16"}  # neither holds the other
     precision = dtype if dtype != "auto" else "fp32" if mixed else widest
-    written = writer.write(out, pairs, family=first.family, dtype=precision, metadata=_texts(files, rank),
+    written = writer.write(out, pairs, family=first.family, dtype=precision, metadata=_texts(files, rank, keep_paths),
                            form=own_format(first))
     return Resized(written, cuts)
 
@@ -106,10 +107,11 @@ def _refuse_dora(lora: LoraFile) -> None:
                         "another LoRA. Put it into its base with `bake`, and `extract` a LoRA from that")
 
 
-def _texts(files: Sequence[Weighted], rank: int | None) -> texts.Texts:
+def _texts(files: Sequence[Weighted], rank: int | None, keep_paths: bool) -> texts.Texts:
     """What the files say alike, and what was merged with which weight."""
-    found = texts.joined([file.lora.metadata for file in files])
-    names = [file.lora.metadata.get("modelspec.title") or file.lora.path.stem for file in files]
+    said = [texts.kept(file.lora.metadata, paths=keep_paths) for file in files]
+    found = texts.joined(said)
+    names = [own.get("modelspec.title") or file.lora.path.stem for own, file in zip(said, files)]
     steps = {"rank": rank} if rank else {}
     sources = [source(file.lora, file.weight) for file in files]
     return texts.with_step(found, "merge", **steps, **{"from": sources}) | {"modelspec.merged_from": ", ".join(names)}

@@ -50,13 +50,15 @@ class Resized:
 
 
 def resize(path: Path, out: Path, *, rank: int | None = None, energy: float | None = None,
-           dynamic: float | None = None, dtype: str = "auto", tell: Tell = lambda done, of: None) -> Resized:
+           dynamic: float | None = None, dtype: str = "auto", keep_paths: bool = False,
+           tell: Tell = lambda done, of: None) -> Resized:
     """Write `path` as `out` at another rank; exactly one of the three says which.
 
     rank: every layer's largest. energy: the smallest rank for all layers that keeps this share (0 to 1) of the whole
     file's ‖ΔW‖_F². dynamic: each layer's own smallest rank that keeps this share of its own. Layers that have no more
-    stay as they are; others become the nearest matrix of that rank, in fp64, cast last. DoRA magnitudes stay. Raises
-    UserError for a file that cannot be read whole, and for impossible numbers.
+    stay as they are; others become the nearest matrix of that rank, in fp64, cast last. DoRA magnitudes stay.
+    keep_paths: the metadata keep the folders of paths. Raises UserError for a file that cannot be read whole, and for
+    impossible numbers.
     """
     _check(rank, energy, dynamic)
     check_out(out, path)
@@ -76,7 +78,7 @@ def resize(path: Path, out: Path, *, rank: int | None = None, energy: float | No
         alpha = float(max(len(down) for _, _, down, _ in pairs))
         pairs = [(name, up * (len(down) / alpha), down, magnitude) for name, up, down, magnitude in pairs]
     step = {"rank": rank} if energy is None and rank else {"energy": energy} if energy else {"dynamic": dynamic}
-    words = texts.with_step(texts.kept(lora.metadata), "resize", **step, **{"from": [source(lora)]})
+    words = texts.with_step(texts.kept(lora.metadata, paths=keep_paths), "resize", **step, **{"from": [source(lora)]})
     written = writer.write(out, pairs, family=lora.family, dtype=lora.dtype if dtype == "auto" else dtype,
                            metadata=words, form=form, alpha=alpha, even=dynamic is None)
     return Resized(written, cuts)

@@ -18,8 +18,16 @@ HISTORY = "stiefel_studio_history"  # a JSON list of steps: what was done, to wh
 OLD_TEXTS = ("ss_output_name", "sshs_", "modelspec.hash_sha256", "lora_adapter_metadata")  # of the other file
 PICTURES = ("modelspec.thumbnail", "ssmd_cover_images")  # their letters may look like paths
 _TRIGGERS = ("modelspec.trigger_phrase", "trained_words")
-_PATH = re.compile(r"(?<![\w:/.\\])(?:~|[A-Za-z]:|\\\\[\w.-]+)?[\\/](?:[^\s\"'\\/,;]+[\\/]+)+(?=[^\s\\/])")
-_WHOLE_PATH = re.compile(r"(?:~|[A-Za-z]:|\\)?[\\/][^\n]*")
+_PART = r"[^\s\"'\\/,;]+"  # a folder's name without blanks
+_WIDE = r"[^\s\\/:*?\"'<>|,;](?:(?:[^\\/:*?\"'<>|,;\r\n\t]|(?<=\w)'(?=\w)|[,;](?= ))*[^\s\\/:*?\"'<>|,;])?"  # with them
+_HOME = rf"(?:file:)?(?:[\\/]*[A-Za-z]:)?[\\/]+(?:{_PART}[\\/]+)*?(?i:home|users)[\\/]+"
+_PATH = re.compile(rf"""(?<![\w/.\\])(?!(?<=:)//)(?:
+    {_HOME}(?:(?:{_WIDE}[\\/]+)+|{_PART})                                   # whose name follows goes along
+    |(?:file:[\\/]*(?:[A-Za-z]:[\\/]+)?|[A-Za-z]:[\\/]+|~[\\/]+)(?:{_WIDE}[\\/]+)+
+    |\\\\[\w.$-]+[\\/]+(?:{_WIDE}[\\/]+)*
+    |[\\/](?:{_PART}[\\/]+){{2,}}|[\\/]{_PART}[\\/]+(?=[^\s\\/]))""", re.VERBOSE)
+_WHOLE_PATH = re.compile(r"(?:~|(?:file:[\\/]*)?[A-Za-z]:|file:|\\)?[\\/][^\n]*")
+_HOME_ALONE = re.compile(rf"{_HOME}[^\\/]+[\\/]*")
 
 Texts = dict[str, str]
 
@@ -32,12 +40,17 @@ class Labels:
     author: str = ""
     triggers: tuple[str, ...] = ()
     cover: Path | None = None
-    without_paths: bool = False  # folders of somebody's computer go
 
 
-def kept(texts: Mapping[str, str]) -> Texts:
-    """A file's texts without those that are of its very tensors."""
-    return {key: text for key, text in texts.items() if not key.startswith(OLD_TEXTS)}
+def kept(texts: Mapping[str, str], *, paths: bool = False) -> Texts:
+    """A file's texts without those that are of its very tensors. paths: folders of somebody's computer stay."""
+    found = {key: text for key, text in texts.items() if not key.startswith(OLD_TEXTS)}
+    return found if paths else without_paths(found)
+
+
+def without_paths(texts: Mapping[str, str]) -> Texts:
+    """The texts with every path cut to its last part, and without those that are nothing but a folder."""
+    return {key: cut for key, text in texts.items() if (cut := _without_paths(key, text)) or not text}
 
 
 def with_step(texts: Mapping[str, str], what: str, **step: Any) -> Texts:  # noqa: ANN401 - what JSON holds
@@ -60,8 +73,8 @@ def triggers(texts: Mapping[str, str]) -> list[str]:
 
 
 def joined(files: Sequence[Mapping[str, str]]) -> Texts:
-    """What several files say alike, with the trigger words and tags of them all."""
-    texts = {key: text for key, text in kept(files[0]).items() if all(other.get(key) == text for other in files)}
+    """What several files say alike, with the trigger words and tags of them all; each as `kept` has left it."""
+    texts = {key: text for key, text in files[0].items() if all(other.get(key) == text for other in files)}
     words = list(dict.fromkeys(word for one in files for word in triggers(one)))
     tags: dict[str, Counter[str]] = {}
     for one in files:
@@ -90,8 +103,6 @@ def frequent_tags(texts: Mapping[str, str], most: int) -> list[str]:
 def labelled(texts: Mapping[str, str], labels: Labels) -> Texts:
     """The texts with what a person has chosen. Raises UserError for a cover that is no picture."""
     result = dict(texts)
-    if labels.without_paths:
-        result = {key: cut for key, text in texts.items() if (cut := _without_paths(key, text))}
     result |= {"modelspec.title": labels.title} if labels.title else {}
     result |= {"modelspec.author": labels.author} if labels.author else {}
     result |= _of_triggers(labels.triggers)
@@ -118,7 +129,10 @@ def _without_paths(key: str, text: str) -> str:
         except UserError:
             return ""
     parsed = _parsed(text) if text[:1] in ("{", "[") else None
-    return _cut(text) if parsed is None else _json(_cleaned(parsed))
+    if parsed is None:
+        return _cut(text)
+    cleaned = _cleaned(parsed)
+    return text if cleaned == parsed else _json(cleaned)
 
 
 def _cleaned(value: Any) -> Any:  # noqa: ANN401
@@ -130,8 +144,9 @@ def _cleaned(value: Any) -> Any:  # noqa: ANN401
 
 
 def _cut(text: str) -> str:
-    if _WHOLE_PATH.fullmatch(text.strip()) and len(re.split(r"[\\/]", text.strip())) > 2:
-        return metadata.last_part(text.strip())
+    whole = text.strip()
+    if _WHOLE_PATH.fullmatch(whole) and len(re.split(r"[\\/]+", whole)) > 2:
+        return "" if _HOME_ALONE.fullmatch(whole) else metadata.last_part(whole).strip()
     return _PATH.sub("", text)
 
 
