@@ -220,8 +220,23 @@ def test_verify_succeeds_and_fails_by_exit_code(tmp_path, path, capsys):
 def test_verify_gives_json(path, capsys):
     assert main(["verify", str(path), "--json", "--for", "comfyui"]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert report["good"] and report["asked"]["comfyui"] == {"whole": True, "faults": [], "strengths": {"1": 3}}
+    assert report["good"] and report["asked"]["comfyui"] == {
+        "whole": True, "faults": [], "strengths": {"1": 3},
+        "keys": {layer["key"]: {"matched": True, "strength": 1.0} for layer in report["layers"]}}
     assert set(report["others"]) == {"a1111", "forge", "diffusers"} and len(report["layers"]) == 3
+
+
+def test_json_says_of_each_key_what_a_program_does(path, capsys):
+    change(path, **{".alpha": torch.tensor(2.0)})
+    save_file({**load_file(path), "alien.weight": torch.ones(1)}, path)
+    assert main(["verify", str(path), "--json"]) == 1
+    asked = json.loads(capsys.readouterr().out)["asked"]
+    assert asked["comfyui"]["keys"][KEY] == {"matched": True, "strength": 1.0}
+    assert asked["comfyui"]["keys"]["alien.weight"] == {"matched": False, "strength": 0.0}
+    assert len(asked["comfyui"]["keys"]) == 4 and not asked["diffusers"]["keys"][KEY]["matched"]  # it raises an error
+    change(path, **{".lora_up.weight": torch.full((1280, 4), math.nan)})
+    assert main(["verify", str(path), "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["asked"]["comfyui"]["keys"][KEY]["strength"] is None
 
 
 @pytest.mark.parametrize(("arguments", "words"), [

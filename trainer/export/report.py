@@ -148,10 +148,16 @@ def _listed(values: Sequence[float]) -> str:
 
 
 def as_json(report: Report) -> dict[str, Any]:
-    """The report for programs: numbers that are none become null."""
+    """The report for programs: numbers that are none become null.
+
+    Of each consumer every key, with the share of the meant change that it applies (null: it applies another change).
+    """
     def reading(one: Reading) -> dict[str, Any]:
+        lost = {key: 0.0 for fault in one.faults for key in fault.keys if fault.strength == 0.0}  # unknown names too
+        keys = {key: {"matched": strength != 0.0, "strength": strength}
+                for key, strength in (lost | one.strengths).items()}
         return {"whole": one.whole, "faults": [asdict(fault) for fault in one.faults],
-                "strengths": Counter(f"{value:g}" for value in one.strengths.values())}
+                "strengths": Counter(f"{value:g}" for value in one.strengths.values()), "keys": keys}
 
     plain = asdict(report) | {"path": str(report.path), "good": report.good,
                               "asked": {one.consumer: reading(one) for one in report.asked},
