@@ -37,7 +37,7 @@ def test_a_header_says_names_shapes_places_and_metadata(tmp_path):
         ("model.pt", b"PK\x03\x04", "is a pickle"),
         ("zipped.safetensors", b"PK\x03\x04" + bytes(100), "but a pickle under another name"),
         ("pickled.safetensors", b"\x80\x02}q\x00" + b"x" * 100, "but a pickle under another name"),
-        ("empty.safetensors", b"", "it is empty. Download it again"),
+        ("empty.safetensors", b"", "but empty: download it again"),
         ("short.safetensors", b"abc", "is not a safetensors file. Download it again"),
         ("page.safetensors", b"<!DOCTYPE html><html></html>", "but a web page"),
         ("quantised.gguf", b"GGUF\x03\x00\x00\x00" + bytes(50), "but a GGUF, quantised for drawing"),

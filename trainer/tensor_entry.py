@@ -1,4 +1,4 @@
-"""One tensor's entry in the header of a safetensors file, checked to the last number: type, shape, place."""
+"""The beginning of a safetensors file: what a file is that has none, and a tensor's entry checked to its numbers."""
 
 from __future__ import annotations
 
@@ -7,6 +7,22 @@ import math
 BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
         "F8_E8M0": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4, "C64": 64, "I64": 64, "I32": 32, "I16": 16, "I8": 8,
         "U64": 64, "U32": 32, "U16": 16, "U8": 8, "BOOL": 8}
+
+
+def what_else(first: bytes) -> str:
+    """What a file is whose first bytes are no safetensors file's, and what to take instead; "" for an unknown kind."""
+    if not first:
+        return "empty: download it again"
+    if first.startswith(b"version "):
+        return "a pointer of Git LFS: fetch the real file with `git lfs pull`"
+    if first.lstrip().startswith(b"<"):
+        return "a web page: download the file itself"
+    if first.startswith(b"GGUF"):
+        return "a GGUF, quantised for drawing: use the .safetensors of this model (bf16, fp16 or fp8)"
+    if first.startswith((b"PK", b"\x80")):
+        return ("a pickle under another name, which can run any program when it is opened: "
+                "use the .safetensors of this model")
+    return ""
 
 
 def parse(name: str, entry: object) -> tuple[str, tuple[int, ...], int, int]:

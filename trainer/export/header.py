@@ -14,7 +14,6 @@ from trainer.errors import UserError
 LARGEST = 32 * 2**20  # bytes; a LoRA's header takes a hundredth of that, pictures in the metadata the rest
 MOST_VALUES = 500_000  # objects, lists and named values in it: what keeps the memory for reading it bounded
 MOST_RANK = 4096  # no LoRA has more; r x r work on an absurd one would fill the memory
-_PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,8 @@ def _text(path: Path) -> tuple[bytes, int]:
             first = stream.read(9)
             length = struct.unpack("<Q", first[:8])[0] if len(first) == 9 else 0
             if length < 2 or first[8:] != b"{":
-                raise _broken(path, _what_else(first, size))
+                found = tensor_entry.what_else(first)
+                raise _broken(path, f"it is {found}" if found else "it does not begin as one")
             if length > size - 8:
                 raise _broken(path, f"its header should take {length:,} bytes and the file has {size:,}: it is cut "
                               "short, or no safetensors file")
@@ -80,18 +80,6 @@ def _text(path: Path) -> tuple[bytes, int]:
     if sum(text.count(sign) for sign in (b"{", b"[", b":")) > MOST_VALUES:
         raise _broken(path, "its header has more entries than any LoRA's")
     return text, size
-
-
-def _what_else(first: bytes, size: int) -> str:
-    if size == 0:
-        return "it is empty"
-    if first.startswith(b"version "):
-        return "it is a pointer of Git LFS: fetch the real file with `git lfs pull`"
-    if first.lstrip().startswith(b"<"):
-        return "it is a web page: download the file itself"
-    if first.startswith(_PICKLES):
-        return "it is a pickle under another name, which can run any program when it is opened"
-    return "it does not begin as one"
 
 
 def _once(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:

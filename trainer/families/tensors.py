@@ -88,7 +88,9 @@ def read_header(file: Path) -> Header:
         first = stream.read(9)
         length = struct.unpack("<Q", first[:8])[0] if len(first) == 9 else 0
         if not 2 <= length <= _LARGEST_HEADER or first[8:] != b"{":
-            raise UserError(f"{file} is not a safetensors file{_what_else(first, size)}")
+            found = tensor_entry.what_else(first)
+            raise UserError(f"{file} is not a safetensors file" + (f" but {found}" if found else
+                            ". Download it again, or choose another file"))
         if 8 + length > size:
             raise _cut_short(file, size, 8 + length)
         text = first[8:] + stream.read(length - 1)
@@ -114,20 +116,6 @@ def _tensor_info(file: Path, name: str, entry: object, offset: int) -> TensorInf
 
 def _cut_short(file: Path, size: int, needed: int) -> UserError:
     return UserError(f"{file} is cut short: it has {size:,} of {needed:,} bytes. Download it again")
-
-
-def _what_else(first: bytes, size: int) -> str:
-    if size == 0:
-        return ": it is empty. Download it again"
-    if first.startswith(b"version "):
-        return " but a pointer of Git LFS: fetch the real file with `git lfs pull`"
-    if first.lstrip().startswith(b"<"):
-        return " but a web page: download the file itself"
-    if first.startswith(b"GGUF"):
-        return " but a GGUF, quantised for drawing: use the .safetensors of this model (bf16, fp16 or fp8)"
-    if first.startswith((b"PK", b"\x80")):
-        return " but a pickle under another name: use the .safetensors of this model"
-    return ". Download it again, or choose another file"
 
 
 def without_prefix(tensors: Mapping[str, TensorInfo], prefix: str) -> dict[str, TensorInfo]:
