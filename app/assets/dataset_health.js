@@ -43,7 +43,8 @@
 
     finding({ kind, title, text, level, count, files, images, remedy }) {
       const show = images ? this.page.button("Show them", "", () => this.page.find({ names: files }, title), { "aria-label": `Show: ${title}` })
-        : h("details", { class: "st-small" }, h("summary", {}, "Their names"), h("ul", { class: "st-trash" }, files.slice(0, 200).map((name) => h("li", {}, name))));
+        : h("details", { class: "st-small" }, h("summary", {}, "Their names"), h("ul", { class: "st-trash" }, files.slice(0, 200).map((name) => h("li", {}, name)),
+          files.length > 200 ? h("li", {}, `and ${files.length - 200} more`) : null));
       const mend = remedy ? this.page.button(remedy.label, "", () => this.mend(kind), { "aria-label": `${remedy.label}: ${title}` }) : null;
       return h("li", {}, h("div", { class: "st-row" }, h("strong", {}, `${title}: ${count}`), h("span", { class: `st-tag st-level-${level}` }, LEVELS[level])),
         h("p", { class: "st-small" }, text), h("div", { class: "st-row" }, show, mend));
