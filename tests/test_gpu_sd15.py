@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -47,3 +48,33 @@ def test_true_size_trains_with_a_finite_loss(true_size: Path, tmp_path: Path, me
           f"{start['device']}, torch {start['torch']}")
     (export,) = [event for event in events if event["kind"] == "export" and event["path"] == f"{method}.safetensors"]
     assert export["unmatched"] == [] and export["worst_rel_error"] < 2e-3
+
+
+@pytest.mark.parametrize("budget", [4.0, 2.5])
+def test_a_run_stays_within_its_budget(true_size: Path, tmp_path: Path, budget: float) -> None:
+    """What the driver says the process takes, its context and libraries among it, from loading to the last picture."""
+    command = [sys.executable, "-m", "trainer", "--preset", str(true_size), "--workspace", str(tmp_path)]
+    command += ["--name", "small"]
+    for change in (f"memory.budget_gb={budget}", "adapter.method=stella", "adapter.rank=16", "train.steps=12",
+                   "train.batch_size=4", "data.resolution=512", "evaluate.every=6", "output.save_every=6"):
+        command += ["--set", change]
+    before = used_memory()
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               cwd=Path(__file__).parent.parent)
+    most = 0
+    while process.poll() is None:
+        most = max(most, used_memory() - before)
+        time.sleep(0.05)
+    run = Run(tmp_path / "runs" / "small")
+    assert process.returncode == 0, process.stderr.read() + run.log_tail()
+    events = EventReader(run.events).read()
+    peak = max(event["vram_peak"] for event in events if event["kind"] == "step")
+    print(f"\nbudget {budget:.1f} GiB: the driver saw {most / 2**30:.2f} GiB at most, tensors {peak / 2**30:.2f} GiB; "
+          + "; ".join(event["text"] for event in events if event["kind"] == "note"))
+    assert most <= budget * 2**30
+
+
+def used_memory() -> int:
+    """Bytes of the first GPU's memory in use, by the driver's own account."""
+    asked = ["nvidia-smi", "--id=0", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    return int(subprocess.run(asked, capture_output=True, text=True, check=True).stdout) * 2**20

@@ -106,7 +106,7 @@ def main() -> None:
     parser.add_argument("--gib", type=float, default=3.0, help="size of the model in bf16")
     parser.add_argument("--shards", type=int, default=3)
     parser.add_argument("--mode", choices=["none", *MODES], default="nf4")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default="cuda:0" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--folder", type=Path, help="a folder made before, instead of a new one")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
