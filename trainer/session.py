@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -85,6 +85,13 @@ class Session:
     offload: Offload | None = None
     text_quantize: str = "none"  # how the text encoder was held when it filled the cache
     limit: int = 0  # bytes of GPU memory that tensors may take; 0: nobody measured
+    latest: Tensor = field(init=False)  # 2 b: each sample's plain loss and timestep, of the last micro-batch
+    seen: Tensor = field(init=False)  # n 2 b: the same of all micro-batches of a step
+
+    def __post_init__(self) -> None:
+        train = self.preset.train
+        self.latest = torch.zeros(2, train.batch_size, device=self.device)  # written in place, so a graph can do it
+        self.seen = torch.zeros(train.grad_accum, 2, train.batch_size, device=self.device)
 
     def loss(self, draws: Sequence[Draw]) -> Tensor:
         """Mean training loss of one micro-batch; a function of the draws alone, and of the adapter."""
@@ -98,6 +105,8 @@ class Session:
         target = self.objective.target(latents, noise, timesteps)
         loss = per_sample_loss(prediction, target, kind=train.loss, delta=train.huber_delta,
                                weights=self.pixel_weights(self.masks, draws))  # b
+        self.latest[0, :len(draws)].copy_(loss.detach())
+        self.latest[1, :len(draws)].copy_(timesteps)
         if weights := self.material.loss_weights(self.latents, draws):
             loss = loss * torch.tensor(weights, device=self.device)
         return (loss * self.objective.loss_weight(timesteps, train.snr_gamma)).mean()
@@ -112,6 +121,7 @@ class Session:
             self.use("raw")
             micro = self.loss(share(draws, 0, 1, number, count)) / count
             self.backward(micro)
+            self.seen[number].copy_(self.latest)  # after the micro-batch, for a graph of one does not know its number
             loss += micro.detach()
         return loss
 
