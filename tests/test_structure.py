@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 TOPS = ("app", "trainer", "presets", "tests")
 LIGHT = {f"trainer.{name}" for name in ("errors", "preset", "events", "run", "captions", "data.folders", "data.buckets",
                                          "data.order", "caption.task", "families.clip_merges",
-                                         "shifts", "export.header", "export.recognise", "export.texts",
+                                         "shifts", "families.header", "families.recognise", "families.folders", "export.header", "export.recognise", "export.texts",
                                          "facts", "comparison", "shell", "shell_queue",
                                          "queue", "runner", "detached")}
 HEAVY = {"torch", "diffusers", "transformers", "accelerate", "peft", "bitsandbytes", "torchmetrics"}

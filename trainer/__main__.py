@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import os
 import sys
 import traceback
@@ -18,6 +17,7 @@ from trainer import preset as presets
 from trainer import run as runs
 from trainer import shell, shell_queue
 from trainer.errors import UserError
+from trainer.quantize import quiet_bitsandbytes
 from trainer.queue import Queue
 from trainer.run import Run
 from trainer.schema import Preset
@@ -28,7 +28,7 @@ LAUNCHERS = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_S
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; the exit code is 0 done or stopped, 1 a user's error, 2 a bug."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of kernels that nothing here uses
+    quiet_bitsandbytes()
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         if words[:1] and words[0] in shell.VERBS:

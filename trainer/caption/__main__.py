@@ -19,11 +19,13 @@ from trainer.__main__ import BUG, DONE, USER_ERROR, Parser
 from trainer.caption.task import Settings, Suggestion, Task, create, parse
 from trainer.errors import UserError
 from trainer.files import write_atomic
+from trainer.quantize import quiet_bitsandbytes
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; the exit code is 0 done or stopped, 1 a user's error, 2 a bug."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    quiet_bitsandbytes()
     task = None
     try:
         options = _parser().parse_args(arguments)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from trainer.errors import UserError
+from trainer.quantize import quiet_bitsandbytes
 
 if TYPE_CHECKING:
     from trainer.export.resize import Resized
@@ -21,6 +22,7 @@ WORST = 12  # layers of the table of losses
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; the exit code is 0 done or good, 1 a user's error or a file with faults."""
+    quiet_bitsandbytes()
     try:
         options = _parser().parse_args(arguments)
         return options.run(options)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from trainer.families.base import Base
 from trainer.families.folders import read_json
 from trainer.families.llm_text import LlmText
 from trainer.families.opening import Opened, given, open_parts
+from trainer.families.recognise import klein_is_distilled
 from trainer.families.tensors import Header, Part, fill
 from trainer.families.transformer import DENOISER as DENOISER
 from trainer.families.transformer import EXPORT_DTYPE as EXPORT_DTYPE
@@ -38,7 +38,6 @@ PARTS = {  # what a base is made of, and what to give where a file lacks one
 }
 _CONFIGS = Path(__file__).parent / "configs" / "flux2"
 _SINGLE = {path: (path,) for path in ("attn.to_qkv_mlp_proj", "attn.to_out")}
-_BASE_NAME, _DISTILLED_NAME = re.compile(r"klein.*\bbase\b|\bbase\b.*klein"), re.compile(r"klein (4b|9b)")
 
 
 def latent_shape(width: int, height: int) -> tuple[int, int, int]:
@@ -93,11 +92,9 @@ def decide_distilled(opened: Opened, chosen: str) -> tuple[bool, tuple[str, ...]
         return False, ()
     index = opened.path / "model_index.json"
     told = read_json(index).get("is_distilled") if index.is_file() else None
-    metadata = " ".join((opened.header.metadata if opened.header else {}).values()).lower()
-    for words in (opened.base.lower() if hub.is_hub_id(opened.base) else "", metadata, opened.path.name.lower()):
-        words = re.sub(r"[_\-./]", " ", words)
-        if told is None and (_BASE_NAME.search(words) or _DISTILLED_NAME.search(words)):
-            told = not _BASE_NAME.search(words)
+    metadata = " ".join((opened.header.metadata if opened.header else {}).values())
+    if told is None:
+        told = klein_is_distilled(opened.base if hub.is_hub_id(opened.base) else "", metadata, opened.path.name)
     if told is None and chosen != "auto":
         told = chosen == "yes"
     if told is None:

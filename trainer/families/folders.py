@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.errors import UserError
-from trainer.families.tensors import Part, read_header
+from trainer.families.header import Part, read_header
 
 
 def read_json(file: Path) -> dict[str, Any]:

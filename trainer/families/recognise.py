@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
-from trainer.families.tensors import TensorInfo
+from trainer.families.header import TensorInfo
 
 FAMILIES = ("sd15", "sdxl", "flux1", "flux2")
 # Kinds that a base can be, in words. Families of ours have the family's name as their kind.
@@ -66,6 +67,8 @@ _PIPELINES = {  # beginning of model_index.json's _class_name
     "ZImage": "z-image",
     "LatentConsistency": "lcm",
 }
+
+_KLEIN, _KLEIN_BASE = re.compile(r"klein (4b|9b)"), re.compile(r"klein.*\bbase\b|\bbase\b.*klein")
 
 
 def file_kind(tensors: Mapping[str, TensorInfo]) -> str:
@@ -146,3 +149,12 @@ def folder_kind(model_index: Mapping[str, Any], unet_config: Mapping[str, Any] |
     if unet_config.get("cross_attention_dim") == 1024:
         return "sd2"
     return "sd15-edit" if unet_config.get("in_channels", 4) != 4 else "sd15"
+
+
+def klein_is_distilled(*said: str) -> bool | None:
+    """Whether a Flux.2 klein is the distilled one, by what is said of it (id, metadata, name): the first that tells."""
+    for text in said:
+        words = re.sub(r"[_\-./]", " ", text.lower())
+        if _KLEIN_BASE.search(words) or _KLEIN.search(words):
+            return not _KLEIN_BASE.search(words)
+    return None
