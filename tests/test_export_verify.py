@@ -69,6 +69,22 @@ def test_a_changed_or_missing_magnitude_shows(path, pairs):
     assert compare(path, pairs, family="sd15").worst_rel_error == math.inf
 
 
+@pytest.mark.parametrize("place", [0, 1, 2])
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_numbers_that_are_not_finite_are_the_worst_error(path, pairs, place, number):
+    name, up, down, magnitude = pairs[place]
+    broken = up.clone()
+    broken[0, 0] = number
+    found = compare(path, [*pairs[:place], (name, broken, down, magnitude), *pairs[place + 1:]], family="sd15")
+    assert math.isnan(found.worst_rel_error)
+
+
+def test_a_magnitude_that_is_no_number_is_the_worst_error(path, pairs):
+    name, up, down, magnitude = pairs[0]
+    changed = [(name, up, down, magnitude * math.nan), *pairs[1:]]
+    assert math.isnan(compare(path, changed, family="sd15").worst_rel_error)
+
+
 def test_missing_modules_and_strange_tensors_are_named(path, pairs):
     change(path, f"{KEY_Q}.lora_up.weight", None)
     change(path, "lora_unet_conv_in.alpha", None)

@@ -17,7 +17,8 @@ from trainer.export.stacked import Pair, apart
 
 @dataclass(frozen=True)
 class Comparison:
-    """Worst ‖ΔW_file − ΔW‖_F / ‖ΔW‖_F, names on one side only, modules without effect, tensors in all.
+    """Worst ‖ΔW_file − ΔW‖_F / ‖ΔW‖_F (NaN where one is none), names on one side only, modules without effect, tensors
+    in all.
 
     DoRA's magnitudes are compared with their own size, not with what they change, which the base's weights would have
     to tell; our files hold them in fp32, where they agree to the last bit.
@@ -52,7 +53,7 @@ def compare(path: Path, pairs: Iterable[Pair], *, family: str) -> Comparison:
     for name, *factors in lora.pairs():
         stored = _module(*factors)
         if name in live:
-            worst = max(worst, _rel_error(stored, _module(*live.pop(name)[1])))
+            worst = _worse(worst, _rel_error(stored, _module(*live.pop(name)[1])))
         elif not _idle(stored):
             unmatched.append(name)
     for key, (name, _) in live.items():  # of fused rows, a part without any change does not come back
@@ -77,8 +78,12 @@ def _rel_error(stored: Module, live: Module) -> float:
     if stored.up.shape[0] != live.up.shape[0] or stored.down.shape[1] != live.down.shape[1]:
         return math.inf
     difference = _norm(torch.cat([stored.up, live.up], 1), torch.cat([stored.down, -live.down]))
-    return max(_ratio(difference, _norm(live.up, live.down)),
-               _magnitude_error(stored.magnitude, live.magnitude))
+    return _worse(_ratio(difference, _norm(live.up, live.down)), _magnitude_error(stored.magnitude, live.magnitude))
+
+
+def _worse(one: float, other: float) -> float:
+    """The larger error; NaN is worse than any, which `max` may pass over."""
+    return math.nan if math.isnan(one) or math.isnan(other) else max(one, other)
 
 
 def _magnitude_error(stored: Tensor | None, live: Tensor | None) -> float:
