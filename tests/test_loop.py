@@ -104,6 +104,9 @@ def test_a_run_tells_what_it_did(tiny_project: Path, tmp_path: Path) -> None:
     assert export["path"] == "told.safetensors" and export["unmatched"] == [] and export["worst_rel_error"] < 1e-3
     assert [path.name for path in run.path.glob("*.safetensors")] == ["told.safetensors"]
     assert run.state().word == "done"
+    [started], [data] = events(run, "start"), events(run, "data")
+    assert started["versions"]["torch"] == torch.__version__ and started["versions"]["diffusers"]
+    assert data["images"] > 0 and data["held_out"] == 4 and len(data["sha256"]) == 16
 
 
 def test_validation_uses_fixed_noise_so_that_the_same_weights_give_the_same_loss(tiny_project, tmp_path) -> None:
@@ -239,3 +242,17 @@ def test_training_a_text_encoder_goes_without_the_text_cache(tiny_project: Path,
     assert any(key.startswith("lora_te_text_model_encoder_layers_0_self_attn_q_proj") for key in keys)
     assert events(run, "export")[-1]["unmatched"] == []
     assert events(run, "export")[-1]["zero"] == []  # gradients reach the encoder's layers too
+
+
+def test_every_sample_is_told_by_noise_level_and_by_image(tiny_project: Path, tmp_path: Path) -> None:
+    run = start(tiny_project, tmp_path, "run", "train.steps=5", "train.grad_accum=2", "log.rank_every=2",
+                "sample.prompts=[]")
+    levels, images = events(run, "timesteps"), events(run, "image_loss")
+    assert [event["step"] for event in levels] == [event["step"] for event in images] == [2, 4, 5]
+    assert [sum(event["count"]) for event in levels] == [8, 8, 4]  # samples: batch 2, twice a step
+    assert [sum(n for n, _ in event["images"].values()) for event in images] == [8, 8, 4]
+    known = {str(path) for path in (tiny_project.parent / "train").glob("*.png")}
+    assert {file for event in images for file in event["images"]} == known
+    losses = [event["loss"] for event in events(run, "step")][:2]
+    mean = sum(loss * n for loss, n in zip(levels[0]["loss"], levels[0]["count"]) if n) / 8
+    assert mean == pytest.approx(sum(losses) / 2, rel=1e-4)

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import sqrt
-from statistics import fmean, stdev
-from typing import Any, Literal
+from statistics import NormalDist, fmean, stdev
+from typing import Any, Literal, NamedTuple
 
+from trainer import student
 from trainer.events import Event
-from trainer.facts import Facts
+from trainer.facts import Facts, differing
 
-# Two-sided 95 % points of Student's t for 1, 2, … degrees of freedom
-T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
-NORMAL_95 = 1.96
+CONFIDENCE = 0.95
+ENOUGH_SEEDS = 3  # shared ones, from which KID is judged by pairs: they hold the noise between seeds too
+SWEPT = re.compile(r".+-(lora|stiefel|stella|trilora)-r\d+(-lr.+)?-s\d+")  # the name of a run of a sweep
+TOLD = {"adapter.method", "adapter.rank", "train.lr", "train.optimizer", "train.momentum"}  # by a setting's name
 SEEDS = {("train", "seed"), ("sample", "seed")}
 MEASURED_WITH = {  # what must be the same before two numbers may be compared at all
     "validation": (("model", ("family", "base")), ("data", ("resolution",)),
@@ -24,14 +27,18 @@ MEASURED_WITH = {  # what must be the same before two numbers may be compared at
 }
 COUNTED = ("extractor", "resize", "n_ref", "n_gen")
 
+Measured = Literal["validation loss", "KID"]
 Verdict = Literal["significant", "noise", "unknown", "not comparable"]
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One sentence on two settings (`best` has the lower mean), and what it rests on; low and high bound 95 %."""
+    """One sentence on two settings (`best` has the lower mean), and what it rests on.
 
-    measure: Literal["validation loss", "KID"]
+    low and high bound the difference; with several findings of a measure, all of them hold at once with 95 %.
+    """
+
+    measure: Measured
     best: str
     other: str
     verdict: Verdict
@@ -44,6 +51,21 @@ class Finding:
         return asdict(self)
 
 
+class Interval(NamedTuple):
+    """A mean and its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+class Setting(NamedTuple):
+    """Runs that differ in nothing but the seed, under a name to tell them from the others by."""
+
+    name: str
+    runs: list[Facts]
+
+
 def settings(runs: Sequence[Facts]) -> list[list[Facts]]:
     """Runs by setting: those that differ in nothing but the seed stand together."""
     groups: dict[str, list[Facts]] = {}
@@ -54,59 +76,122 @@ def settings(runs: Sequence[Facts]) -> list[list[Facts]]:
     return list(groups.values())
 
 
-def compare(runs: Sequence[Facts]) -> list[Finding]:
-    """The best setting by validation loss, and by KID, against each other one."""
+def named(runs: Sequence[Facts]) -> list[Setting]:
+    """The settings with their names: what sets each apart from the others, or the names of its runs."""
     groups = settings(runs)
+    changed = {name for group in groups[1:] for name in differing(groups[0][0].preset, group[0].preset)}
+    is_planned = any(len(group) > 1 for group in groups) or all(SWEPT.fullmatch(one.overview.name) for one in runs)
+    names = [" + ".join(one.overview.name for one in group) for group in groups]
+    if is_planned and changed <= TOLD:
+        rates = {(group[0].preset["adapter"]["method"], group[0].preset["train"]["lr"]) for group in groups}
+        told = changed if len(rates) > len({method for method, _ in rates}) else changed - {"train.lr"}
+        short = [_told(group[0], told) for group in groups]
+        names = short if all(short) and len(set(short)) == len(short) else names
+    return [Setting(name, group) for name, group in zip(names, groups)]
+
+
+def paired(gaps: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
+    """The mean of differences between pairs, and Student's interval of it; two or more."""
+    reach = student.quantile(confidence, len(gaps) - 1) * stdev(gaps) / sqrt(len(gaps))
+    return Interval(fmean(gaps), fmean(gaps) - reach, fmean(gaps) + reach)
+
+
+def front(points: Sequence[tuple[float, float]]) -> list[bool]:
+    """Which points no other one beats in both numbers (lower is better): the Pareto front."""
+    return [not any(other[0] <= point[0] and other[1] <= point[1] and other != point for other in points)
+            for point in points]
+
+
+def compare(runs: Sequence[Facts]) -> list[Finding]:
+    """The best setting by validation loss, and by KID, against each other one.
+
+    Of several settings the best one may be so by luck: each interval is as wide as the number of comparisons asks for
+    (Bonferroni), which is enough for comparisons with the best (Hsu 1984).
+    """
+    groups = named(runs)
     return [*_by_validation(groups), *_by_kid(groups)]
 
 
-def _by_validation(groups: Sequence[list[Facts]]) -> list[Finding]:
+def _by_validation(groups: Sequence[Setting]) -> list[Finding]:
     """Paired by seed: two runs of one seed saw the same images, noise and held-out noise."""
-    measured = [group for group in groups if any(facts.validation for facts in group)]
+    known = {group.name: _of_seeds(group, "validation", "loss") for group in groups}
+    measured = [group for group in groups if known[group.name]]
     if len(measured) < 2:
         return []
-    best, *others = sorted(measured, key=lambda group: fmean(_losses(group).values()))
-    return [_paired(best, other) for other in others]
+    best, *others = sorted(measured, key=lambda group: fmean(known[group.name].values()))
+    return [_by_pairs("validation loss", best, other, known[best.name], known[other.name], len(others))
+            for other in others]
 
 
-def _paired(best: list[Facts], other: list[Facts]) -> Finding:
+def _by_kid(groups: Sequence[Setting]) -> list[Finding]:
+    """By pairs where three seeds or more are shared; else by the intervals of the runs in the middle."""
+    known = {group.name: _of_seeds(group, "distance", "kid") for group in groups}
+    measured = [group for group in groups if known[group.name] and _middle(group.runs)]
+    if len(measured) < 2:
+        return []
+    best, *others = sorted(measured, key=lambda group: fmean(known[group.name].values()))
+    return [_by_pairs("KID", best, other, known[best.name], known[other.name], len(others))
+            if len(known[best.name].keys() & known[other.name].keys()) >= ENOUGH_SEEDS
+            else _by_intervals(best, other, len(others)) for other in others]
+
+
+def _by_pairs(measure: Measured, best: Setting, other: Setting, mine: Mapping[int, float], its: Mapping[int, float],
+              comparisons: int) -> Finding:
     def found(verdict: Verdict, why: str, *numbers: float) -> Finding:
-        return Finding("validation loss", _name(best), _name(other), verdict, why, *numbers)
+        if numbers and numbers[0] < 0:  # the seeds that both have say otherwise than all seeds of each
+            gap, *bounds = (-number for number in numbers)
+            return Finding(measure, other.name, best.name, verdict, why, gap, *reversed(bounds))
+        return Finding(measure, best.name, other.name, verdict, why, *numbers)
 
-    if reason := _other_ground(best[0], other[0], "validation"):
+    kind = "validation" if measure == "validation loss" else "distance"
+    one, another = best.runs[0], other.runs[0]
+    if reason := _other_ground(one, another, kind) or _other_counts(best, other, kind):
         return found("not comparable", reason)
-    mine, its = _losses(best), _losses(other)
+    if going := _unfinished(best, other, kind):
+        return found("unknown", going)
     shared = sorted(mine.keys() & its.keys())
     if not shared:
         return found("unknown", "no seed was used for both; train both with the same seeds")
     gaps = [its[seed] - mine[seed] for seed in shared]
-    gap = fmean(gaps)
     if len(shared) == 1:
-        return found("unknown", "one seed tells nothing of the noise between seeds; train both with two more", gap)
-    reach = _t_95(len(gaps) - 1) * stdev(gaps) / sqrt(len(gaps))
-    verdict: Verdict = "significant" if gap - reach > 0 or gap + reach < 0 else "noise"
-    return found(verdict, f"{len(shared)} paired seeds", gap, gap - reach, gap + reach)
+        return found("unknown", "one seed tells nothing of the noise between seeds; train both with two more",
+                     fmean(gaps))
+    gap, low, high = paired(gaps, _confidence(comparisons))
+    verdict: Verdict = "significant" if low > 0 or high < 0 else "noise"
+    return found(verdict, f"{len(shared)} paired seeds{_jointly(comparisons)}", gap, low, high)
 
 
-def _by_kid(groups: Sequence[list[Facts]]) -> list[Finding]:
-    """By the intervals that each run has; of several seeds, by the one in the middle."""
-    measured = [middle for group in groups if (middle := _middle(group)) is not None]
-    if len(measured) < 2:
-        return []
-    best, *others = sorted(measured, key=lambda facts: facts.distance["kid"])  # type: ignore[index]
-    return [_intervals(best, other) for other in others]
-
-
-def _intervals(best: Facts, other: Facts) -> Finding:
-    mine, its = best.distance or {}, other.distance or {}
-    names = best.overview.name, other.overview.name
-    if reason := _other_ground(best, other, "distance") or _other_count(mine, its):
+def _by_intervals(best: Setting, other: Setting, comparisons: int) -> Finding:
+    one, another = sorted((_middle(best.runs), _middle(other.runs)), key=_kid)  # type: ignore[arg-type]
+    name = {id(facts): group.name for group in (best, other) for facts in group.runs}
+    mine, its, names = one.distance or {}, another.distance or {}, (name[id(one)], name[id(another)])
+    if reason := _other_ground(one, another, "distance") or _other_count(mine, its):
         return Finding("KID", *names, "not comparable", reason)
-    gap = its["kid"] - mine["kid"]
+    gap, wide = its["kid"] - mine["kid"], NormalDist().inv_cdf
     # Both runs are held against the same reference, whose share of the noise cancels: the interval is too wide
-    reach = NORMAL_95 * sqrt(sum(((item["kid_high"] - item["kid_low"]) / (2 * NORMAL_95)) ** 2 for item in (mine, its)))
+    spread = sqrt(sum(((item["kid_high"] - item["kid_low"]) / (2 * wide((1 + CONFIDENCE) / 2))) ** 2
+                      for item in (mine, its)))
+    reach = wide((1 + _confidence(comparisons)) / 2) * spread
     verdict: Verdict = "significant" if gap > reach else "noise"
-    return Finding("KID", *names, verdict, f"{mine.get('n_gen')} pictures each", gap, gap - reach, gap + reach)
+    return Finding("KID", *names, verdict, f"{mine.get('n_gen')} pictures each{_jointly(comparisons)}", gap,
+                   gap - reach, gap + reach)
+
+
+def _confidence(comparisons: int) -> float:
+    """Of one interval, so that all of them hold at once with 95 %."""
+    return 1 - (1 - CONFIDENCE) / comparisons
+
+
+def _jointly(comparisons: int) -> str:
+    return f", one of {comparisons} comparisons" if comparisons > 1 else ""
+
+
+def _unfinished(best: Setting, other: Setting, kind: str) -> str:
+    """Why numbers of runs that are still going are not to be held against each other."""
+    runs = [*best.runs, *other.runs]
+    steps = {(getattr(facts, kind) or {}).get("step") for facts in runs}
+    is_over = all(facts.overview.state == "done" for facts in runs)
+    return "" if is_over or len(steps) == 1 else "not all of their runs are done, so that they stand at other steps"
 
 
 def _other_ground(one: Facts, other: Facts, measure: str) -> str:
@@ -114,6 +199,14 @@ def _other_ground(one: Facts, other: Facts, measure: str) -> str:
     changed = [f"{section}.{key}" for section, keys in MEASURED_WITH[measure] for key in keys
                if one.preset[section].get(key) != other.preset[section].get(key)]
     return f"measured with another {', '.join(changed)}" if changed else ""
+
+
+def _other_counts(best: Setting, other: Setting, kind: str) -> str:
+    """The same of each run's distance."""
+    if kind != "distance":
+        return ""
+    events = [facts.distance for facts in (*best.runs, *other.runs) if facts.distance]
+    return next((reason for event in events[1:] if (reason := _other_count(events[0], event))), "")
 
 
 def _other_count(one: Event, other: Event) -> str:
@@ -125,18 +218,23 @@ def _middle(group: list[Facts]) -> Facts | None:
     """The run of a setting whose KID is the median of its seeds'."""
     known = [facts for facts in group if all(isinstance((facts.distance or {}).get(key), (int, float))
                                              for key in ("kid", "kid_low", "kid_high"))]
-    known.sort(key=lambda facts: facts.distance["kid"])  # type: ignore[index]
+    known.sort(key=_kid)
     return known[(len(known) - 1) // 2] if known else None
 
 
-def _losses(group: list[Facts]) -> dict[int, float]:
-    """Validation loss by seed; of runs with the same seed, the later one's in the list."""
-    return {facts.preset["train"]["seed"]: facts.validation["loss"] for facts in group if facts.validation}
+def _kid(facts: Facts) -> float:
+    return (facts.distance or {})["kid"]
 
 
-def _name(group: list[Facts]) -> str:
-    return " + ".join(facts.overview.name for facts in group)
+def _of_seeds(group: Setting, kind: str, key: str) -> dict[int, float]:
+    """A number by seed; of runs with the same seed, the later one's in the list."""
+    events = {facts.preset["train"]["seed"]: getattr(facts, kind) or {} for facts in group.runs}
+    return {seed: event[key] for seed, event in events.items() if isinstance(event.get(key), (int, float))}
 
 
-def _t_95(freedom: int) -> float:
-    return T_95[freedom - 1] if freedom <= len(T_95) else NORMAL_95 + 2.4 / freedom
+def _told(facts: Facts, changed: set[str]) -> str:
+    """ "stella, rank 16": what sets a setting apart."""
+    chosen = facts.preset
+    parts = {"adapter.method": str(chosen["adapter"]["method"]), "adapter.rank": f"rank {chosen['adapter']['rank']}",
+             "train.lr": f"learning rate {chosen['train']['lr']:g}"}
+    return ", ".join(text for name, text in parts.items() if name in changed)

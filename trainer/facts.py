@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import tomllib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -46,6 +46,10 @@ class Export:
     bytes: int
     format: str
     worst_rel_error: float | None
+    dtype: str = ""
+    unmatched: int = 0  # keys that match nothing in the model
+    readers: tuple[str, ...] = ()  # programs that read all of it
+    others: tuple[str, ...] = ()  # what the other programs make of it
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,8 @@ class Facts:
     exports: list[Export]
     skipped: dict[str, str]  # file: reason
     notes: list[str]
+    data: Event | None = None  # what it was trained on: images, held_out, sha256
+    versions: dict[str, str] = field(default_factory=dict)  # of the programs it was trained with, at its last start
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -118,7 +124,8 @@ def collect(run: Run) -> Facts:
         peak_vram=_most(steps, "vram_peak"), peak_ram=_most(steps, "ram"),
         trained_sec=_number((_last(by_kind.get("end", [])) or {}).get("trained_sec")),
         checkpoints=run.checkpoint_steps(), exports=_exports(run, by_kind.get("export", [])), skipped=skipped,
-        notes=[str(event.get("text", "")) for event in by_kind.get("note", [])[-MOST_NOTES:]])
+        notes=[str(event.get("text", "")) for event in by_kind.get("note", [])[-MOST_NOTES:]],
+        data=_last(by_kind.get("data", [])), versions=_versions(by_kind.get("start", [])))
 
 
 def mean_rank(facts: Facts) -> float | None:
@@ -165,7 +172,9 @@ def _plain(preset: Preset) -> dict[str, dict[str, Any]]:
 def _exports(run: Run, events: Sequence[Event]) -> list[Export]:
     newest = {str(event.get("path")): event for event in events}
     return [Export(name, int(_number(event.get("step")) or 0), (run.path / name).stat().st_size,
-                   str(event.get("format", "")), _number(event.get("worst_rel_error")))
+                   str(event.get("format", "")), _number(event.get("worst_rel_error")), str(event.get("dtype") or ""),
+                   len(missing) if isinstance(missing := event.get("unmatched"), (list, dict)) else 0,
+                   _texts(event.get("readers")), _texts(event.get("others")))
             for name, event in newest.items() if (run.path / name).is_file()]
 
 
@@ -174,6 +183,17 @@ def _device(starts: Sequence[Event]) -> str:
     parts = [str(start.get("device", "")), f"torch {start['torch']}" if start.get("torch") else "",
              str(start.get("host", ""))]
     return ", ".join(part for part in parts if part)
+
+
+def _versions(starts: Sequence[Event]) -> dict[str, str]:
+    start = _last(starts) or {}
+    told = start.get("versions")
+    known = {str(name): str(version) for name, version in told.items()} if isinstance(told, dict) else {}
+    return ({"torch": str(start["torch"])} if start.get("torch") else {}) | known
+
+
+def _texts(value: Any) -> tuple[str, ...]:
+    return tuple(map(str, value)) if isinstance(value, list) else ()
 
 
 def _method(preset: Path) -> str:

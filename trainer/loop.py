@@ -7,8 +7,9 @@ import os
 import platform
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from importlib import metadata
 from pathlib import Path
 from typing import TextIO
 
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from trainer import evaluation, gpu, housekeeping, optim, speed
 from trainer.control import Requests, Stopped
-from trainer.data.order import stream
+from trainer.data.order import Draw, stream
 from trainer.download import fetch_base
 from trainer.errors import UserError
 from trainer.faults import Diverged, as_user_error, describe, diverged, out_of_memory
@@ -27,11 +28,13 @@ from trainer.publish import publish
 from trainer.readback import Readback
 from trainer.record import Recorder
 from trainer.run import Run
+from trainer.sample_losses import SampleLosses
 from trainer.schema import SCHEMA_VERSION, Preset
 from trainer.session import Session, pick_device
 from trainer.setup import set_up
 from trainer.update import Update
 
+PROGRAMS = ("torch", "diffusers", "transformers", "accelerate", "peft", "bitsandbytes", "safetensors")
 MAX_BAD_STEPS = 3  # non-finite steps in a row that end a run
 
 
@@ -83,7 +86,7 @@ def train(session: Session, requests: Requests) -> str:
     """From the first step to the last; returns "done" or "stopped"."""
     preset, progress = session.preset, session.progress
     update = Update(session.adapter, session.optimizer, preset.train.max_grad_norm)
-    readback = Readback(session.recorder, session.steps, session.device, preset.log.every)
+    readback = Readback(session.recorder, session.steps, session.device, preset.log.every, _sample_losses(session))
     saved_at = time.monotonic()
     housekeeping.before(session)
     readback.restart_clock()
@@ -93,7 +96,8 @@ def train(session: Session, requests: Requests) -> str:
         lr = preset.train.lr * session.schedule(progress.step)
         optim.set_lr(session.optimizer, lr)
 
-        loss = _gradients(session)
+        draws = session.order.batch(progress.step)
+        loss = _gradients(session, draws)
         if loss is None:  # out of memory: the model is held in a more sparing way now, and the step is done again
             readback.restart_clock(new_pace=True)
             continue
@@ -105,7 +109,8 @@ def train(session: Session, requests: Requests) -> str:
         session.whole = True
         progress.seconds += time.perf_counter() - started
 
-        readback.push(progress.step, loss, grad_norm, session.adapter.skip, lr)
+        readback.push(progress.step, loss, grad_norm, session.adapter.skip, lr, [draw.item for draw in draws],
+                      session.seen)
         housekeeping.collect_rank(session, wait=False)
         if readback.bad_in_row >= MAX_BAD_STEPS:
             raise diverged(progress.step, session.run.last_step(), session.dtype, MAX_BAD_STEPS)
@@ -116,16 +121,21 @@ def train(session: Session, requests: Requests) -> str:
                 housekeeping.keep_house(session, due, requests)
             saved_at = time.monotonic() if "save" in due else saved_at
             readback.restart_clock()
-    readback.drain()
+    readback.finish()
     reason = _finish(session)
     housekeeping.attempt(session, "noting down the speed", lambda: speed.remember(session))
     return reason
 
 
-def _gradients(session: Session) -> Tensor | None:
+def _sample_losses(session: Session) -> SampleLosses:
+    files = [None if item.prior else str(item.path) for item in session.latents.items]
+    return SampleLosses(files, session.objective.num_timesteps, session.preset.log.rank_every)
+
+
+def _gradients(session: Session, draws: Sequence[Draw]) -> Tensor | None:
     """The loss of the coming step, its gradients added up; None when it did not fit and has to be done again."""
     try:
-        return session.gradients(session.order.batch(session.progress.step))
+        return session.gradients(draws)
     except Exception as error:
         if not out_of_memory(error):
             raise
@@ -176,5 +186,14 @@ def start_facts(run: Run, preset: Preset, device: torch.device) -> dict[str, obj
     processor = f"{device.type.upper()} ({platform.processor() or platform.machine()})"
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor
     return {"v": SCHEMA_VERSION, "step": run.last_step(), "steps": preset.train.steps, "pid": os.getpid(),
-            "host": platform.node(), "device": name, "torch": torch.__version__,
+            "host": platform.node(), "device": name, "torch": torch.__version__, "versions": versions(),
             "preset_sha": hashlib.sha256(run.preset.read_bytes()).hexdigest()[:16]}
+
+
+def versions() -> dict[str, str]:
+    """Of what a run's numbers may depend on."""
+    known = {"python": platform.python_version()}
+    for name in PROGRAMS:
+        with suppress(metadata.PackageNotFoundError):
+            known[name] = metadata.version(name)
+    return known | ({"CUDA": torch.version.cuda} if torch.version.cuda else {})

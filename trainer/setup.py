@@ -79,6 +79,7 @@ def set_up(run: Run, preset: Preset, device: torch.device, workspace: Path, reco
     for skipped in material.skipped:
         recorder.event("skipped", file=str(skipped.file), reason=skipped.reason)
         recorder.say(f"skipped {skipped.file}: {skipped.reason}")
+    recorder.event("data", images=len(material.train), held_out=len(material.held), sha256=material.fingerprint())
     order = material.order(latents, preset.train.batch_size * preset.train.grad_accum)
     steps = preset.train.steps or (preset.train.epochs or 0) * order.steps_per_epoch
     check_warm_up(preset, steps)
