@@ -12,6 +12,7 @@ from trainer import run as runs
 from trainer.events import Event, EventReader
 from trainer.readback import LAG, Readback
 from trainer.record import Recorder
+from trainer.sample_losses import SampleLosses
 
 
 @pytest.fixture
@@ -118,6 +119,26 @@ def test_time_between_steps_counts_only_unless_the_clock_is_restarted(recorder):
     push(readback, 3)
     first, second, third = steps(recorder)
     assert first["sec"] >= 0.05 > max(second["sec"], third["sec"])
+
+
+def samples_told(recorder: Recorder, kind: str) -> list[tuple[int, list[int] | dict[str, list[float]]]]:
+    return [(event["step"], event["count" if kind == "timesteps" else "images"])
+            for event in EventReader(recorder.run.events).read() if event["kind"] == kind]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs an NVIDIA GPU")])])
+def test_samples_are_told_every_so_many_steps_and_at_the_end(recorder, device):
+    readback = Readback(recorder, 10, torch.device(device), every=5, samples=SampleLosses(["a", "b"], 10, every=2))
+    seen = torch.zeros(2, 2, 1, device=device)  # two micro-batches of one sample
+    for step in (1, 2, 3):
+        seen[:, 0, 0], seen[:, 1, 0] = torch.tensor([1.0, 3.0]), torch.tensor([0.0, step])  # in place, as a step does
+        zero = torch.tensor(0.0, device=device)
+        readback.push(step, zero, zero, zero, 1.0, [0, 1], seen)
+    readback.finish()
+    assert samples_told(recorder, "timesteps") == [(2, [2, 1, 1, *[0] * 7]), (3, [1, 0, 0, 1, *[0] * 6])]
+    assert samples_told(recorder, "image_loss") == [(2, {"a": [2, 1.0], "b": [2, 1.0]}),
+                                                    (3, {"a": [1, 1.0], "b": [1, 1.0]})]
 
 
 @pytest.mark.gpu

@@ -58,6 +58,7 @@ class FlowObjective:
     scale: float = 1.0
     timestep_shift: float = 1.0
     prediction_type: str = "flow"
+    num_timesteps = TIMESTEPS
 
     def with_sampling(self, sampling: str, mean: float, scale: float, timestep_shift: float) -> FlowObjective:
         """The same with another choice of training timesteps; "auto" keeps the family's own."""
