@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from app import words
+from app import columns, words
+from app.columns import as_list, short, step_of
 from app.paths import inside
 from trainer.errors import UserError
 from trainer.events import Event, EventReader, rewind
-from trainer.run import Run
+from trainer.run import Run, is_name
 
-Columns = dict[str, list[Any]]
-MOST_ROWS = 2000  # of one kind in the first answer
 MOST_NOTES = 200
-DIGITS = 5  # more than a screen can show, and half the bytes
+BEST = ("step", "by", "value", "low", "high", "why")
 NOW = ("sec", "eta", "vram", "vram_peak", "ram", "grad_norm")
 DISTANCE = ("step", "extractor", "resize", "kid", "kid_low", "kid_high", "fd", "fd_floor", "n_ref", "n_gen",
             "nn_cosine", "base_kid", "base_kid_low", "base_kid_high", "base_fd")
@@ -36,7 +34,7 @@ def read(run: Run, cursor: str) -> dict[str, Any]:
     reader = EventReader(run.events, offset)
     came = [event for event in reader.read() if isinstance(event.get("step", 0), int)]
     answer: dict[str, Any] = {"cursor": f"{inode:x}-{reader.offset}"}
-    starts = [_step(event) for event in came if event.get("kind") == "start"]
+    starts = [step_of(event) for event in came if event.get("kind") == "start"]
     if offset == 0:
         answer["reset"] = True
     elif starts:
@@ -49,74 +47,47 @@ def _sorted_by_kind(run: Run, events: list[Event], thin: bool) -> dict[str, Any]
     for event in events:
         by_kind.setdefault(str(event.get("kind")), []).append(event)
     makers: dict[str, Callable[[], Any]] = {
-        "steps": lambda: step_columns(by_kind.get("step", []), thin),
-        "ranks": lambda: rank_columns(_every_nth(by_kind.get("rank", []), thin)),
-        "validation": lambda: columns(_every_nth(by_kind.get("validation", []), thin), ("step", "loss")),
-        "quantiles": lambda: _last(by_kind, "validation").get("by_quantile"),
+        "steps": lambda: columns.step_columns(by_kind.get("step", []), thin),
+        "ranks": lambda: columns.rank_columns(by_kind.get("rank", []), thin),
+        "blocks": lambda: columns.block_columns(by_kind.get("rank", []), thin),
+        "bins": lambda: columns.bin_columns(by_kind.get("timesteps", []), thin),
+        "hard": lambda: [step_of(event) for event in by_kind.get("image_loss", [])[-1:]],
+        "validation": lambda: columns.validation_columns(by_kind.get("validation", []), thin),
+        "bests": lambda: [_chosen(event, BEST) for event in by_kind.get("best", [])][-MOST_NOTES:],
+        "prompts": lambda: _prompts(_last(by_kind, "prompts")),
         "distances": lambda: [_chosen(event, DISTANCE) for event in by_kind.get("distance", [])],
         "samples": lambda: [_sample(run, event) for event in by_kind.get("sample", [])],
         "exports": lambda: [_export(run, event) for event in by_kind.get("export", [])],
         "skipped": lambda: [[str(event.get("file", "")), str(event.get("reason", ""))]
                             for event in by_kind.get("skipped", [])[:MOST_NOTES]],
         "notes": lambda: words.notes(events)[-MOST_NOTES:],
+        "origin": lambda: _origin(by_kind.get("start", [])),
         "machine": lambda: words.machine(_last(by_kind, "start")),
         "now": lambda: _chosen(_last(by_kind, "step"), NOW),
     }
     return {name: made for name, make in makers.items() if (made := make())}
 
 
-def columns(events: Sequence[Event], keys: Sequence[str]) -> Columns:
-    """Rows as columns; an empty dict when there are no rows."""
-    return {key: [_short(event.get(key)) for event in events] for key in keys} if events else {}
-
-
-def step_columns(events: Sequence[Event], thin: bool) -> Columns:
-    """step, loss and lr; when thinned out also the mean loss that each row stands for, and how many rows that is."""
-    if not thin or len(events) <= MOST_ROWS:
-        return columns(events, ("step", "loss", "lr"))
-    rows = thin_out(events, MOST_ROWS)
-    return columns([event for event, _, _ in rows], ("step", "loss", "lr")) | {
-        "mean": [_short(mean) for _, mean, _ in rows], "n": [count for _, _, count in rows]}
-
-
-def thin_out(events: Sequence[Event], most: int) -> list[tuple[Event, float | None, int]]:
-    """Smallest and largest loss of each bucket of steps, so that every peak stays, with the bucket's mean."""
-    size = math.ceil(len(events) / (most // 2))
-    rows: list[tuple[Event, float | None, int]] = []
-    for start in range(0, len(events), size):
-        bucket = events[start : start + size]
-        known = [event for event in bucket if _number(event.get("loss")) is not None]
-        if not known:
-            rows.append((bucket[0], None, len(bucket)))
-            continue
-        mean = sum(event["loss"] for event in known) / len(known)
-        low, high = (pick(known, key=lambda event: event["loss"]) for pick in (min, max))
-        if low is high:
-            rows.append((low, mean, len(bucket)))
-            continue
-        first, second = sorted((low, high), key=_step)
-        rows += [(first, mean, len(bucket) - len(bucket) // 2), (second, mean, len(bucket) // 2)]
-    return rows
-
-
-def rank_columns(events: Sequence[Event]) -> dict[str, Any]:
-    """Effective rank by layer group, the rank itself, and how far the factors are from orthonormal."""
-    if not events:
-        return {}
-    groups = {str(group) for event in events for group in _dict(event.get("erank"))}
-    return columns(events, ("step", "rank", "orth_error")) | {
-        name: {group: [_short(_dict(event.get(name)).get(group)) for event in events] for group in sorted(groups)}
-        for name in ("erank", "stable")}
-
-
 def _sample(run: Run, event: Event) -> dict[str, Any]:
     """Prompts with their pictures and seeds; a picture that lies elsewhere than in the run's `samples` is left out."""
-    images = [str(name) for name in _list(event.get("images"))]
-    prompts = [str(prompt) for prompt in _list(event.get("prompts"))]
+    images = [str(name) for name in as_list(event.get("images"))]
+    prompts = [str(prompt) for prompt in as_list(event.get("prompts"))]
     seed = event.get("seed") if isinstance(event.get("seed"), int) else None
     cells = [[prompt, name, None if seed is None else seed + index]
              for index, (prompt, name) in enumerate(zip(prompts, images)) if _lies_in(run.path, name, "samples")]
-    return {"step": _step(event), "cells": cells, "at": event.get("t")}
+    return {"step": step_of(event), "cells": cells, "at": event.get("t")}
+
+
+def _origin(starts: list[Event]) -> list[Any] | None:
+    """The run and the step from which a branch began."""
+    source = starts[0].get("from") if starts else None
+    name = source.get("run") if isinstance(source, dict) else None
+    return [name, step_of(source)] if isinstance(name, str) and is_name(name) else None
+
+
+def _prompts(event: Event) -> list[str]:
+    """Prompts that were changed while it ran."""
+    return [str(prompt) for prompt in as_list(event.get("prompts"))]
 
 
 def _export(run: Run, event: Event) -> dict[str, Any]:
@@ -155,38 +126,9 @@ def _inode(path: Path) -> int:
         return 0
 
 
-def _every_nth(events: list[Event], thin: bool) -> list[Event]:
-    """At most `MOST_ROWS` of them in a first answer; the newest always."""
-    stride = math.ceil(len(events) / MOST_ROWS) if thin else 1
-    return events if stride <= 1 else events[::-1][::stride][::-1]
-
-
 def _last(by_kind: dict[str, list[Event]], kind: str) -> Event:
     return by_kind[kind][-1] if by_kind.get(kind) else {}
 
 
 def _chosen(event: Event, keys: Sequence[str]) -> dict[str, Any]:
-    return {key: _short(event[key]) for key in keys if event.get(key) is not None}
-
-
-def _step(event: Event) -> int:
-    step = event.get("step")
-    return step if isinstance(step, int) else 0
-
-
-def _short(value: Any) -> Any:
-    if not isinstance(value, float):
-        return value
-    return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
-
-
-def _number(value: Any) -> float | None:
-    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
-
-
-def _dict(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
-
-
-def _list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else []
+    return {key: short(event[key]) for key in keys if event.get(key) is not None}

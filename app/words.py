@@ -43,7 +43,9 @@ def count_of(unmatched: Any) -> int:
 
 
 def _start(event: Event) -> tuple[str, str]:
-    step = event.get("step") or 0
+    step, source = event.get("step") or 0, event.get("from")
+    if isinstance(source, dict):
+        return "plain", f"began as a branch of {source.get('run', '?')} at step {source.get('step', '?')}"
     return "plain", f"resumed from step {step}" if step else f"started, {event.get('steps', '?')} steps to go"
 
 
@@ -62,7 +64,18 @@ def _distance(event: Event) -> tuple[str, str]:
 def _end(event: Event) -> tuple[str, str]:
     if event.get("reason") == "error":
         return "bad", f"failed: {event.get('error') or 'see trainer.log'}"
+    if event.get("reason") == "early":
+        return "good", f"stopped early: {event['text']}" if event.get("text") else "stopped early"
     return ("good", "done") if event.get("reason") == "done" else ("plain", "stopped on request")
+
+
+def _best(event: Event) -> tuple[str, str]:
+    return "good", f"the best checkpoint so far: {event['why']}" if event.get("why") else "the best checkpoint so far"
+
+
+def _prompts(event: Event) -> tuple[str, str]:
+    count = count_of(event.get("prompts"))
+    return "plain", f"draws {count} prompt{'s' if count != 1 else ''} from now on: the prompts were changed"
 
 
 def _plain(word: str) -> Any:
@@ -71,5 +84,6 @@ def _plain(word: str) -> Any:
 
 TELL = {
     "start": _start, "checkpoint": _checkpoint, "export": _export, "distance": _distance, "end": _end,
+    "best": _best, "prompts": _prompts,
     "paused": _plain("paused"), "resumed": _plain("goes on"), "note": _plain("note"),
 }

@@ -6,6 +6,7 @@ import math
 import pytest
 
 from app import feed
+from app.columns import MOST_ROWS
 from trainer import run
 from trainer.events import EventWriter
 
@@ -90,7 +91,7 @@ def test_a_long_run_is_thinned_out_and_keeps_its_peaks_and_mean(ours):
 
     steps(EventWriter(ours.events), 1, 20_000, loss)
     columns = feed.read(ours, "")["steps"]
-    assert len(columns["step"]) <= feed.MOST_ROWS
+    assert len(columns["step"]) <= MOST_ROWS
     assert columns["step"] == sorted(set(columns["step"]))
     assert max(columns["loss"]) == 100.0 and min(columns["loss"]) == -50.0
     assert sum(columns["n"]) == 20_000
@@ -175,3 +176,32 @@ def test_unknown_and_malformed_events_are_passed_over(ours):
     answer = feed.read(ours, "")
     assert answer["steps"] == {"step": [None], "loss": [None], "lr": [None]}
     assert answer["samples"][0]["cells"] == []
+
+
+def test_the_finer_measures_come_as_columns_and_only_when_there_is_news(ours):
+    writer = EventWriter(ours.events)
+    writer.write("start", step=0, steps=9, **{"from": {"run": "old", "step": 400}})
+    writer.write("rank", step=5, rank=8, erank={"up": 3.0}, blocks={"up.0": [3.0, 2.0, 0.1]})
+    writer.write("timesteps", step=5, loss=[0.5] * 10, count=[2] * 10)
+    writer.write("image_loss", step=5, images={"/a.png": [1, 2.0]})
+    writer.write("best", step=5, by="kid", value=14.2, low=4.1, high=24.3, why="KID is the lowest.")
+    writer.write("prompts", step=5, prompts=["a cat"])
+    first = feed.read(ours, "")
+    assert first["origin"] == ["old", 400] and first["hard"] == [5] and first["prompts"] == ["a cat"]
+    assert first["blocks"] == {"step": [5], "rank": [8], "erank": {"up.0": [3.0]}}
+    assert first["bins"] == {"step": [5], "loss": [[0.5] * 10], "count": [[2] * 10]}
+    assert first["bests"] == [{"step": 5, "by": "kid", "value": 14.2, "low": 4.1, "high": 24.3,
+                               "why": "KID is the lowest."}]
+    told = [note[3] for note in first["notes"]]
+    assert told == ["began as a branch of old at step 400", "the best checkpoint so far: KID is the lowest.",
+                    "draws 1 prompt from now on: the prompts were changed"]
+    writer.write("end", step=9, reason="early", text="Validation loss rises.")
+    news = feed.read(ours, first["cursor"])
+    assert set(news) == {"cursor", "notes"}
+    assert news["notes"][0][2:] == ["good", "stopped early: Validation loss rises."]
+
+
+@pytest.mark.parametrize("source", ["x", {"run": "../x", "step": 1}, {"run": 5}, {"step": 3}, None])
+def test_a_branch_of_what_is_no_run_is_told_of_and_not_linked(ours, source):
+    EventWriter(ours.events).write("start", step=0, steps=9, **{"from": source})
+    assert feed.read(ours, "").get("origin") is None

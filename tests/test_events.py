@@ -226,3 +226,13 @@ def test_every_line_is_whole_after_fifteen_kills_at_random_moments(path):
     assert len(starts) == 15 and starts == sorted(starts) and starts[-1] > starts[0]
     steps = [event["step"] for event in rewind(events) if event["kind"] == "step"]
     assert steps == list(range(1, events[-1]["step"] + 1))
+
+
+def test_a_reader_of_some_kinds_passes_over_the_others(path):
+    writer = EventWriter(path)
+    writer.write("step", step=1, text="rank")
+    writer.write("rank", step=1)
+    path.write_bytes(path.read_bytes() + b'{"kind":["rank"]}\n{"kind":"rank"')
+    reader = EventReader(path, kinds=("rank", "start"))
+    assert [event["kind"] for event in reader.read()] == ["rank"]
+    assert reader.offset == path.read_bytes().rfind(b"\n") + 1 and reader.read() == []
