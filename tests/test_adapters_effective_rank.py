@@ -43,7 +43,10 @@ def test_the_numbers_of_each_group_are_those_of_its_deltas(method):
         assert facts["erank"][group] == pytest.approx(float(entropy_rank(values).mean()), abs=1e-4)
         assert facts["stable"][group] == pytest.approx(float(stable_rank(values).mean()), abs=1e-4)
         assert facts["norm"][group] == pytest.approx(float(values.square().sum(1).sqrt().mean()), abs=1e-5)
-        assert facts["spectrum"][group] == pytest.approx(values.mean(0).tolist(), rel=1e-3)
+        mean = values.mean(0)  # the tiny net's layers are in no block, so that each group stands for one
+        assert facts["spectrum"][group] == pytest.approx((mean / mean[0]).tolist(), rel=1e-3)
+        numbers = [facts[name][group] for name in ("erank", "stable", "norm")]
+        assert facts["blocks"][group] == pytest.approx(numbers, rel=1e-3)
     assert (facts["orth_error"] is None) == (method in ("lora", "trilora"))
     assert facts["orth_error"] is None or facts["orth_error"] <= 1e-6
     json.dumps(facts, allow_nan=False)
@@ -54,6 +57,7 @@ def test_the_numbers_of_each_group_are_those_of_its_deltas(method):
 def test_no_change_has_rank_zero_and_no_drift(method, init):
     facts = measure(adapted(method, init=init)[1])
     assert set(facts["erank"].values()) == set(facts["norm"].values()) == {0.0}
+    assert {value for spectrum in facts["spectrum"].values() for value in spectrum} == {0.0}
     assert max(facts["drift"].values()) <= 1e-3
     json.dumps(facts, allow_nan=False)
 

@@ -10,7 +10,10 @@ import torch
 from torch import Tensor
 
 from trainer.adapters.bank import Adapter
+from trainer.adapters.block_names import by_block
 from trainer.manifold import exact_arithmetic, gram
+
+TOLD = 16  # singular values of a block that are told
 
 
 @dataclass(frozen=True)
@@ -18,6 +21,7 @@ class Sample:
     """What a spectrum is computed from, on the host: r x r numbers of every layer."""
 
     groups: dict[str, list[int]]  # layers by name of their group
+    blocks: dict[str, list[int]]  # and of their block, in the model's order
     up: Tensor | None  # up^T up, layers r r; None where up is orthonormal
     down: Tensor  # down down^T, layers r r, or the singular values themselves, layers r
     drift: Tensor  # layers
@@ -28,9 +32,12 @@ def measure(adapter: Adapter) -> dict[str, Any]:
     """Means over each group's layers, by group name; waits for the device.
 
     erank: exp of the entropy of sigma / sum(sigma) (Roy and Vetterli 2007), 0 for a zero change. stable:
-    |delta|_F^2 / sigma_1^2. norm: |delta|_F. spectrum: the singular values, falling. drift: how far the subspaces of
-    up and down have turned since the start, 0 to 1 (1 - |Q0^T Q|_F^2 / r for orthonormal bases). orth_error: max
-    |X^T X - I| of all factors on the manifold, or None for a method without.
+    |delta|_F^2 / sigma_1^2. norm: |delta|_F. drift: how far the subspaces of up and down have turned since the start,
+    0 to 1 (1 - |Q0^T Q|_F^2 / r for orthonormal bases). orth_error: max |X^T X - I| of all factors on the manifold, or
+    None for a method without.
+
+    By block, in the model's order: blocks: [erank, stable, norm], means over its layers. spectrum: its first 16
+    singular values, falling, means over its layers, as parts of the largest.
     """
     return summarize(take(adapter))
 
@@ -51,7 +58,7 @@ def take(adapter: Adapter) -> Sample:
     groups: dict[str, list[int]] = {}
     for number, target in enumerate(adapter.layout.targets):
         groups.setdefault(target.group, []).append(number)
-    return Sample(groups, None if up is None else up.cpu(), down.cpu(), drift.cpu(),
+    return Sample(groups, by_block(adapter.layout.targets), None if up is None else up.cpu(), down.cpu(), drift.cpu(),
                   float(torch.stack(errors).amax()) if errors else None)
 
 
@@ -65,9 +72,16 @@ def summarize(sample: Sample) -> dict[str, Any]:
     def means(per_layer: Tensor) -> dict[str, float]:
         return {group: round(float(per_layer[numbers].mean()), 6) for group, numbers in sample.groups.items()}
 
+    columns = torch.stack([erank, stable, norm], dim=1)  # layers 3
     return {"erank": means(erank), "stable": means(stable), "norm": means(norm), "drift": means(sample.drift),
-            "spectrum": {group: _rounded(values[numbers].mean(0)) for group, numbers in sample.groups.items()},
+            "blocks": {block: _rounded(columns[numbers].mean(0)) for block, numbers in sample.blocks.items()},
+            "spectrum": {block: _shape(values[numbers].mean(0)) for block, numbers in sample.blocks.items()},
             "orth_error": sample.orth_error}
+
+
+def _shape(spectrum: Tensor) -> Sequence[float]:
+    """The first of falling singular values, as parts of the largest; zeros where all are."""
+    return _rounded(spectrum[:TOLD] / spectrum[0].clamp_min(torch.finfo(spectrum.dtype).tiny))
 
 
 def _products(adapter: Adapter, grams: dict[str, Tensor]) -> tuple[Tensor | None, Tensor]:
