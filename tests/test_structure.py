@@ -16,11 +16,12 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 TOPS = ("app", "trainer", "presets", "tests")
-LIGHT = {f"trainer.{name}" for name in ("errors", "preset", "events", "run", "captions", "data.folders", "data.buckets",
-                                         "data.order", "caption.task", "families.clip_merges",
-                                         "shifts", "families.header", "families.recognise", "families.folders", "export.header", "export.recognise", "export.texts",
-                                         "facts", "comparison", "shell", "shell_queue",
-                                         "queue", "runner", "detached")}
+LIGHT = {f"trainer.{name}" for name in ("errors", "preset", "events", "run", "captions", "data.folders",
+                                         "data.buckets", "data.order", "caption.task", "families.clip_merges",
+                                         "shifts", "bases", "model_folders", "shell_bases", "families.header",
+                                         "families.recognise", "families.folders", "export.header",
+                                         "export.recognise", "export.texts", "facts", "comparison", "shell",
+                                         "shell_queue", "queue", "runner", "detached")}
 HEAVY = {"torch", "diffusers", "transformers", "accelerate", "peft", "bitsandbytes", "torchmetrics"}
 
 

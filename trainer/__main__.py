@@ -15,7 +15,7 @@ from typing import NoReturn, TextIO
 
 from trainer import preset as presets
 from trainer import run as runs
-from trainer import shell, shell_queue
+from trainer import shell, shell_bases, shell_queue, shell_sweep
 from trainer.errors import UserError
 from trainer.quantize import quiet_bitsandbytes
 from trainer.queue import Queue
@@ -75,6 +75,8 @@ def _look(words: Sequence[str]) -> int:
     verbs = parser.add_subparsers(required=True, metavar="VERB")
     shell.add_verbs(verbs)
     shell_queue.add_verb(verbs)
+    shell_sweep.add_verb(verbs)
+    shell_bases.add_verb(verbs)
     options = parser.parse_args(words, argparse.Namespace(environment=dict(os.environ)))
     sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr] - a pipe may not know all letters
     print(options.work(options))

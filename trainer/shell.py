@@ -10,7 +10,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from trainer import comparison, facts
+from trainer import comparison, facts, sweep
 from trainer.errors import UserError
 from trainer.events import Event
 from trainer.facts import Export, Facts, Overview
@@ -19,7 +19,7 @@ from trainer.run import list_runs
 
 POLL = 0.2  # seconds between two looks whether a run has ended
 MOST_COMPARED = 50
-VERBS = ("list", "show", "compare", "stop", "queue")
+VERBS = ("list", "show", "compare", "stop", "sweep", "queue", "bases")
 Table = list[list[str]]
 Verbs = argparse._SubParsersAction  # type: ignore[type-arg] - what add_subparsers gives has no public name
 
@@ -35,7 +35,8 @@ def add_verbs(verbs: Verbs) -> None:
         if name in ("show", "stop"):
             verb.add_argument("run", metavar="RUN", help="a run's name, or its folder")
         if name == "compare":
-            verb.add_argument("runs", metavar="RUN", nargs="+", help="names of runs, or their folders")
+            verb.add_argument("runs", metavar="RUN", nargs="+",
+                              help="names of runs or of a comparison, or folders of runs")
         if name == "stop":
             verb.add_argument("--wait", action="store_true", help="return when the run has ended")
         add_common(verb)
@@ -70,7 +71,7 @@ def show(options: argparse.Namespace) -> str:
 def compare(options: argparse.Namespace) -> str:
     """The same facts of several runs as a table, then what is significant."""
     workspace = options.workspace.resolve()
-    runs = [facts.find_run(workspace, name) for name in dict.fromkeys(options.runs)]
+    runs = [facts.find_run(workspace, name) for name in dict.fromkeys(_spelt_out(workspace, options.runs))]
     if not 2 <= len(runs) <= MOST_COMPARED:
         raise UserError(f"compare takes 2 to {MOST_COMPARED} different runs, not {len(runs)}; "
                         "`python -m trainer list` names them all")
@@ -83,6 +84,13 @@ def compare(options: argparse.Namespace) -> str:
     said = [sentence(finding) for finding in findings]
     return "\n\n".join([table(rows), "\n".join(said or ["nothing was measured on held-out images, so that nothing can "
                                                          "be said of which is better: set evaluate.folder"])])
+
+
+def _spelt_out(workspace: Path, names: Sequence[str]) -> list[str]:
+    """The runs that have begun, of a comparison that is named instead of them."""
+    made = {one.name: [name for name in one.runs if (workspace / "runs" / name / "preset.toml").is_file()]
+            for one in sweep.listing(workspace)}
+    return [run for name in names for run in (made.get(name) or [name])]
 
 
 def stop(options: argparse.Namespace) -> str:
