@@ -41,6 +41,14 @@ def recall(workspace: Path, preset: Preset, device: str) -> dict[str, Any] | Non
     return _read(_path(workspace)).get(_key(preset, device))
 
 
+def seconds_anywhere(workspace: Path, preset: Preset) -> float | None:
+    """Seconds per step of the same work on whichever device did it here; the slowest, where there are several."""
+    work = _key(preset, "")
+    found = [facts.get("sec") for key, facts in _read(_path(workspace)).items()
+             if key.endswith(work) and isinstance(facts, dict)]
+    return max((float(sec) for sec in found if isinstance(sec, (int, float))), default=None)
+
+
 def _add(workspace: Path, preset: Preset, device: str, **facts: Any) -> None:
     path, key = _path(workspace), _key(preset, device)
     known = _read(path)
@@ -68,7 +76,7 @@ def _key(preset: Preset, device: str) -> str:
         train.grad_accum, train.precision, train.optimizer, train.ema_decay > 0, adapter.method, adapter.rank,
         adapter.init, adapter.dora, adapter.dropout > 0, adapter.fuse_qkv, adapter.target_pattern,
         *sorted(adapter.targets), memory.quantize, memory.gradient_checkpointing, memory.offload_blocks,
-        memory.budget_gb))
+        memory.budget_gb, memory.cuda_graphs))
 
 
 def _read(path: Path) -> dict[str, Any]:
