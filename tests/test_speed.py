@@ -3,14 +3,12 @@
 import io
 import json
 from dataclasses import asdict
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from trainer import files, preset, speed
 from trainer import run as runs
-from trainer.data.cache import Cache
 from trainer.memory.plan import Plan
 from trainer.record import Recorder
 
@@ -30,8 +28,7 @@ def remember(tmp_path):
         for step, sec in enumerate(seconds, 1):
             recorder.step(step, 10, loss=1.0, lr=1.0, grad_norm=1.0, sec=sec, vram=None, vram_peak=None,
                           ram=2**30)
-        speed.remember(SimpleNamespace(recorder=recorder, device=CPU, cache=Cache(tmp_path / "cache"),
-                                       preset=preset.parse(TEXT, "p", overrides)))
+        speed.remember(tmp_path, preset.parse(TEXT, "p", overrides), CPU, recorder.seconds_per_step())
 
     yield remember
     for recorder in recorders:

@@ -123,7 +123,8 @@ def train(session: Session, requests: Requests) -> str:
             readback.restart_clock()
     readback.finish()
     reason = _finish(session)
-    housekeeping.attempt(session, "noting down the speed", lambda: speed.remember(session))
+    housekeeping.attempt(session, "noting down the speed", lambda: speed.remember(
+        session.cache.root.parent, preset, session.device, session.recorder.seconds_per_step()))
     return reason
 
 

@@ -6,25 +6,21 @@ import json
 import platform
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from trainer.files import write_atomic
 from trainer.memory.plan import Plan
 from trainer.schema import Preset
 
-if TYPE_CHECKING:
-    from trainer.session import Session
 
-
-def remember(session: Session) -> None:
-    """Put down seconds per step and peak memory of a run that has trained."""
+def remember(workspace: Path, preset: Preset, device: Any, seconds: float | None) -> None:
+    """Put down seconds per step (None: no step was made) and the GPU's peak memory of a run that has trained."""
     import torch
 
-    seconds = session.recorder.seconds_per_step()
     if seconds is None:
         return
-    peak = torch.cuda.max_memory_allocated(session.device) if session.device.type == "cuda" else None
-    _add(session.cache.root.parent, session.preset, device_name(session.device), sec=seconds, vram_peak=peak)
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    _add(workspace, preset, device_name(device), sec=seconds, vram_peak=peak)
 
 
 def remember_plan(workspace: Path, preset: Preset, device: str, plan: Plan, peak: int, limit: int) -> None:
