@@ -89,15 +89,26 @@ class Jobs:
         if runs.is_taken(self.places.workspace, name) or self._is_starting(name) or name in self.queue.names():
             raise UserError(f"there is already a run called {name!r}; choose another name")
 
-    def resume(self, run: Run) -> None:
-        """Go on with a run that stopped, failed or was killed."""
+    def resume(self, run: Run) -> bool:
+        """Go on with a run that stopped, failed or was killed, or let it wait while another one is on.
+
+        Returns whether it waits.
+        """
         with self._lock:
             if self._is_starting(run.name) or run.is_held():
                 raise UserError(f"{run.name} is already being trained")
             run.withdraw("pause")  # whoever asks to resume does not want it to wait at once
             if self._failure(run.name):
                 self.queue.dismiss(run.name)
-            self._launch(run.name, ["--resume", str(run.path)])
+            waits = bool(self.queue.names()) or any(row.state.alive for row in self._list())
+            if waits:
+                self.queue.add_resume(run)
+                self._launches.pop(run.name, None)
+                self._listing = (0.0, [])
+            else:
+                self._launch(run.name, ["--resume", str(run.path)])
+        self.serve_queue()
+        return waits
 
     def order(self, run: Run, order: Order, prompts: list[str]) -> None:
         """Post a request to a living trainer, by file."""
@@ -118,6 +129,9 @@ class Jobs:
         held = run.is_held()
         if held:
             return run.state()
+        if waiting := self._waiting(run.name):
+            known = run.state()
+            return State("waiting", waiting, known.step, known.steps)
         launch = self._launches.get(run.name)
         if launch and launch.is_running:
             old = run.state()
@@ -149,12 +163,16 @@ class Jobs:
 
     def _queued(self, name: str) -> State | None:
         """The state of a run that the queue alone knows."""
-        waiting = [entry.name for entry in self.queue.waiting()]
-        if name in waiting:
-            return State("new", f"waits in the queue: place {waiting.index(name) + 1} of {len(waiting)}")
+        if waiting := self._waiting(name):
+            return State("waiting", waiting)
         if any(entry.name == name for entry in self.queue.begun()):
             return State("starting", "starting the trainer", alive=True)
         return State("failed", "did not start") if self._failure(name) else None
+
+    def _waiting(self, name: str) -> str:
+        """Where a run stands in the queue, in words; "" when it does not wait."""
+        names = [entry.name for entry in self.queue.waiting()]
+        return f"waits in the queue: place {names.index(name) + 1} of {len(names)}" if name in names else ""
 
     def _failure(self, name: str) -> str:
         return next((failure.reason for failure in self.queue.failures() if failure.name == name), "")

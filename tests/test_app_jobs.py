@@ -210,3 +210,17 @@ def test_why_the_queue_gave_a_run_up_is_told_until_it_is_resumed(places):
     jobs.resume(run.create(places.workspace, "a", preset.dumps(preset.load(preset_file(places)))))
     wait(lambda: state(jobs, "a").word == "done")
     assert jobs.early_end("a") == "" and jobs.queue.failures() == []
+
+
+def test_a_resume_waits_while_another_run_is_on(places):
+    jobs = Jobs(places, (*STAND_IN, "--pace", "0.02"))
+    old = run.create(places.workspace, "old", preset.dumps(preset.load(preset_file(places, steps=3))))
+    jobs.start(preset_file(places, steps=10_000), "a")
+    wait(lambda: state(jobs, "a").word == "training")
+    assert jobs.resume(old) and state(jobs, "old").word == "waiting"
+    assert state(jobs, "old").text == "waits in the queue: place 1 of 1"
+    with pytest.raises(UserError, match="old waits in the queue already"):
+        jobs.resume(old)
+    jobs.order(places.run("a"), "stop", [])
+    wait(lambda: state(jobs, "old").word == "done")
+    wait(lambda: not jobs.queue.is_served())

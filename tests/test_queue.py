@@ -204,3 +204,22 @@ def test_a_queue_that_another_program_holds_is_told(queue, monkeypatch):
     put(queue, "a")
     with FileLock(queue.folder / "locks" / "queue.lock"), pytest.raises(UserError, match="held by another program"):
         queue.cancel("a")
+
+
+def test_a_resume_waits_moves_comes_back_and_keeps_its_name(queue):
+    ours = finished(queue.workspace, "old")
+    put(queue, "new")
+    assert queue.add_resume(ours).resumes and order(queue) == ["new", "old"]
+    with pytest.raises(UserError, match="old waits in the queue already"):
+        queue.add_resume(ours)
+    queue.move("old", 1)
+    assert files(queue) == ["0001+old.toml", "0002-new.toml"]
+    queue.cancel("old")
+    queue.restore("old")
+    assert order(queue) == ["old", "new"]
+    with queue.claim() as entry:
+        assert (entry.name, entry.resumes) == ("old", True) and files(queue)[1:] == ["running/0001+old.toml"]
+    with queue.claim() as again:  # its runner was killed
+        assert again == entry
+        queue.fail(again, "out of luck")
+    assert [tuple(failure) for failure in queue.failures()] == [("old", "out of luck")]

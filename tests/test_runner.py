@@ -13,7 +13,7 @@ from tests.run_folders import PRESET
 from trainer import preset as presets
 from trainer import runner
 from trainer.detached import TRAINER, start_detached
-from trainer.events import EventReader
+from trainer.events import EventReader, EventWriter
 from trainer.queue import Queue
 from trainer.run import Run
 
@@ -192,3 +192,30 @@ def test_runners_are_started_only_when_something_waits_and_nobody_serves(tmp_pat
         assert seated and runner.start_runners(tmp_path, STAND_IN, {**os.environ, "CUDA_VISIBLE_DEVICES": ""}) == 0
     assert runner.start_runners(tmp_path, STAND_IN, {**os.environ, "CUDA_VISIBLE_DEVICES": ""}) == 1
     wait(lambda: state(tmp_path, "a").word == "done" and not Queue(tmp_path).names())
+
+
+def test_a_run_waits_to_go_on_whatever_it_did_before(tmp_path):
+    put(tmp_path, "again", "train.steps=6")
+    serve(tmp_path)
+    run = Run(tmp_path / "runs" / "again")
+    events = EventWriter(run.events)
+    for _ in range(3):
+        events.write("start", step=6, steps=6)
+    events.write("end", step=6, reason="error", error="the disk was full")
+    assert run.state().word == "failed"
+    time.sleep(0.02)  # what is added now is younger than that
+    Queue(tmp_path).add_resume(run)
+    serve(tmp_path)
+    assert Queue(tmp_path).failures() == []
+    assert state(tmp_path, "again").word == "done" and Queue(tmp_path).names() == set()
+
+
+def test_a_run_that_is_gone_cannot_go_on(tmp_path):
+    put(tmp_path, "a")
+    serve(tmp_path)
+    run = Run(tmp_path / "runs" / "a")
+    Queue(tmp_path).add_resume(run)
+    run.path.rename(tmp_path / "elsewhere")
+    serve(tmp_path)
+    [failure] = Queue(tmp_path).failures()
+    assert failure.reason == "the folder of the run a is not there any more; it cannot go on"

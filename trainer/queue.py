@@ -1,4 +1,7 @@
-"""Runs that wait for their turn, as files: `queue/0001-<run>.toml` waits, and moves on to `running/`, or `failed/`."""
+"""Runs that wait for their turn, as files: `queue/0001-<run>.toml` waits, and moves on to `running/`, or `failed/`.
+
+`0001+<run>.toml` waits to go on with a run that was begun before.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +18,11 @@ from trainer import preset as presets
 from trainer import run as runs
 from trainer.errors import UserError
 from trainer.files import write_atomic
+from trainer.run import Run
 from trainer.schema import Preset
 
 PATIENCE = 10.0  # seconds; the queue as a whole is held for milliseconds at a time
-FILE = re.compile(r"(\d{1,9})-(.+)\.toml")
+FILE = re.compile(r"(\d{1,9})([-+])(.+)\.toml")  # "+", which no run's name has: it goes on with a run that is there
 
 
 class Entry(NamedTuple):
@@ -27,6 +31,7 @@ class Entry(NamedTuple):
     number: int
     name: str  # of the run
     path: Path
+    resumes: bool = False  # it goes on with a run whose folder is there, and takes no new name
 
 
 class Failure(NamedTuple):
@@ -73,10 +78,20 @@ class Queue:
             if name in self.names() or runs.is_taken(self.workspace, name):
                 raise UserError(f"there is already a run called {name!r}, or one waits in the queue; "
                                 "choose another name")
-            number = max((entry.number for entry in (*self.waiting(), *self.begun())), default=0) + 1
-            path = self.folder / _file(number, name)
-            write_atomic(path, presets.dumps(preset).encode())
-            return Entry(number, name, path)
+            return self._put(name, presets.dumps(preset).encode(), resumes=False)
+
+    def add_resume(self, run: Run) -> Entry:
+        """Let a run that is over wait until it can go on.  Raises `UserError` when it waits already."""
+        with self._whole():
+            if run.name in self.names():
+                raise UserError(f"{run.name} waits in the queue already")
+            return self._put(run.name, run.preset.read_bytes(), resumes=True)
+
+    def _put(self, name: str, preset: bytes, resumes: bool) -> Entry:
+        number = max((entry.number for entry in (*self.waiting(), *self.begun())), default=0) + 1
+        path = self.folder / _file(number, name, resumes)
+        write_atomic(path, preset)
+        return Entry(number, name, path, resumes)
 
     def move(self, name: str, place: int) -> None:
         """Make a waiting run the `place`th to begin (from 1; what is too far means the end).
@@ -92,7 +107,7 @@ class Queue:
             order.insert(max(0, place - 1), entry)
             numbers = _rising([other.number for other in entries])
             for number, other in zip(numbers, order):
-                os.replace(other.path, self.folder / _file(number, other.name))
+                os.replace(other.path, self.folder / _file(number, other.name, other.resumes))
 
     def cancel(self, name: str) -> None:
         """Take a waiting run out; the last one can be had back."""
@@ -107,7 +122,7 @@ class Queue:
         """Let the run that was cancelled last wait again, where it did before."""
         with self._whole():
             entry = self._find(_entries(self._cancelled), name)
-            if name in self.names() or runs.is_taken(self.workspace, name):
+            if name in self.names() or (not entry.resumes and runs.is_taken(self.workspace, name)):
                 raise UserError(f"{name} cannot wait again: there is another run of that name by now")
             os.replace(entry.path, self.folder / entry.path.name)
 
@@ -180,12 +195,12 @@ class Queue:
         """Move a waiting entry on; when its name was taken meanwhile it gets the next free one."""
         name = entry.name
         others = self.names() - {name} | {other.name for other in self.begun()}
-        if name in others or runs.is_taken(self.workspace, name):
+        if not entry.resumes and (name in others or runs.is_taken(self.workspace, name)):
             name = runs.free_name(self.workspace, name, others)
         self._running.mkdir(parents=True, exist_ok=True)
-        path = self._running / _file(entry.number, name)
+        path = self._running / _file(entry.number, name, entry.resumes)
         os.replace(entry.path, path)
-        return Entry(entry.number, name, path)
+        return Entry(entry.number, name, path, entry.resumes)
 
     def _take(self, name: str, after: ExitStack) -> bool:
         """Lock an entry until `after` ends; False when another runner has it.  Only under the lock of the whole."""
@@ -224,8 +239,8 @@ class Queue:
 
 def _entries(folder: Path) -> list[Entry]:
     found = ((FILE.fullmatch(path.name), path) for path in folder.glob("*.toml"))
-    return sorted(Entry(int(match.group(1)), match.group(2), path) for match, path in found
-                  if match and runs.is_name(match.group(2)))
+    return sorted(Entry(int(match.group(1)), match.group(3), path, match.group(2) == "+") for match, path in found
+                  if match and runs.is_name(match.group(3)))
 
 
 def _rising(numbers: list[int]) -> list[int]:
@@ -236,8 +251,8 @@ def _rising(numbers: list[int]) -> list[int]:
     return result
 
 
-def _file(number: int, name: str) -> str:
-    return f"{number:04d}-{name}.toml"
+def _file(number: int, name: str, resumes: bool) -> str:
+    return f"{number:04d}{'+' if resumes else '-'}{name}.toml"
 
 
 def _text(path: Path) -> str:

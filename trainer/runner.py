@@ -96,20 +96,23 @@ def _train(queue: Queue, entry: Entry, trainer: Sequence[str], masked: Mapping[s
     run = Run(queue.workspace / "runs" / entry.name)
     environment = whole if preset.memory.device.startswith("cuda:") else masked  # that number counts all GPUs
     if not run.preset.exists():
+        if entry.resumes:
+            raise UserError(f"the folder of the run {run.name} is not there any more; it cannot go on")
         runs.create(queue.workspace, entry.name, presets.dumps(preset))
+    since = _added(entry)  # what a run that is resumed did before says nothing of this time
     tries, reached, launch, watched = 0, run.last_step(), None, False
     while True:
         watched = _wait_while_held(run) or watched
         if not entry.path.exists():  # let go of: stopped for good
             return
         state = run.state()
-        if state.word == "done" or (state.word == "stopped" and watched):  # unseen: the machine went down
+        if state.word in ("done", "early") or (state.word == "stopped" and watched):  # unseen: the machine went down
             entry.path.unlink(missing_ok=True)
             return
-        if state.word == "failed":
+        if state.word == "failed" and run.events.stat().st_mtime >= since:
             raise UserError(state.text)
         tries, reached = (0 if run.last_step() > reached else tries), run.last_step()
-        if tries == MOST_TRIES or _is_hopeless(run):
+        if tries == MOST_TRIES or _is_hopeless(run, since):
             raise UserError(f"its trainer died {MOST_TRIES} times at step {reached}: {_last_words(run, launch)}")
         launch = start_detached([*trainer, "--resume", str(run.path)], queue.workspace / "logs" / f"{run.name}.log",
                                 environment)
@@ -117,9 +120,18 @@ def _train(queue: Queue, entry: Entry, trainer: Sequence[str], masked: Mapping[s
         tries, watched = tries + 1, True
 
 
-def _is_hopeless(run: Run) -> bool:
+def _added(entry: Entry) -> float:
+    """When an entry was put into the queue, unix seconds; moving its file does not change that."""
+    try:
+        return entry.path.stat().st_mtime
+    except FileNotFoundError:  # let go of in this moment
+        return time.time()
+
+
+def _is_hopeless(run: Run, since: float) -> bool:
     """Whether the last starts all began at one step: also a machine that goes down with its run must come to an end."""
-    starts = [event.get("step") for event in EventReader(run.events).read() if event["kind"] == "start"]
+    starts = [event.get("step") for event in EventReader(run.events, kinds=("start",)).read()
+              if event.get("t", since) >= since]
     return len(starts) >= MOST_TRIES and len(set(starts[-MOST_TRIES:])) == 1
 
 
@@ -138,9 +150,9 @@ def _wait_while_held(run: Run) -> bool:
 
 def _living(queue: Queue) -> int:
     """How many runs are being trained, or are about to be."""
-    failed = {failure.name for failure in queue.failures()}
+    idle = {entry.name for entry in (*queue.failures(), *queue.waiting())}
     return sum(1 for run in runs.list_runs(queue.workspace)
-               if run.is_held() or (run.name not in failed and _is_beginning(run)))
+               if run.is_held() or (run.name not in idle and _is_beginning(run)))
 
 
 def _is_beginning(run: Run) -> bool:
