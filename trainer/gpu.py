@@ -73,7 +73,8 @@ def pick_device(name: str, setting: str) -> torch.device:
     if state.num_processes > 1:
         raise UserError("several processes were started, and a run trains in one: "
                         "start it without accelerate or torchrun")
-    return state.device
+    found = state.device
+    return torch.device("cuda", found.index or 0) if found.type == "cuda" else found  # many calls want its number
 
 
 def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
