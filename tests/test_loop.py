@@ -165,8 +165,8 @@ def test_save_now_writes_a_checkpoint_and_the_file_to_use(tiny_project: Path, tm
 def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_good_checkpoint(
     tiny_project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = Session.loss
-    monkeypatch.setattr(Session, "loss", lambda self, draws: real(self, draws) * (
+    real = Session.loss_of
+    monkeypatch.setattr(Session, "loss_of", lambda self, *given: real(self, *given) * (
         1.0 if self.progress.step < 4 else torch.nan))
     preset = presets.load(tiny_project, ["train.steps=20"])
     run = runs.create(tmp_path, "burst", presets.dumps(preset))
@@ -182,8 +182,8 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_good_checkpoi
 def test_a_single_step_that_is_not_finite_is_skipped_and_changes_nothing(
     tiny_project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = Session.loss
-    monkeypatch.setattr(Session, "loss", lambda self, draws: real(self, draws) * (
+    real = Session.loss_of
+    monkeypatch.setattr(Session, "loss_of", lambda self, *given: real(self, *given) * (
         torch.nan if self.progress.step == 1 else 1.0))
     run = start(tiny_project, tmp_path, "hiccup", "train.steps=2", "output.save_every=1", "output.keep=9")
     assert events(run, "end")[-1]["reason"] == "done"

@@ -107,15 +107,15 @@ def test_a_users_fault_late_in_a_run_keeps_the_steps_made(tiny_project, tmp_path
     from trainer.data.cache import Cache
     from trainer.session import Session
 
-    real = Session.loss
+    real = Session.read
 
-    def cache_emptied_at_step_2(self: Session, draws: object) -> torch.Tensor:
+    def cache_emptied_at_step_2(self: Session, draws: object) -> dict[str, torch.Tensor]:
         if self.progress.step == 2:
             self.latents._shelf._kept.clear()
             monkeypatch.setattr(Cache, "get", lambda *_: None)
         return real(self, draws)
 
-    monkeypatch.setattr(Session, "loss", cache_emptied_at_step_2)
+    monkeypatch.setattr(Session, "read", cache_emptied_at_step_2)
     outcome = trainer("--preset", tiny_project, "--workspace", tmp_path, *SHORT[1:])
     run = Run(tmp_path / "runs" / "tiny")
     assert outcome.code == 1 and "lost an entry while training" in outcome.err

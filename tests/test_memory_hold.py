@@ -87,10 +87,10 @@ def session_at_stop(run: Run, preset: presets.Preset, workspace: Path) -> None:
     """Train until a stop, asked for by the step after the one that did not fit."""
     real = Session.gradients
 
-    def asking(session: Session, draws: list, rounds: int | None = None) -> torch.Tensor:
+    def asking(session: Session, draws: list, rounds: int | None = None, coming: tuple = ()) -> torch.Tensor:
         if session.progress.step == 2:
             run.request("stop")
-        return real(session, draws, rounds)
+        return real(session, draws, rounds, coming)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Session, "gradients", asking)

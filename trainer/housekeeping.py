@@ -189,9 +189,15 @@ def attempt(session: Session, what: str, act: Callable[[], object]) -> None:
     except Stopped:
         raise
     except Exception as error:
-        traceback.print_exc()
+        crowded = out_of_memory(error) and session.graphs is not None and bool(session.graphs.captured)
+        if not crowded:
+            traceback.print_exc()
         text = describe(error)
         if out_of_memory(error):
             text = "it did not fit into the GPU's memory beside the model that is trained"
+    if crowded:
+        session.graphs.stop(f"CUDA graphs are not used from here on: {what} needs the memory that they keep")
+        attempt(session, what, act)
+        return
     session.recorder.note(session.progress.step, f"{what} failed, training goes on: {text}")
     gpu.free_memory()  # only here, since the error held on to what was in use

@@ -21,6 +21,7 @@ from trainer.control import Requests, Stopped
 from trainer.data.order import Draw, stream
 from trainer.download import fetch_base
 from trainer.errors import UserError
+from trainer.fast import start as fast
 from trainer.faults import Diverged, as_user_error, describe, diverged, out_of_memory
 from trainer.memory.hold import step_down
 from trainer.memory.meter import Meter, meter_of
@@ -79,6 +80,8 @@ def _run(run: Run, preset: Preset, workspace: Path, terminal: TextIO | None,
             _rescue(run, session, recorder, error)
             raise
         finally:
+            if session is not None and session.prefetch is not None:
+                session.prefetch.close()
             recorder.close()
 
 
@@ -89,6 +92,7 @@ def train(session: Session, requests: Requests) -> str:
     readback = Readback(session.recorder, session.steps, session.device, preset.log.every, _sample_losses(session))
     saved_at = time.monotonic()
     housekeeping.before(session)
+    fast.prepare(session)
     readback.restart_clock()
     while progress.step < session.steps and not requests.stop_asked():
         started = time.perf_counter()
@@ -122,6 +126,7 @@ def train(session: Session, requests: Requests) -> str:
             saved_at = time.monotonic() if "save" in due else saved_at
             readback.restart_clock()
     readback.finish()
+    fast.finish(session)
     reason = _finish(session)
     housekeeping.attempt(session, "noting down the speed", lambda: speed.remember(
         session.cache.root.parent, preset, session.device, session.recorder.seconds_per_step()))
@@ -136,7 +141,9 @@ def _sample_losses(session: Session) -> SampleLosses:
 def _gradients(session: Session, draws: Sequence[Draw]) -> Tensor | None:
     """The loss of the coming step, its gradients added up; None when it did not fit and has to be done again."""
     try:
-        return session.gradients(draws)
+        following = session.progress.step + 1
+        coming = session.order.batch(following) if session.prefetch and following < session.steps else ()
+        return session.gradients(draws, coming=coming)
     except Exception as error:
         if not out_of_memory(error):
             raise

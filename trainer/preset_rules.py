@@ -233,6 +233,19 @@ def _memory(sections: Mapping[str, Any]) -> list[Problem]:
     return found
 
 
+def _graphs(sections: Mapping[str, Any]) -> list[Problem]:
+    """What keeps a step from becoming a CUDA graph, where graphs are asked for."""
+    memory, adapter = sections.get("memory"), sections.get("adapter")
+    if memory is None or memory.cuda_graphs != "on":
+        return []
+    against = [("memory.device = 'cpu'", memory.device == "cpu"), ("memory.offload_blocks", memory.offload_blocks > 0)]
+    if adapter is not None:
+        against += [("adapter.dropout", adapter.dropout > 0),
+                    ("'text_encoder' in adapter.targets", "text_encoder" in adapter.targets)]
+    return [Problem("memory.cuda_graphs", f"'on' does not go with {what}; set it to 'auto'")
+            for what, given in against if given]
+
+
 def _target_pattern(sections: Mapping[str, Any]) -> list[Problem]:
     adapter = sections.get("adapter")
     try:
@@ -244,6 +257,6 @@ def _target_pattern(sections: Mapping[str, Any]) -> list[Problem]:
 
 RULES: tuple[Callable[[Mapping[str, Any]], list[Problem]], ...] = (
     _family_model, _family_adapter, _family_output, _family_training, _target_pattern, _paths, _warm_up, _memory,
-    _length_of_training, _method_choices, _dora_methods, _rank_target,
+    _graphs, _length_of_training, _method_choices, _dora_methods, _rank_target,
     _weights_with_ema, _one_holdout, _no_effect,
 )

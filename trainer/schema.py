@@ -205,6 +205,9 @@ class Memory(Section):
         "auto", "full: less memory, about a third more time. auto: when the budget needs it.")
     offload_blocks: int = setting(-1, "Blocks of the model kept in the computer's memory and fetched when needed: less "
                                   "GPU memory, more time. -1: as the budget needs.", advanced=True, ge=-1, le=1000)
+    cuda_graphs: Literal["auto", "on", "off"] = setting(
+        "auto", "Steps as CUDA graphs: the same numbers, faster, for more GPU memory. auto: SD 1.5 and SDXL, where "
+        "there is memory enough.", advanced=True)
 
 
 class Sample(Section):

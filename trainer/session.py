@@ -23,6 +23,8 @@ from trainer.data.order import Draw, Order, share
 from trainer.data.store import LatentStore, TextStore
 from trainer.export import reader
 from trainer.families.base import quantised_id
+from trainer.fast.graphs import StepGraphs
+from trainer.fast.prefetch import Prefetcher
 from trainer.faults import out_of_memory
 from trainer.flow import FlowObjective
 from trainer.material import Material, framing, noise_seeds, to_device
@@ -36,6 +38,7 @@ from trainer.schema import FAMILY_MODEL, FLOW_FAMILIES, Preset
 
 ENCODE_BATCH = 8  # images or prompts encoded at a time while caching
 LATENT_DTYPE = torch.float32  # noise is added to them at full precision
+TEXT = "text."  # before the names of embeddings among a micro-batch's tensors
 FP16_LOSS_SCALE = 1024.0  # fixed: a step that overflows is skipped on the device, and no search needs saving
 Guard = Callable[[], None]  # called now and then in long work; raises when the run was asked to stop
 
@@ -85,6 +88,8 @@ class Session:
     offload: Offload | None = None
     text_quantize: str = "none"  # how the text encoder was held when it filled the cache
     limit: int = 0  # bytes of GPU memory that tensors may take; 0: nobody measured
+    prefetch: Prefetcher | None = None  # reads micro-batches ahead while the run trains
+    graphs: StepGraphs | None = None  # runs a micro-batch's passes as CUDA graphs
     latest: Tensor = field(init=False)  # 2 b: each sample's plain loss and timestep, of the last micro-batch
     seen: Tensor = field(init=False)  # n 2 b: the same of all micro-batches of a step
 
@@ -95,35 +100,75 @@ class Session:
 
     def loss(self, draws: Sequence[Draw]) -> Tensor:
         """Mean training loss of one micro-batch; a function of the draws alone, and of the adapter."""
-        train = self.preset.train
-        latents = self.latents.latents(draws, self.device)  # b c h w
+        return self.loss_of(self.inputs(draws), self.prompts(draws))
+
+    def read(self, draws: Sequence[Draw]) -> dict[str, Tensor]:
+        """What the caches keep of a micro-batch, on the host; another thread may ask for it."""
+        batch = {"latents": self.latents.latents(draws, "cpu"), "framing": framing(self.latents, draws)}
+        if (masks := self.masks.masks(draws, "cpu")) is not None:
+            batch["mask"] = masks
+        if weights := self.material.loss_weights(self.latents, draws):
+            batch["weight"] = torch.tensor(weights)
+        if self.texts is not None:
+            batch |= {TEXT + name: value for name, value in self.texts.embeds(self.prompts(draws)).items()}
+        return batch
+
+    def inputs(self, draws: Sequence[Draw]) -> dict[str, Tensor]:
+        """Everything on the device that a micro-batch's loss is computed from, drawn noise and timesteps with it."""
+        batch = self.prefetch.take(draws) if self.prefetch else self.read(draws)
+        texts = {name: batch.pop(name) for name in list(batch) if name.startswith(TEXT)}
+        batch = to_device(batch, self.device, LATENT_DTYPE) | to_device(texts, self.device, self.dtype)
+        train, latents = self.preset.train, batch["latents"]  # b c h w
         noise, timesteps = self.objective.draw(noise_seeds(draws, train.seed), latents.shape[1:], self.device,
                                                latents.dtype, offset_noise=train.offset_noise)
-        texts = ["" if draw.caption < 0 else self.captions[draw.item][draw.caption] for draw in draws]
-        conditioning = self.conditioning(texts) | {"framing": framing(self.latents, draws).to(self.device)}
-        prediction = self.predict(latents, noise, timesteps, conditioning)
+        return batch | {"noise": noise, "timesteps": timesteps}
+
+    def loss_of(self, inputs: dict[str, Tensor], prompts: Sequence[str] = ()) -> Tensor:
+        """The loss of a micro-batch's `inputs`, computed on the device alone; `prompts` are for a text encoder that is
+        trained, which encodes them afresh."""
+        train, latents, noise, timesteps = self.preset.train, inputs["latents"], inputs["noise"], inputs["timesteps"]
+        conditioning = {name.removeprefix(TEXT): value for name, value in inputs.items() if name.startswith(TEXT)}
+        if self.texts is None:
+            conditioning = self.conditioning(prompts)
+        prediction = self.predict(latents, noise, timesteps, conditioning | {"framing": inputs["framing"]})
         target = self.objective.target(latents, noise, timesteps)
-        loss = per_sample_loss(prediction, target, kind=train.loss, delta=train.huber_delta,
-                               weights=self.pixel_weights(self.masks, draws))  # b
-        self.latest[0, :len(draws)].copy_(loss.detach())
-        self.latest[1, :len(draws)].copy_(timesteps)
-        if weights := self.material.loss_weights(self.latents, draws):
-            loss = loss * torch.tensor(weights, device=self.device)
+        weights = pixel_weights(inputs["mask"], self.preset.data.mask_background) if "mask" in inputs else None
+        loss = per_sample_loss(prediction, target, kind=train.loss, delta=train.huber_delta, weights=weights)  # b
+        self.latest[0, :len(loss)].copy_(loss.detach())
+        self.latest[1, :len(loss)].copy_(timesteps)
+        loss = loss * inputs["weight"] if "weight" in inputs else loss
         return (loss * self.objective.loss_weight(timesteps, train.snr_gamma)).mean()
 
-    def gradients(self, draws: Sequence[Draw], rounds: int | None = None) -> Tensor:
+    def prompts(self, draws: Sequence[Draw]) -> list[str]:
+        """The captions of samples; a dropped one is the empty prompt."""
+        return ["" if draw.caption < 0 else self.captions[draw.item][draw.caption] for draw in draws]
+
+    def gradients(self, draws: Sequence[Draw], rounds: int | None = None, coming: Sequence[Draw] = ()) -> Tensor:
         """Add up the gradients of a global batch's micro-batches (only of the first `rounds`); returns the mean loss.
 
-        Micro-batches are of equal size, so their means can be averaged.
+        Micro-batches are of equal size, so their means can be averaged. coming: the next step's draws, which can be
+        read meanwhile.
         """
         count, loss = self.preset.train.grad_accum, torch.zeros((), device=self.device)
-        for number in range(count if rounds is None else min(rounds, count)):
-            self.use("raw")
-            micro = self.loss(share(draws, 0, 1, number, count)) / count
-            self.backward(micro)
+        parts = [share(draws, 0, 1, number, count) for number in range(count if rounds is None else min(rounds, count))]
+        after = [share(coming, 0, 1, number, count) for number in range(count)] if coming else []
+        for number, part in enumerate(parts):
+            inputs = self.inputs(part)
+            if self.prefetch:
+                self.prefetch.send_for((parts + after)[number + 1:])
+            if self.graphs:
+                loss += self.graphs(inputs)
+            else:
+                micro = self.forward(inputs, self.prompts(part))
+                self.backward(micro)
+                loss += micro.detach()
             self.seen[number].copy_(self.latest)  # after the micro-batch, for a graph of one does not know its number
-            loss += micro.detach()
         return loss
+
+    def forward(self, inputs: dict[str, Tensor], prompts: Sequence[str] = ()) -> Tensor:
+        """A micro-batch's part of the loss, with the adapter's present weights."""
+        self.use("raw")
+        return self.loss_of(inputs, prompts) / self.preset.train.grad_accum
 
     def pixel_weights(self, masks: MaskStore, draws: Sequence[Draw]) -> Tensor | None:
         """Weights of the loss at each place, b 1 h w; None when no image of the batch has a mask."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from accelerate import init_empty_weights
 from diffusers import AutoencoderKL, ModelMixin, UNet2DConditionModel
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from trainer.adapters.target import Target
 from trainer.data.buckets import step_for
@@ -117,9 +119,14 @@ def load_denoiser(base: Base, device: torch.device | str, dtype: torch.dtype,
 
 
 def set_gradient_checkpointing(denoiser: ModelMixin, on: bool) -> None:
-    """Recompute each transformer block (and resnet) in the backward pass, non-reentrant, to hold less memory."""
+    """Recompute each transformer block (and resnet) in the backward pass, non-reentrant, to hold less memory.
+
+    The state of the random numbers is kept for it only where an adapter, installed before, has dropout: a pass that
+    reads the state cannot become a CUDA graph.
+    """
     if on:
-        denoiser.enable_gradient_checkpointing()
+        random = any(getattr(module, "adapter_dropout", 0.0) for module in denoiser.modules())
+        denoiser.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False, preserve_rng_state=random))
     else:
         denoiser.disable_gradient_checkpointing()
 

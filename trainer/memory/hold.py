@@ -36,6 +36,11 @@ def step_down(session: Session) -> None:
     """
     gpu.free_memory()
     session.adapter.zero_grad()
+    if session.graphs is not None and session.graphs.captured:
+        session.graphs.stop(f"CUDA graphs are not used any more: step {session.progress.step + 1} did not fit into the "
+                            "GPU's memory beside them, and is done again without")
+        return
+    session.graphs = None  # there is no room for them
     before, blocks = session.plan, len(repeated_blocks(session.denoiser))
     failed = f"Step {session.progress.step + 1} did not fit into the GPU's memory"
     if session.limit:
