@@ -106,10 +106,12 @@ def _train(queue: Queue, entry: Entry, trainer: Sequence[str], masked: Mapping[s
         if not entry.path.exists():  # let go of: stopped for good
             return
         state = run.state()
-        if state.word in ("done", "early") or (state.word == "stopped" and watched):  # unseen: the machine went down
+        is_new = run.events.exists() and run.events.stat().st_mtime >= since
+        if (state.word == "done" or (state.word == "early" and is_new)
+                or (state.word == "stopped" and watched)):  # unseen: the machine went down
             entry.path.unlink(missing_ok=True)
             return
-        if state.word == "failed" and run.events.stat().st_mtime >= since:
+        if state.word == "failed" and is_new:
             raise UserError(state.text)
         tries, reached = (0 if run.last_step() > reached else tries), run.last_step()
         if tries == MOST_TRIES or _is_hopeless(run, since):
