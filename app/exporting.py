@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import re
+import shutil
+import subprocess
 import sys
 import threading
 import time
@@ -27,7 +30,10 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._-]{0,99}")
 LARGEST = 4e9  # bytes; what is larger is a base model
 MOST_FILES = 500  # of one folder that are listed
 MOST_LOOKED_AT = 50_000
+PATIENCE = 5.0  # seconds for a tool to end by itself
 WALKED_FOR = 20.0  # seconds for which a listing of the roots holds
+BAD_NAME = ("a file's name begins with a letter or digit, and has letters, digits, blanks, '.', '_' and '-', at most "
+            "100 of them")
 MOST_LAYERS = 12  # of a table
 PROGRAMS = {"comfyui": "ComfyUI", "a1111": "A1111", "forge": "Forge", "diffusers": "diffusers"}
 OLD_COMFYUI = {"id": "comfyui-old", "label": "ComfyUI before 0.11", "format": "F6"}  # of Flux.2
@@ -37,12 +43,13 @@ HAVE = {  # programs that have a family
 }
 
 
-@dataclass(frozen=True)
+@dataclass
 class Task:
     """A tool at work: its process, and the file that it writes, if any."""
 
     launch: Launch
     out: Path | None
+    cancelled: bool = False
 
 
 class Exporting:
@@ -137,34 +144,66 @@ class Exporting:
         """Where a new file of that name goes. Raises `UserError` for one that is impossible or taken."""
         name = name.strip().removesuffix(".safetensors")
         if not NAME.fullmatch(name):
-            raise UserError("a file's name begins with a letter or digit, and has letters, digits, blanks, '.', '_' "
-                            "and '-', at most 100 of them")
+            raise UserError(BAD_NAME)
         path = inside(self.places.exports, f"{name}.safetensors")
         if path.exists():
             raise UserError(f"there is already a file called {name}; choose another name")
         return path
 
+    def model_out(self, name: str, *, folder: bool) -> Path:
+        """Where a new base model of that name goes, a file or a folder. Raises `UserError` as `out` does."""
+        name = name.strip().removesuffix(".safetensors")
+        if not NAME.fullmatch(name):
+            raise UserError(BAD_NAME)
+        file, whole = (inside(self.places.models, name + ending) for ending in (".safetensors", ""))
+        if file.exists() or whole.exists():
+            raise UserError(f"there is already a base model called {name}; choose another name")
+        return whole if folder else file
+
     def start(self, arguments: Sequence[str], out: Path | None = None) -> str:
         """Run a tool as `python -m trainer.export` does; the name of its task."""
         with self._lock:
             number = str(len(self._tasks) + 1)
-            self.places.exports.mkdir(parents=True, exist_ok=True)
+            for folder in (self.places.exports, self.places.models):
+                folder.mkdir(parents=True, exist_ok=True)
             command = [*self._tools, *arguments, *(["--out", str(out)] if out else []), "--json"]
             launch = start_detached(command, self.places.logs / f"export-{os.getpid()}-{number}.log")
             self._tasks[number] = Task(launch, out)
         return number
 
-    def progress(self, name: str) -> Answer:
-        """How far a task is; at its end what came of it, or what was wrong."""
+    def cancel(self, name: str) -> None:
+        """End a tool at work; what it has half written is taken away."""
+        task = self._task(name)
+        if not task.launch.is_running:
+            return
+        task.cancelled = True
+        task.launch.process.terminate()
+        try:
+            task.launch.process.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            task.launch.process.kill()
+            task.launch.process.wait()
+        if task.out is not None and not task.out.exists():
+            for draft in task.out.parent.glob(f".{glob.escape(task.out.name[:60])}.*"):
+                shutil.rmtree(draft) if draft.is_dir() else draft.unlink(missing_ok=True)
+
+    def _task(self, name: str) -> Task:
         task = self._tasks.get(name)
         if task is None:
             raise UserError("the app was started again meanwhile; look at the files made here, or start it again")
+        return task
+
+    def progress(self, name: str) -> Answer:
+        """How far a task is; at its end what came of it, or what was wrong."""
+        task = self._task(name)
         lines = task.launch.log.read_text(encoding="utf-8", errors="replace").splitlines()
         said = [found for line in lines if line.startswith("{") and isinstance(found := _parsed(line), dict)]
         if task.launch.is_running:
             last = next((one for one in reversed(said) if "of" in one and "done" in one), {})
             return {"word": "working", "done": last.get("done", 0), "of": last.get("of", 0)}
         results = [one for one in said if "done" not in one]
+        if task.cancelled and not (results and task.out is not None and task.out.exists()):
+            return {"word": "failed", "text": "Cancelled. Nothing was written."}
         if not results:
             plain = [line for line in lines if line.strip() and not line.startswith("{")]
             return {"word": "failed", "text": plain[-1] if plain else task.launch.last_words()}
@@ -175,6 +214,11 @@ class Exporting:
         if "words" in result and "layers" in result and "report" not in result and "asked" not in result:
             layers = sorted(result["layers"], key=lambda layer: -layer["shared"] * layer["norms"][0])
             return {"comparison": {"words": result["words"], "layers": layers[:MOST_LAYERS], "names": result["names"]}}
+        if "changed" in result and out is not None:
+            self.places.hand_out_exports()
+            return {"model": {"file": out.name, "path": out.as_posix(), "folder": out.is_dir(),
+                              "bytes": result["bytes"], "changed": result["changed"],
+                              "left_out": len(result["left_out"])}}
         report = result.get("report", result)
         answer: Answer = {"report": shortened(report), "family": report["family"]}
         if out is not None:
@@ -185,6 +229,8 @@ class Exporting:
             cuts = sorted(result["cuts"], key=lambda cut: -cut["lost"])
             answer |= {"kept": result["kept"], "cuts": [[cut["layer"], cut["before"], cut["after"], cut["kept"]]
                                                         for cut in cuts[:MOST_LAYERS]]}
+        if others := result.get("others"):
+            answer["others"] = [len(others), others[0]]
         return answer
 
 

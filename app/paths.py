@@ -18,6 +18,8 @@ class Places:
 
     workspace: Path
     roots: tuple[Path, ...] = ()  # below these, and in the workspace, data sets may lie
+    model_folders: tuple[Path, ...] = ()  # of --models: base models are looked for in them
+    around: tuple[Path, ...] = ()  # where other programs are looked for, which have base models
     handed_out: list[str] = field(default_factory=list)  # the very list that the web server asks for each file
 
     @property
@@ -41,6 +43,11 @@ class Places:
     def exports(self) -> Path:
         """LoRA files that were made by the tools of the tab "Export"."""
         return self.workspace / "exports"
+
+    @property
+    def models(self) -> Path:
+        """Base models that LoRAs were put into by the tools of the tab "Export"."""
+        return self.workspace / "models"
 
     @property
     def thumbnails(self) -> Path:
@@ -70,8 +77,13 @@ class Places:
             self._hand_out(path)
 
     def hand_out_exports(self) -> None:
-        """Let the web server send the LoRA files made here."""
-        self._hand_out(self.exports)
+        """Let the web server send the LoRA files and base models made here."""
+        for path in (self.exports, self.models):
+            self._hand_out(path)
+
+    def hand_out_pictures(self, folder: Path) -> None:
+        """Let the web server send the pictures of a try-out."""
+        self._hand_out(folder)
 
     def hand_out_thumbnails(self) -> None:
         """Let the web server send small pictures of data sets; never the data sets themselves."""

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from app.bases import Bases
 from app.exporting import HAVE, PROGRAMS, Exporting, targets
 from app.paths import Places
 from app.tabs import export
@@ -100,7 +101,7 @@ def test_names_that_are_taken_are_refused_and_free_ones_found(exporting):
 
 
 def functions(exporting):
-    return {function.__name__: function for function in export.functions(exporting)}
+    return {function.__name__: function for function in export.functions(exporting, Bases(exporting.places))}
 
 
 def test_a_file_is_written_for_a_program_and_checked(exporting):

@@ -21,6 +21,7 @@ LIGHT = {f"trainer.{name}" for name in ("errors", "preset", "events", "run", "ca
                                          "shifts", "bases", "model_folders", "shell_bases", "families.header",
                                          "families.recognise", "families.folders", "export.header",
                                          "export.recognise", "export.texts", "facts", "comparison", "shell",
+                                         "tryout.task", "tryout.origin",
                                          "shell_queue", "queue", "runner", "detached")}
 HEAVY = {"torch", "diffusers", "transformers", "accelerate", "peft", "bitsandbytes", "torchmetrics"}
 

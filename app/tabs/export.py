@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import atexit
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from app.bases import Bases
 from app.components import Answer, Exports, Request, server_function
 from app.exporting import Exporting
 from app.paths import Places
+from app.tabs import export_try
+from app.trying import Trying
 from trainer.errors import UserError
 from trainer.export import formats
 
@@ -36,6 +40,10 @@ class Write(Request):
     name: Word  # of the new file
     dtype: Dtype = "auto"
     no_paths: bool = True  # folders of this computer are left out of its metadata
+
+
+class StartCheck(OfFile):
+    base: Annotated[str, Field(max_length=1500)] = ""  # the model to check against; "": the family's usual sizes
 
 
 class StartExport(OfFile, Write):
@@ -67,23 +75,70 @@ class StartMerge(OfFiles, Write):
     rank: Annotated[int, Field(ge=1, le=4096)] | None = None
 
 
+class StartBake(OfFiles):
+    base: Id
+    name: Word  # of the new base model
+
+
+class StartExtract(Write):
+    base: Id
+    tuned: Id
+    rank: Annotated[int, Field(ge=1, le=4096)]
+    share: Share = 1.0
+
+
 def build(places: Places) -> None:
     """Lay the tab out."""
-    Exports(functions(Exporting(places)), elem_id="export")
+    exporting, bases = Exporting(places), Bases(places)
+    trying = Trying(places, exporting, bases)
+    atexit.register(trying.close)
+    Exports([*functions(exporting, bases), *export_try.functions(trying)], elem_id="export")
 
 
-def functions(exporting: Exporting) -> list:
+def functions(exporting: Exporting, bases: Bases) -> list:
     """What the page may call."""
     return [
         server_function("list_files", Nothing, lambda asked: exporting.sources()),
         server_function("look_at", OfFile, lambda asked: exporting.look(asked.id)),
         server_function("start_export", StartExport, lambda asked: start_export(exporting, asked)),
-        server_function("start_check", OfFile, lambda asked: {
-            "task": exporting.start(["verify", str(exporting.path(asked.id))])}),
+        server_function("list_bases", Nothing, lambda asked: bases.listing()),
+        server_function("start_check", StartCheck, lambda asked: start_check(exporting, bases, asked)),
         server_function("start_resize", StartResize, lambda asked: start_resize(exporting, asked)),
         server_function("start_merge", StartMerge, lambda asked: start_merge(exporting, asked)),
         server_function("start_comparison", OfFiles, lambda asked: start_comparison(exporting, asked)),
-        server_function("read_task", ReadTask, lambda asked: exporting.progress(asked.task))]
+        server_function("start_bake", StartBake, lambda asked: start_bake(exporting, bases, asked)),
+        server_function("start_extract", StartExtract, lambda asked: start_extract(exporting, bases, asked)),
+        server_function("read_task", ReadTask, lambda asked: exporting.progress(asked.task)),
+        server_function("cancel_task", ReadTask, lambda asked: cancel_task(exporting, asked))]
+
+
+def start_check(exporting: Exporting, bases: Bases, asked: StartCheck) -> Answer:
+    """Examine a file, against a base model when one is named."""
+    base = ["--base", str(bases.path(asked.base))] if asked.base else []
+    return {"task": exporting.start(["verify", str(exporting.path(asked.id)), *base])}
+
+
+def start_bake(exporting: Exporting, bases: Bases, asked: StartBake) -> Answer:
+    """Write a base model with LoRAs in it."""
+    base = bases.path(asked.base)
+    out = exporting.model_out(asked.name, folder=base.is_dir())
+    return {"task": exporting.start(["bake", str(base), *_weighted(exporting, asked)], out)}
+
+
+def start_extract(exporting: Exporting, bases: Bases, asked: StartExtract) -> Answer:
+    """Write the difference of two base models as a LoRA."""
+    base, tuned = bases.path(asked.base), bases.path(asked.tuned)
+    if base.resolve() == tuned.resolve():
+        raise UserError("choose two different base models")
+    arguments = ["extract", str(base), str(tuned), "--rank", str(asked.rank), "--energy", f"{asked.share:.6f}",
+                 "--dtype", asked.dtype]
+    return {"task": exporting.start(arguments, exporting.out(asked.name))}
+
+
+def cancel_task(exporting: Exporting, asked: ReadTask) -> Answer:
+    """End a tool at work."""
+    exporting.cancel(asked.task)
+    return {}
 
 
 def start_export(exporting: Exporting, asked: StartExport) -> Answer:

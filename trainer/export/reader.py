@@ -23,25 +23,26 @@ def read(path: Path, *, family: str) -> Pairs:
     try:
         if not path.is_file():
             raise UserError(f"no file {path}; give a LoRA as a .safetensors file")
-        return _pairs(open_lora(path, family=family))
+        return pairs(open_lora(path, family=family))
     except UserError as error:
         raise UserError(f"adapter.start_from: {error}") from error
 
 
-def _pairs(lora: LoraFile) -> Pairs:
+def pairs(lora: LoraFile) -> Pairs:
+    """What `read` returns of a file that is open. Raises `UserError` as it does, the setting's name left out."""
     name = lora.path.name
     if lora.unknown:
         raise UserError(f"{name} {kind_in_words(lora.unknown, lora.family)}")
     for key in lora.incomplete:
         raise UserError(f"{name} is not whole: {key} lacks up or down")
-    pairs: Pairs = {}
+    found: Pairs = {}
     for module, up, down, magnitude in lora.pairs():
         if not all(part.isfinite().all() for part in (up, down, magnitude) if part is not None):
             raise UserError(f"{name} holds numbers that are not finite, in {module}")
         if magnitude is not None and magnitude.shape[0] != 1:
             raise UserError(f"{name}: the DoRA magnitudes of {module} are of the output axis, which is not read here")
         if magnitude is not None or (up.any() and down.any()):
-            pairs[module] = up, down, magnitude
-    if not pairs:
+            found[module] = up, down, magnitude
+    if not found:
         raise UserError(f"{name} changes nothing: all its layers are zero")
-    return pairs
+    return found

@@ -48,6 +48,15 @@ def find_family(header: Header, grouped: Mapping[str, Mapping[str, str]], wanted
     return family, usual if usual in styles else styles[0]
 
 
+def family_of(header: Header) -> str:
+    """The family of a LoRA file by its header. Raises UserError for what is no LoRA of a known family."""
+    grouped: dict[str, dict[str, str]] = {}
+    for tensor in header.tensors:
+        if parts := formats.split(tensor):
+            grouped.setdefault(parts[0], {})[parts[1]] = tensor
+    return find_family(header, grouped, "")[0]
+
+
 def kind_in_words(tensors: Collection[str], family: str) -> str:
     """What a file without a known module is, after its name in a message."""
     kind = next((words for part, words in _OTHERS.items() for name in tensors if part in name), None)
