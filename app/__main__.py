@@ -21,6 +21,9 @@ def options(arguments: list[str]) -> argparse.Namespace:
                         help="where runs, presets and data sets are kept; default: workspace")
     parser.add_argument("--root", type=Path, action="append", default=[], metavar="DIR",
                         help="a folder below which data sets may be opened; may be given several times")
+    parser.add_argument("--models", type=Path, action="append", default=[], metavar="DIR",
+                        help="a folder with base models, such as ComfyUI's, beside the usual ones; may be given "
+                             "several times")
     parser.add_argument("--open", action="store_true", help="open a browser window")
     parser.add_argument("--listen", action="store_true", help="be reachable from other machines (needs a password)")
     parser.add_argument("--share", action="store_true", help="a public link through Gradio (needs a password)")
@@ -40,23 +43,34 @@ def password_for(chosen: argparse.Namespace) -> str | None:
 
 def roots_of(chosen: argparse.Namespace) -> tuple[Path, ...]:
     """The folders of --root; one that is not there is told at once."""
-    roots = tuple(dict.fromkeys(root.expanduser().resolve() for root in chosen.root))
-    for root in roots:
-        if not root.is_dir():
-            sys.exit(f"--root: {root} is not a folder; give one that holds data sets")
-    return roots
+    return _folders("--root", chosen.root, "data sets")
+
+
+def models_of(chosen: argparse.Namespace) -> tuple[Path, ...]:
+    """The folders of --models; one that is not there is told at once."""
+    return _folders("--models", chosen.models, "base models")
+
+
+def _folders(option: str, given: list[Path], holds: str) -> tuple[Path, ...]:
+    folders = tuple(dict.fromkeys(folder.expanduser().resolve() for folder in given))
+    for folder in folders:
+        if not folder.is_dir():
+            sys.exit(f"{option}: {folder} is not a folder; give one that holds {holds}")
+    return folders
 
 
 def serve(chosen: argparse.Namespace) -> None:
     workspace = chosen.workspace.expanduser().resolve()
     password = password_for(chosen)
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # trainers number the GPUs as the driver's table does
     os.environ["GRADIO_TEMP_DIR"] = str(workspace / "cache" / "gradio")
     from app import ui  # Gradio reads its settings when it is imported
     from app.jobs import Jobs
     from app.paths import Places
+    from trainer.detached import HOME
 
-    places = Places(workspace, roots_of(chosen))
+    places = Places(workspace, roots_of(chosen), models_of(chosen), (HOME.parent, Path.home()))
     workspace.mkdir(parents=True, exist_ok=True)
     host = "0.0.0.0" if chosen.listen and chosen.host in LOOPBACK else chosen.host
     try:

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
+import tomlkit
 from pydantic.fields import FieldInfo
 
 from trainer import preset, schema
@@ -16,21 +17,36 @@ from trainer.errors import UserError
 
 Values = dict[str, dict[str, Any]]
 
-# The settings that most people touch, in the order in which they think of them.  All others are in the text.
-MAIN = ("model.base", "data.folder", "data.trigger", "data.resolution", "adapter.method", "adapter.rank",
-        "adapter.alpha", "train.steps", "train.batch_size", "train.lr", "sample.prompts", "sample.every",
-        "evaluate.folder", "output.save_every")
+# The settings that most people touch, in the order in which they think of them.  All others are folded away.
+MAIN = ("model.family", "model.base", "data.folder", "data.trigger", "data.resolution", "adapter.method",
+        "adapter.rank", "adapter.alpha", "train.steps", "train.batch_size", "train.lr", "sample.prompts",
+        "sample.every", "evaluate.folder", "output.save_every")
 LABELS = {
-    "model.base": "Base model", "data.folder": "Images", "data.trigger": "Trigger word", "train.lr": "Learning rate",
-    "sample.prompts": "Sample prompts", "sample.every": "Draw samples every … steps",
-    "evaluate.folder": "Held-out images", "output.save_every": "Save every … steps",
+    "model.family": "Kind of base model", "model.base": "Base model", "data.folder": "Images",
+    "data.trigger": "Trigger word", "train.lr": "Learning rate", "sample.prompts": "Sample prompts",
+    "sample.every": "Draw samples every … steps", "evaluate.folder": "Held-out images",
+    "output.save_every": "Save every … steps", "model.vae": "VAE",
+    "adapter.dora": "DoRA", "adapter.fuse_qkv": "Fuse q, k, v",
+    "train.lr_scheduler": "Learning rate's course", "train.ema_decay": "EMA decay", "train.up_lr_ratio": "LoRA+ ratio",
+    "train.snr_gamma": "Min-SNR gamma", "train.grad_accum": "Gradient accumulation",
+    "train.warmup_steps": "Warm-up steps",
+    "train.max_grad_norm": "Gradient clipping", "memory.budget_gb": "Memory budget (GiB)",
+    "log.tensorboard": "TensorBoard",
+    "output.dtype": "Precision of the file", "log.every": "Log every … steps",
+    "evaluate.every": "Validate every … steps",
+    "log.rank_every": "Effective rank every … steps",
 }
+SECTIONS = {"model": "Base model", "data": "Images and captions", "adapter": "Adapter", "train": "Training",
+            "memory": "Memory", "sample": "Samples", "evaluate": "Validation", "output": "Files", "log": "Log"}
+RATES = {("train", "lr"): (("adapter", "method"), schema.METHOD_LR)}  # may be a table: by which setting, and its values
 
 
-def describe(names: tuple[str, ...] = MAIN) -> list[dict[str, Any]]:
-    """Each setting for the browser: section, key, label, help, kind, limits, default."""
-    pairs = (name.split(".") for name in names)
-    return [_describe(section, key, schema.SECTIONS[section].model_fields[key]) for section, key in pairs]
+def describe() -> list[dict[str, Any]]:
+    """Each setting for the browser: section, key, label, help, kind, limits, default; the `main` ones first."""
+    others = [f"{section}.{key}" for section in schema.SECTIONS for key in schema.fields(section)]
+    pairs = (name.split(".") for name in (*MAIN, *(name for name in others if name not in MAIN)))
+    return [_describe(section, key, schema.SECTIONS[section].model_fields[key])
+            | {"main": f"{section}.{key}" in MAIN, "group": SECTIONS[section]} for section, key in pairs]
 
 
 def describe_section(name: str, model: type[schema.Section]) -> list[dict[str, Any]]:
@@ -69,12 +85,22 @@ def change(text: str, section: str, key: str, value: Any) -> str:
     field = schema.SECTIONS[section].model_fields[key]
     if _extra(field).get("follows"):
         raise UserError(f"{section}.{key} follows {_extra(field)['follows']} and cannot be set")
-    if values_of(text) is None:
+    values = values_of(text)
+    if values is None:
         raise UserError("the text is not valid TOML; mend it first")
     typed = _typed(_kind(field), value)
+    if (section, key) in RATES and isinstance(values.get(section, {}).get(key), dict):
+        typed = {_method(values): typed}  # the other methods keep their rates
     if isinstance(typed, list) and len(typed) == 1 and str in _members(field.annotation):
         typed = typed[0]  # a setting that is one folder or several
     return preset.update_text(text, {section: {key: typed}})
+
+
+def _method(values: Values) -> str:
+    """The method whose rate is edited: the text's, as far as it is one."""
+    default = str(schema.Adapter.model_fields["method"].default)
+    given = values.get("adapter", {}).get("method", default)
+    return given if given in schema.METHOD_LR else default
 
 
 def settled(text: str, folder: Path) -> str:
@@ -84,14 +110,15 @@ def settled(text: str, folder: Path) -> str:
     for section, settings in values.items():
         for key, value in settings.items():
             known = section in schema.SECTIONS and key in schema.SECTIONS[section].model_fields
-            if known and schema.has_path(section, key) and (there := _moved(value, folder)) != value:
+            if known and schema.has_path(section, key) and (there := as_meant(value, folder)) != value:
                 moved.setdefault(section, {})[key] = there
     return preset.update_text(text, moved) if moved else text
 
 
-def _moved(value: Any, folder: Path) -> Any:
+def as_meant(value: Any, folder: Path) -> Any:  # noqa: ANN401
+    """A path that is meant relative to `folder`, written out; all else as it is."""
     if isinstance(value, list):
-        return [_moved(item, folder) for item in value]
+        return [as_meant(item, folder) for item in value]
     is_relative = isinstance(value, str) and value and not Path(value).is_absolute()
     return str((folder / value).resolve()) if is_relative and (folder / value).exists() else value
 
@@ -101,8 +128,11 @@ def _describe(section: str, key: str, field: FieldInfo) -> dict[str, Any]:
     described = {"section": section, "key": key, "label": _label(section, key),
                  "help": field.description or "", "kind": kind, "required": field.is_required(),
                  "default": None if field.is_required() else _plain(field.get_default()), **_limits(field)}
-    if kind == "choice":
-        described["choices"] = list(get_args(field.annotation))
+    if kind in ("choice", "several"):
+        described["choices"] = list(_choices(field))
+    if (section, key) in RATES:
+        (other, setting), rates = RATES[section, key]
+        described |= {"by": [other, setting], "rates": rates}
     if follows := _extra(field).get("follows"):
         described["follows"] = follows
     return described
@@ -113,19 +143,25 @@ def _label(section: str, key: str) -> str:
 
 
 def _kind(field: FieldInfo) -> str:
-    """How a setting is drawn: choice, bool, int, float, text, path, lines (a list, one a line), or literal (TOML)."""
+    """How a setting is drawn: choice, several (of them), bool, int, float, text, path, lines (a list, one a line)."""
     types = _members(field.annotation)
-    if get_origin(field.annotation) is Literal:
-        return "choice"
+    if _choices(field):
+        return "several" if list in types else "choice"
     if list in types:
         return "lines"
     if _extra(field).get("path"):
         return "path"
     plain = types - {type(None)}
     for kind, type_ in (("bool", bool), ("int", int), ("float", float), ("text", str)):
-        if type_ in plain:  # a union with more in it (a rate per method) is shown, and edited in the text
+        if type_ in plain:
             return kind
-    return "literal"
+    raise TypeError(f"no way to draw {field.annotation}")
+
+
+def _choices(field: FieldInfo) -> tuple[Any, ...]:
+    """What a setting, or each item of its list, may be."""
+    inner = get_args(field.annotation)[0] if get_origin(field.annotation) is list else field.annotation
+    return get_args(inner) if get_origin(inner) is Literal else ()
 
 
 def _members(annotation: Any) -> set[Any]:
@@ -149,7 +185,7 @@ def _typed(kind: str, value: Any) -> Any:
     if isinstance(value, bool) or not isinstance(value, str):
         return value
     text = value.strip()
-    if kind == "lines":
+    if kind in ("lines", "several"):
         lines = [line.strip() for line in text.splitlines() if line.strip()]
         return lines or None
     if not text:
@@ -158,7 +194,7 @@ def _typed(kind: str, value: Any) -> Any:
         return int(text)
     if kind == "float":
         try:
-            return float(text)
+            return tomlkit.value(text) if re.fullmatch(r"[+-]?\d+(\.\d+)?[eE][+-]?\d+", text) else float(text)
         except ValueError:
             return text
     return text

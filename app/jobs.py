@@ -36,7 +36,7 @@ class Jobs:
     def __init__(self, places: Places, trainer: tuple[str, ...] = TRAINER) -> None:
         self.places = places
         self.queue = Queue(places.workspace)
-        self._trainer = trainer
+        self.trainer = trainer
         self._queue_starter: Launch | None = None
         self._looked_after = 0.0
         self._launches: dict[str, Launch] = {}
@@ -44,14 +44,14 @@ class Jobs:
         self._listing: tuple[float, list[Row]] = (0.0, [])
         self._lock = threading.Lock()
 
-    def start(self, preset: Path, name: str) -> bool:
-        """Begin a new run, or let it wait while another one is on; returns whether it waits.
+    def start(self, preset: Path, name: str, queued: bool = False) -> bool:
+        """Begin a new run, or let it wait while another one is on, or when that is wished; returns whether it waits.
 
         A name that is taken or impossible is refused.
         """
         with self._lock:
             self.refuse_taken(name)
-            waits = bool(self.queue.names()) or any(row.state.alive for row in self._list())
+            waits = queued or bool(self.queue.names()) or any(row.state.alive for row in self._list())
             if waits:
                 self.queue.add(presets.load(preset), name)
                 self._listing = (0.0, [])
@@ -66,7 +66,7 @@ class Jobs:
             is_starting = self._queue_starter is not None and self._queue_starter.is_running
             if is_starting or not self.queue.names() or self.queue.is_served():
                 return
-            self._queue_starter = start_detached([*self._trainer, "queue", "--workspace", str(self.places.workspace)],
+            self._queue_starter = start_detached([*self.trainer, "queue", "--workspace", str(self.places.workspace)],
                                                  self.places.logs / "queue.log")
 
     def order_queue(self, name: str, order: QueueOrder) -> None:
@@ -200,7 +200,7 @@ class Jobs:
         return name in self._launches and self._launches[name].is_running
 
     def _launch(self, name: str, arguments: list[str]) -> None:
-        self._launches[name] = start_detached([*self._trainer, *arguments], self.places.logs / f"{name}.log")
+        self._launches[name] = start_detached([*self.trainer, *arguments], self.places.logs / f"{name}.log")
         self._listing = (0.0, [])
 
 

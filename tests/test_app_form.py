@@ -30,17 +30,15 @@ def field(name):
     return found
 
 
-def test_every_main_setting_exists_and_has_a_help_text():
+def test_every_setting_is_in_the_form_with_a_help_text_the_main_ones_first():
     described = form.describe()
-    assert [f"{item['section']}.{item['key']}" for item in described] == list(form.MAIN)
-    assert all(item["help"] and item["label"] for item in described)
+    names = [f"{item['section']}.{item['key']}" for item in described]
+    assert names[:len(form.MAIN)] == list(form.MAIN) and [item["main"] for item in described].count(True) == 15
+    assert sorted(names) == sorted(f"{section}.{key}" for section in schema.SECTIONS for key in schema.fields(section))
+    assert all(item["help"] and item["label"] and item["group"] for item in described)
+    assert {item["kind"] for item in described} == {"choice", "several", "bool", "int", "float", "text", "path",
+                                                    "lines"}
     json.dumps(described, allow_nan=False)
-
-
-def test_every_setting_of_the_schema_can_be_described():
-    names = [f"{section}.{key}" for section in schema.SECTIONS for key in schema.fields(section)]
-    described = form.describe(tuple(names))
-    assert {item["kind"] for item in described} <= {"choice", "bool", "int", "float", "text", "path", "lines"}
 
 
 def test_kinds_limits_and_defaults_come_from_the_schema():
@@ -52,6 +50,8 @@ def test_kinds_limits_and_defaults_come_from_the_schema():
     assert field("data.folder")["kind"] == field("sample.prompts")["kind"] == "lines"
     assert field("train.lr")["kind"] == "float"
     assert field("adapter.alpha")["follows"] == "rank"
+    assert field("adapter.targets")["kind"] == "several" and "single_blocks" in field("adapter.targets")["choices"]
+    assert field("train.lr")["by"] == ["adapter", "method"] and field("train.lr")["rates"] == schema.METHOD_LR
 
 
 def test_values_are_those_of_the_text_and_faults_those_of_the_command_line():
@@ -92,7 +92,7 @@ def test_values_without_a_word_in_json_are_written_out(text):
 ])
 def test_a_change_touches_one_line(name, typed, line):
     changed = form.change(TEXT, *name.split("."), typed)
-    assert [new for new in changed.splitlines() if new.replace("5e-05", "5e-5") == line]
+    assert line in changed.splitlines()
     kept = [old for old in TEXT.splitlines() if not old.startswith(f"{name.split('.')[1]} =")]
     assert [old for old in kept if old not in changed.splitlines()] == []
 
@@ -119,3 +119,36 @@ def test_paths_beside_a_preset_are_written_out_when_it_moves(tmp_path):
     assert 'base = "base"  # which one' in settled  # not there: a hub id, or meant from where one stands
     assert settled.splitlines()[0] == "# A comment that stays"
     assert form.settled("x = =", tmp_path) == "x = ="
+
+
+RATES = "[adapter]\nmethod = 'stiefel'\n[train]\nlr = { lora = 1e-3, stiefel = 5e-3 }  # high\n"
+
+
+@pytest.mark.parametrize(("typed", "table"), [
+    ("2e-4", "{ lora = 1e-3, stiefel = 2e-4 }"), ("", "{ lora = 1e-3  }"),
+    ("much", '{ lora = 1e-3, stiefel = "much" }'),
+])
+def test_in_a_table_of_rates_only_the_methods_own_changes(typed, table):
+    changed = form.change(RATES, "train", "lr", typed)
+    assert changed == RATES.replace("{ lora = 1e-3, stiefel = 5e-3 }", table)
+
+
+LISTED = """[sample]
+prompts = [
+    "one",    # first
+    "two",    # second
+    "three",  # third
+]
+"""
+
+
+@pytest.mark.parametrize(("typed", "gone", "come"), [
+    (["one", "three"], {"two"}, set()), (["one", "TWO", "three"], {"two"}, {"TWO"}),
+    (["zero", "one", "two", "three"], set(), {"zero"}), (["two", "three", "four"], {"one"}, {"four"}),
+    (["three"], {"one", "two"}, set()), (["one", "two", "three", "three"], set(), {"three"}),
+])
+def test_items_of_a_list_that_stay_keep_their_comments(typed, gone, come):
+    changed = form.change(LISTED, "sample", "prompts", "\n".join(typed))
+    assert form.values_of(changed)["sample"]["prompts"] == typed
+    for word, comment in (("one", "# first"), ("two", "# second"), ("three", "# third")):
+        assert (f'"{word}",' in changed and comment in changed) or word in gone

@@ -52,8 +52,10 @@ def wait_for(server, name, word, seconds=30.0):
 
 
 def test_the_surface_is_small(server):
-    assert set(server) == {"list_runs", "start_demo", "read_run", "order_run", "resume_run", "list_presets",
-                           "open_preset", "check_preset", "save_preset", "start_run", "list_sets", "order_queue"}
+    assert set(server) == {"list_runs", "start_demo", "read_run", "order_run", "resume_run", "order_queue",
+                           "list_sets", "list_presets", "open_preset", "check_preset", "save_preset", "delete_preset",
+                           "restore_preset", "list_bases", "use_base", "list_cards", "start_check", "read_check",
+                           "stop_check", "start_run"}
 
 
 def test_from_an_edited_preset_to_a_finished_run(server, jobs):

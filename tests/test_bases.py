@@ -61,7 +61,7 @@ def test_every_family_is_found_and_what_is_ready_can_be_opened(comfy):
         "sd15": ("sd15", True)}
     for one in known.values():
         own = comfy.parent / {"flux1": "flux", "flux2": "klein", "sdxl": "sdxl"}.get(one.family, "")
-        parts = one.parts | {name: str(own / name) for name in ("tokenizer", "tokenizer_2")  # tiny models have their own
+        parts = one.parts | {name: str(own / name) for name in ("tokenizer", "tokenizer_2")  # tiny models have own ones
                              if (own / name).is_dir()}
         assert set(families.get(one.family).open_base(one.base, **parts).parts) == set(COMPONENTS[one.family])
 

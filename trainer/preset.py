@@ -11,6 +11,7 @@ from typing import Any
 
 import tomlkit
 from pydantic import ValidationError
+from tomlkit.items import Array
 
 from trainer import schema
 from trainer.errors import UserError
@@ -155,7 +156,7 @@ def dumps(preset: Preset) -> str:
 def update_text(text: str, sections: Mapping[str, Mapping[str, Any]]) -> str:
     """`text` with the given values set: only what differs is touched, so comments, order and spelling stay.
 
-    A value of None takes the key out.
+    A value of None takes the key out; of a list only the items that differ change, of a table only the keys named.
     """
     document = tomlkit.parse(text)
     before = document.unwrap()
@@ -170,8 +171,42 @@ def update_text(text: str, sections: Mapping[str, Mapping[str, Any]]) -> str:
                 table = document[name] = tomlkit.table()
                 table = document[name]
             if key not in old or old[key] != value or type(old[key]) is not type(value):
-                table[key] = value
+                _put(table, key, value)
     return tomlkit.dumps(document)
+
+
+def _put(table: Any, key: str, value: Any) -> None:  # noqa: ANN401
+    """Set one value of a document."""
+    old = table.get(key)
+    if isinstance(value, Mapping) and isinstance(old, Mapping):
+        for name, item in value.items():
+            if item is None:
+                old.pop(name, None)
+            elif old.get(name) != item:
+                old[name] = item
+    elif isinstance(value, Mapping):
+        table[key] = tomlkit.inline_table()
+        table[key].update({name: item for name, item in value.items() if item is not None})
+    elif isinstance(value, list) and isinstance(old, Array):
+        _merge(old, value)
+    else:
+        table[key] = value
+
+
+def _merge(array: Array, items: list[Any]) -> None:
+    """Make an array's items these, keeping those that both begin or end with, and their comments."""
+    before = array.unwrap()
+    same = next((n for n, (old, new) in enumerate(zip(before, items)) if old != new), min(len(before), len(items)))
+    rest = min(len(before), len(items)) - same
+    end = next((n for n in range(rest) if before[-1 - n] != items[-1 - n]), rest)
+    middle = items[same:len(items) - end]
+    gone = len(before) - end - same
+    for number, item in enumerate(middle[:gone]):
+        array[same + number] = item
+    for _ in range(gone - len(middle)):
+        del array[same + len(middle)]
+    for number, item in enumerate(middle[gone:], same + gone):
+        array.insert(number, item)
 
 
 def save(path: Path, text: str) -> None:

@@ -8,14 +8,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from app import captioning, form
+from app import captioning, form, shelves
 from app.captioning import Captioning
 from app.components import Answer, Request, server_function
 from app.datasets import bulk, health, operations, overview, timesteps
 from app.datasets.data_set import DataSet
 from app.datasets.library import Library
 from app.datasets.overview import Family, Handling
-from app.tabs import preset as presets
 from app.tabs.dataset_requests import Name, Names, OfImage, OfSet, Word
 from trainer import preset
 
@@ -124,7 +123,7 @@ def offered(tasks: Captioning) -> Answer:
 
 def list_trainings(library: Library, data_set: DataSet) -> Answer:
     """The names of all presets, and of one's own the first that trains on this data set."""
-    found = presets.list_presets(library.places)
+    found = shelves.names(library.places)
     using = (name for name in found["own"] if _trains_on(library.places.presets / f"{name}.toml", data_set.root))
     return found | {"using": next(using, None)}
 
@@ -138,7 +137,7 @@ def _trains_on(file: Path, folder: Path) -> bool:
 
 def read_training(library: Library, asked: ReadTraining) -> Answer:
     """What a preset says of how images and captions are trained on."""
-    file = presets.find(library.places, asked.shelf, asked.name)
+    file = shelves.find(library.places, asked.shelf, asked.name)
     settings = preset.parse(preset.read_text(file), file.name)
     data, train = settings.data, settings.train
     return {
