@@ -190,7 +190,7 @@ def _unfinished(best: Setting, other: Setting, kind: str) -> str:
     """Why numbers of runs that are still going are not to be held against each other."""
     runs = [*best.runs, *other.runs]
     steps = {(getattr(facts, kind) or {}).get("step") for facts in runs}
-    is_over = all(facts.overview.state == "done" for facts in runs)
+    is_over = all(facts.overview.state in ("done", "early") for facts in runs)
     return "" if is_over or len(steps) == 1 else "not all of their runs are done, so that they stand at other steps"
 
 

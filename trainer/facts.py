@@ -76,6 +76,7 @@ class Facts:
     notes: list[str]
     data: Event | None = None  # what it was trained on: images, held_out, sha256
     versions: dict[str, str] = field(default_factory=dict)  # of the programs it was trained with, at its last start
+    hardware: str = ""  # the device alone
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -125,7 +126,8 @@ def collect(run: Run) -> Facts:
         trained_sec=_number((_last(by_kind.get("end", [])) or {}).get("trained_sec")),
         checkpoints=run.checkpoint_steps(), exports=_exports(run, by_kind.get("export", [])), skipped=skipped,
         notes=[str(event.get("text", "")) for event in by_kind.get("note", [])[-MOST_NOTES:]],
-        data=_last(by_kind.get("data", [])), versions=_versions(by_kind.get("start", [])))
+        data=_last(by_kind.get("data", [])), versions=_versions(by_kind.get("start", [])),
+        hardware=str((_last(by_kind.get("start", [])) or {}).get("device", "")))
 
 
 def mean_rank(facts: Facts) -> float | None:

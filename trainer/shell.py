@@ -14,8 +14,12 @@ from trainer import comparison, facts, sweep
 from trainer.errors import UserError
 from trainer.events import Event
 from trainer.facts import Export, Facts, Overview
+from trainer.files import write_atomic
 from trainer.queue import Queue
+from trainer.report import card
+from trainer.report import comparison as report
 from trainer.run import list_runs
+from trainer.wording import number, sentence, size
 
 POLL = 0.2  # seconds between two looks whether a run has ended
 MOST_COMPARED = 50
@@ -34,6 +38,9 @@ def add_verbs(verbs: Verbs) -> None:
         verb.set_defaults(work=work)
         if name in ("show", "stop"):
             verb.add_argument("run", metavar="RUN", help="a run's name, or its folder")
+        if name in ("show", "compare"):
+            verb.add_argument("--html", metavar="FILE", type=Path,
+                              help="write it as one HTML file to share, with curves and pictures")
         if name == "compare":
             verb.add_argument("runs", metavar="RUN", nargs="+",
                               help="names of runs or of a comparison, or folders of runs")
@@ -61,7 +68,10 @@ def list_all(options: argparse.Namespace) -> str:
 
 def show(options: argparse.Namespace) -> str:
     """All facts of one run."""
-    known = facts.collect(facts.find_run(options.workspace.resolve(), options.run))
+    run = facts.find_run(options.workspace.resolve(), options.run)
+    if options.html:
+        return _written(options.html, card.make(run))
+    known = facts.collect(run)
     if options.json:
         return as_json(known.as_dict())
     return "\n\n".join(part for part in (table(_summary(known)), _measured(known), _changes(known), _files(known),
@@ -75,6 +85,8 @@ def compare(options: argparse.Namespace) -> str:
     if not 2 <= len(runs) <= MOST_COMPARED:
         raise UserError(f"compare takes 2 to {MOST_COMPARED} different runs, not {len(runs)}; "
                         "`python -m trainer list` names them all")
+    if options.html:
+        return _written(options.html, report.make(runs, options.runs[0] if len(options.runs) == 1 else "Comparison"))
     known = [facts.collect(run) for run in runs]
     findings = comparison.compare(known)
     if options.json:
@@ -84,6 +96,15 @@ def compare(options: argparse.Namespace) -> str:
     said = [sentence(finding) for finding in findings]
     return "\n\n".join([table(rows), "\n".join(said or ["nothing was measured on held-out images, so that nothing can "
                                                          "be said of which is better: set evaluate.folder"])])
+
+
+def _written(path: Path, html: str) -> str:
+    """Put a report down.  `UserError` where it cannot be written."""
+    try:
+        write_atomic(path, html.encode())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror or error}; choose another --html FILE") from None
+    return f"{path}: {size(path.stat().st_size)}; open it in a browser"
 
 
 def _spelt_out(workspace: Path, names: Sequence[str]) -> list[str]:
@@ -110,18 +131,6 @@ def stop(options: argparse.Namespace) -> str:
     return as_json({"run": run.name, "state": run.state().word}) if options.json else text
 
 
-def sentence(finding: comparison.Finding) -> str:
-    """A finding in words."""
-    head = f"{finding.measure}{' ×10³' if finding.measure == 'KID' else ''}: "
-    if finding.verdict == "not comparable":
-        return f"{head}{finding.best} and {finding.other} cannot be compared ({finding.why})"
-    gap = "" if finding.difference is None else f" by {number(finding.difference, 3)}"
-    if finding.low is not None and finding.high is not None:
-        gap += f" (95 %: {number(finding.low, 3)} to {number(finding.high, 3)})"
-    words = {"significant": "significant", "noise": "within the noise", "unknown": "cannot be told"}[finding.verdict]
-    return f"{head}{finding.best} is below {finding.other}{gap}: {words} ({finding.why})"
-
-
 def table(rows: Table) -> str:
     """Columns, wide enough for what is in them."""
     widths = [max(map(len, column)) for column in zip(*rows)]
@@ -130,19 +139,6 @@ def table(rows: Table) -> str:
 
 def as_json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, indent=1, default=str)
-
-
-def number(value: float | None, digits: int = 4) -> str:
-    if value is None:
-        return "–"
-    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.{digits}g}"
-
-
-def size(count: float | None) -> str:
-    if count is None:
-        return "–"
-    unit, name = (1e9, "GB") if count >= 1e9 else (1e6, "MB") if count >= 1e6 else (1e3, "kB")
-    return f"{count / unit:.3g} {name}"
 
 
 def _steps(row: Overview) -> str:

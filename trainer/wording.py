@@ -1,0 +1,30 @@
+"""Numbers, sizes and findings in words, the same at the shell, in the app and in reports."""
+
+from __future__ import annotations
+
+from trainer.comparison import Finding
+
+
+def sentence(finding: Finding) -> str:
+    """A finding in words."""
+    head = f"{finding.measure}{' ×10³' if finding.measure == 'KID' else ''}: "
+    if finding.verdict == "not comparable":
+        return f"{head}{finding.best} and {finding.other} cannot be compared ({finding.why})"
+    gap = "" if finding.difference is None else f" by {number(finding.difference, 3)}"
+    if finding.low is not None and finding.high is not None:
+        gap += f" (95 %: {number(finding.low, 3)} to {number(finding.high, 3)})"
+    words = {"significant": "significant", "noise": "within the noise", "unknown": "cannot be told"}[finding.verdict]
+    return f"{head}{finding.best} is below {finding.other}{gap}: {words} ({finding.why})"
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.{digits}g}"
+
+
+def size(count: float | None) -> str:
+    if count is None:
+        return "–"
+    unit, name = (1e9, "GB") if count >= 1e9 else (1e6, "MB") if count >= 1e6 else (1e3, "kB")
+    return f"{count / unit:.3g} {name}"
