@@ -41,10 +41,11 @@ def make_shards(folder: Path, blocks: int, width: int, shards: int) -> None:
     """A diffusers-like component in bf16, its tensors dealt to `shards` files in order."""
     names = [f"layers.{block}.{linear}.weight" for block in range(blocks) for linear in range(LINEARS)]
     size, where = -(-len(names) // shards), {}
+    weight = torch.randn(width, width, dtype=torch.bfloat16)
     for number in range(shards):
         file = f"model-{number + 1:05d}-of-{shards:05d}.safetensors"
         part = names[number * size : (number + 1) * size]
-        save_file({name: torch.randn(width, width, dtype=torch.bfloat16) for name in part}, folder / file)
+        save_file({name: weight.clone() for name in part}, folder / file)
         where |= dict.fromkeys(part, file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
     (folder / "config.json").write_text(json.dumps({"blocks": blocks, "width": width}))
