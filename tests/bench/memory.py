@@ -140,8 +140,8 @@ def peer_step(case: Case, size: Size, device: torch.device, dtype: torch.dtype, 
     if case.quantize != "none" or case.mode == "offload":
         raise SystemExit(f"{case.name}: the peer is measured in 16 bits, without offload")
     denoiser = true_size.denoiser_of(size, "none", device, dtype)
-    step, trained = peer.build(size, denoiser, RANK, case.mode == "full", device, dtype)
-    return step, {"trained": trained}
+    built = peer.build(size, denoiser, RANK, case.mode == "full", device, dtype, *true_size.batch_of(size, dtype))
+    return built.step, {"trained": built.trained}
 
 
 def run_steps(step: Step, device: torch.device, warm: int, timed: int) -> tuple[list[float], list[float]]:
@@ -182,11 +182,12 @@ def device_name(device: torch.device) -> str:
 # Many cases.
 
 
-def run_apart(case: Case, options: argparse.Namespace) -> dict[str, Any]:
-    """A case in a process of its own, with a time limit; a fault is a row as well."""
+def run_apart(case: Any, options: argparse.Namespace,
+              measure: Callable[[Any, argparse.Namespace], dict[str, Any]]) -> dict[str, Any]:
+    """A case (a dataclass with a name) measured in a process of its own, within a time limit; a fault is a row too."""
     context = multiprocessing.get_context("spawn" if torch.cuda.is_initialized() else "fork")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(case, options, sender))
+    process = context.Process(target=_child, args=(case, options, measure, sender))
     process.start()
     sender.close()
     row = asdict(case) | {"name": case.name}
@@ -201,7 +202,8 @@ def run_apart(case: Case, options: argparse.Namespace) -> dict[str, Any]:
     return row
 
 
-def _child(case: Case, options: argparse.Namespace, sender: Any) -> None:
+def _child(case: Any, options: argparse.Namespace, measure: Callable[[Any, argparse.Namespace], dict[str, Any]],
+           sender: Any) -> None:
     try:
         sender.send(measure(case, options))
     except Exception as error:  # told in the row; the other cases go on
@@ -216,7 +218,7 @@ def run_all(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     ends, failed = time.monotonic() + options.minutes * 60, 0
     for case in all_cases():
         if re.search(options.match, case.name) and time.monotonic() < ends and failed < 3:
-            row = run_apart(case, options)
+            row = run_apart(case, options, measure)
             failed = failed + 1 if "error" in row else 0
             yield row
 

@@ -164,6 +164,11 @@ def session_of(size: Size, chosen: Preset, denoiser: nn.Module, device: torch.de
         progress=Progress())
 
 
+def batch_of(size: Size, dtype: torch.dtype) -> tuple[Tensor, dict[str, Tensor]]:
+    """Random latents and embeddings, on the host."""
+    return RandomLatents(size, families.get(size.family)).kept, RandomTexts(size, dtype).kept
+
+
 def draws(size: Size, step: int) -> list[Draw]:
     """The samples of a step."""
     return [Draw(0, step * size.batch + number, 0, False, 0) for number in range(size.batch)]
