@@ -4,17 +4,24 @@ from __future__ import annotations
 
 from trainer.comparison import Finding
 
+VERDICTS = {"significant": "significant", "noise": "within the noise", "unknown": "cannot be told",
+            "not comparable": "cannot be compared"}
+
 
 def sentence(finding: Finding) -> str:
-    """A finding in words."""
+    """A finding with its verdict and what that rests on."""
+    return f"{claim(finding)}: {VERDICTS[finding.verdict]} ({finding.why})"
+
+
+def claim(finding: Finding) -> str:
+    """What was found of two settings, without how sure it is."""
     head = f"{finding.measure}{' ×10³' if finding.measure == 'KID' else ''}: "
     if finding.verdict == "not comparable":
-        return f"{head}{finding.best} and {finding.other} cannot be compared ({finding.why})"
+        return f"{head}{finding.best} and {finding.other}"
     gap = "" if finding.difference is None else f" by {number(finding.difference, 3)}"
     if finding.low is not None and finding.high is not None:
         gap += f" (95 %: {number(finding.low, 3)} to {number(finding.high, 3)})"
-    words = {"significant": "significant", "noise": "within the noise", "unknown": "cannot be told"}[finding.verdict]
-    return f"{head}{finding.best} is below {finding.other}{gap}: {words} ({finding.why})"
+    return f"{head}{finding.best} is below {finding.other}{gap}"
 
 
 def number(value: float | None, digits: int = 4) -> str:

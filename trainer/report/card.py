@@ -46,8 +46,7 @@ def preset_text(known: Facts) -> str:
         table = tomlkit.table()
         for key, value in values.items():
             if value is not None:
-                shown = page.shown_value(f"{section}.{key}", value)
-                table[key] = value if str(value) == shown else shown
+                table[key] = page.shared(f"{section}.{key}", value)
         document[section] = table
     return tomlkit.dumps(document)
 
@@ -101,9 +100,8 @@ def _distance(known: Facts) -> str:
                             event.get("base_kid_high")))
     how = (f"{event.get('n_gen', '?')} generated against {event.get('n_ref', '?')} held-out images, extractor "
            f"{event.get('extractor', '?')}. FD {number(event.get('fd'))}, floor {number(event.get('fd_floor'))}.")
-    return page.section("Distance to held-out images",
-                        page.chart("KID ×10³ with its 95 % interval: lower is nearer",
-                                   svg.intervals("KID ×10³", bars), how))
+    return page.section("Distance to held-out images", page.charts(
+        page.chart("KID ×10³ with its 95 % interval: lower is nearer", svg.intervals("KID ×10³", bars), how)))
 
 
 def _samples(run: Run, shots: list[Shot]) -> str:

@@ -12,10 +12,9 @@ from trainer.measures import BY_KEY, MEASURES, Row
 from trainer.report import card, page, pictures, svg
 from trainer.report.svg import Style
 from trainer.run import Run
-from trainer.wording import number, sentence
+from trainer.wording import VERDICTS, claim, number
 
-WORDS = {"significant": ("significant", "good"), "noise": ("within the noise", ""),
-         "unknown": ("cannot be told", "warn"), "not comparable": ("not comparable", "bad")}
+TAGS = {"significant": "good", "noise": "", "unknown": "warn", "not comparable": "bad"}
 KINDS = {"best": "good", "worse": "bad", "noise": "", "unknown": "warn"}
 MOST_PROMPTS = 8
 HELP = ("Validation loss is measured on held-out images, with the same noise for all runs of a seed: runs of one seed "
@@ -36,8 +35,9 @@ def make(runs: Sequence[Run], title: str = "Comparison") -> str:
     lead = f"{_count(len(known), 'run')} of {_count(len(settings), 'setting')}, trained with Stiefel Studio"
     return page.document(title, lead, [
         page.section("What can be said", said(findings)), page.section("Side by side", side_by_side(rows, styles)),
-        _curves(settings, by_run, styles), page.section("KID with its 95 % interval", _kid(known, settings, styles)),
-        _fronts(rows, styles), _samples(runs, settings, by_run),
+        _curves(settings, by_run, styles),
+        page.section("Quality and its cost", page.charts(_kid(known, settings, styles), *_fronts(rows, styles))),
+        _samples(runs, settings, by_run),
         page.section("What the presets differ in", _differences(known)), _data(known), card.machine(known),
         page.section("How to read this", *(page.paragraph(text, "small") for text in HELP)), card.footer()])
 
@@ -47,7 +47,8 @@ def said(findings: Sequence[Finding]) -> str:
     if not findings:
         return page.paragraph("Nothing was measured on held-out images for two settings, so that nothing can be said "
                               "of which is better.")
-    items = (f"<li>{page.tag(*WORDS[finding.verdict])} {page.escape(sentence(finding))}.</li>" for finding in findings)
+    items = (f"<li>{page.tag(VERDICTS[finding.verdict], TAGS[finding.verdict])} {page.escape(claim(finding))} "
+             f'<span class="small">{page.escape(finding.why)}</span></li>' for finding in findings)
     return f'<ul class="plain">{"".join(items)}</ul>'
 
 
@@ -108,10 +109,11 @@ def _kid(known: Sequence[Facts], settings: Sequence[Setting], styles: dict[str, 
     if bars and event:
         bars.append(svg.Bar("Base model", svg.style(7), event["base_kid"], event.get("base_kid_low"),
                             event.get("base_kid_high")))
-    return svg.intervals("KID ×10³, lower is nearer to the held-out images", bars)
+    return page.chart("KID ×10³ with its 95 % interval", svg.intervals("KID ×10³", bars),
+                      "Lower is nearer to the held-out images.")
 
 
-def _fronts(rows: Sequence[Row], styles: dict[str, Style]) -> str:
+def _fronts(rows: Sequence[Row], styles: dict[str, Style]) -> list[str]:
     made = []
     for cost, unit, factor in (("time", "Training time (minutes)", 60), ("memory", "Peak memory (GB)", 1e9)):
         quality, points = measures.pareto(rows, cost)
@@ -123,7 +125,7 @@ def _fronts(rows: Sequence[Row], styles: dict[str, Style]) -> str:
             best = ", ".join(point.name for point in points if point.is_front)
             made.append(page.chart(title, svg.scatter(title, unit, label, dots),
                                    f"Filled: no other setting is better in both ({best})."))
-    return page.section("Quality against cost", page.charts(*made))
+    return made
 
 
 def _samples(runs: Sequence[Run], settings: Sequence[Setting], by_run: dict[str, Curves]) -> str:

@@ -90,15 +90,20 @@ def without_folders(text: str) -> str:
     return WHOLE_PATH.sub(r"\1", text)
 
 
-def shown_value(section_key: str, value: Any) -> str:
-    """A setting's value for others to read: of a folder or file of this computer the last part."""
-    section_name, _, key = section_key.partition(".")
-    if value is None:
-        return "–"
-    if section_name in schema.SECTIONS and key in schema.SECTIONS[section_name].model_fields \
-            and schema.has_path(section_name, key):
-        return ", ".join(map(last_part, value)) if isinstance(value, list) else last_part(str(value))
-    return str(value)
+def shared(name: str, value: Any) -> Any:
+    """The value of a setting ("section.key") for others to read: of folders and files of this computer the last part.
+    """
+    section_name, _, key = name.partition(".")
+    is_known = section_name in schema.SECTIONS and key in schema.SECTIONS[section_name].model_fields
+    if not is_known or not schema.has_path(section_name, key):
+        return value
+    return [last_part(str(item)) for item in value] if isinstance(value, list) else last_part(str(value))
+
+
+def shown_value(name: str, value: Any) -> str:
+    """The same as text."""
+    value = shared(name, "–" if value is None else value)
+    return "; ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def last_part(path: str) -> str:
