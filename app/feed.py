@@ -29,8 +29,8 @@ def read(run: Run, cursor: str) -> dict[str, Any]:
     `reset` says that this is the whole (the first answer, or the file is another one now); `rewind` that rows beyond
     that step no longer hold, since the run was resumed there.
     """
-    inode = _inode(run.events)
-    offset = _offset(cursor, inode, run.events)
+    inode = inode_of(run.events)
+    offset = offset_of(cursor, inode, run.events)
     reader = EventReader(run.events, offset)
     came = [event for event in reader.read() if isinstance(event.get("step", 0), int)]
     answer: dict[str, Any] = {"cursor": f"{inode:x}-{reader.offset}"}
@@ -110,7 +110,7 @@ def _lies_in(folder: Path, name: str, part: str) -> bool:
         return False
 
 
-def _offset(cursor: str, inode: int, path: Path) -> int:
+def offset_of(cursor: str, inode: int, path: Path) -> int:
     """The byte to go on from; 0 for the first time, or when the file is not the one that the cursor means."""
     match = re.fullmatch(r"([0-9a-f]{1,16})-(\d{1,15})", cursor)
     if not match or int(match.group(1), 16) != inode or not path.exists():
@@ -119,7 +119,7 @@ def _offset(cursor: str, inode: int, path: Path) -> int:
     return offset if offset <= path.stat().st_size else 0
 
 
-def _inode(path: Path) -> int:
+def inode_of(path: Path) -> int:
     try:
         return path.stat().st_ino
     except OSError:
