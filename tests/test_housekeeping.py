@@ -114,3 +114,52 @@ def test_pictures_that_break_while_decoding_are_left_out_of_every_measure(own_pr
     (distance,) = events(run, "distance")
     assert distance["n_ref"] == 4 and distance["nn_cosine"] is not None
     assert not [note for note in events(run, "note") if "failed" in note["text"]]
+
+
+STILL = ("train.lr=1e-30", "train.ema_decay=0", "train.steps=9", "evaluate.every=2", "output.save_every=2",
+         "output.keep=1", "sample.prompts=[]")
+
+
+def test_a_run_without_gain_ends_early_and_its_best_checkpoint_stays(tiny_project, tmp_path) -> None:
+    run = trained(tiny_project, tmp_path, *STILL, "evaluate.early_stop=3")
+    losses = {event["step"]: event["loss"] for event in events(run, "validation")}
+    assert list(losses) == [0, 2, 4, 6] and min(losses, key=losses.__getitem__) == 0
+    (end,) = events(run, "end")
+    assert (end["step"], end["reason"]) == (6, "early")
+    assert end["text"] == f"the last 3 validations brought no lower loss than {losses[0]:.4g} at step 0"
+    state = run.state()
+    assert (state.word, state.text) == ("early", f"stopped early at step 6: {end['text']}")
+    assert len(set(losses.values())) == 1
+    best = events(run, "best")[-1]["step"]  # as low as the others, and the first of them
+    assert run.checkpoint_steps() == sorted({best, 6}) and run.export_of(best).is_file() and run.result.is_file()
+
+    run_training(run, presets.load(run.preset), tmp_path)  # resumed as it is: three more validations
+    assert [event["reason"] for event in events(run, "end")] == ["early", "done"]
+    assert run.last_step() == 9 and run.state().word == "done"
+
+
+def test_a_run_that_was_killed_before_its_early_end_was_told_still_ends_there(tiny_project, tmp_path) -> None:
+    run = trained(tiny_project, tmp_path, *STILL, "evaluate.early_stop=2")
+    assert run.state().word == "early" and run.last_step() == 4
+    whole = run.events.read_text()
+    lines = whole.splitlines(keepends=True)
+    run.events.write_text("".join(line for line in lines if '"kind":"end"' not in line))
+    run_training(run, presets.load(run.preset), tmp_path)
+    assert (run.state().word, run.last_step(), len(events(run, "end"))) == ("early", 4, 1)
+    run_training(run, presets.load(run.preset, ["evaluate.early_stop=0"]), tmp_path)
+    assert (run.state().word, run.last_step()) == ("done", 9)
+
+
+def test_the_best_is_told_when_it_changes_and_losses_of_another_measure_are_forgotten(tiny_project, tmp_path) -> None:
+    run = trained(tiny_project, tmp_path, "train.steps=6", "train.lr=0.01", "evaluate.every=1", "output.save_every=2")
+    losses = {event["step"]: event["loss"] for event in events(run, "validation")}
+    told = events(run, "best")
+    assert told[0]["why"] == "it is the only checkpoint with a validation loss" and told[0]["step"] == 2
+    assert told[-1]["step"] == min((2, 4, 6), key=losses.__getitem__)
+    assert (told[-1]["by"], told[-1]["value"]) == ("validation", pytest.approx(losses[told[-1]["step"]]))
+    assert len({event["why"] for event in told}) == len(told) > 1
+
+    changed = presets.load(run.preset, ["train.steps=8", "evaluate.images=1"])
+    run_training(run, changed, tmp_path)
+    assert any("is measured in another way from here on" in note["text"] for note in events(run, "note"))
+    assert events(run, "best")[-1]["step"] == 8 and "only checkpoint" in events(run, "best")[-1]["why"]

@@ -46,6 +46,13 @@ FAULTS = {
     "two held-out sets": (
         {"evaluate": {"folder": "h", "holdout": 0.1}}, "evaluate.holdout",
         "evaluate.folder already names the held-out images; keep one of them"),
+    "early stop without validation": (
+        {"evaluate": {"early_stop": 3, "every": 0}}, "evaluate.early_stop",
+        "needs evaluate.every above 0 and held-out images: evaluate.folder or evaluate.holdout; set that, or this to "
+        "0"),
+    "early stop without held-out images": (
+        {"evaluate": {"early_stop": 3}}, "evaluate.early_stop",
+        "needs held-out images: evaluate.folder or evaluate.holdout; set that, or this to 0"),
     "variants of one crop": (
         {"data": {"crop_variants": 2}}, "data.crop_variants", "has no effect with data.crop = 'center'; take it out"),
     "variants of one caption": (
@@ -143,6 +150,7 @@ GOOD = {
     "an average that is made": {"output": {"weights": "ema"}, "train": {"ema_decay": 0.99}},
     "a family's own format and a cover": {"output": {"format": "U2", "cover": True}, "sample": {"prompts": ["a"]}},
     "one held-out set": {"evaluate": {"folder": "h"}},
+    "early stop": {"evaluate": {"holdout": 0.1, "early_stop": 2}},
     "crops that vary": {"data": {"crop": "random", "crop_variants": 2}},
     "captions that vary": {"data": {"shuffle_tags": True, "caption_variants": 2}},
     "Huber with its delta": {"train": {"loss": "huber", "huber_delta": 0.2}},

@@ -128,6 +128,8 @@ GONE = {
     "never begun": ([], State("new", "not started yet")),
     "done": ([START, STEP, event("end", step=9, reason="done")], State("done", "done at step 9", 9, 9)),
     "stopped": ([START, STEP, event("end", step=4, reason="stopped")], State("stopped", "stopped at step 4", 4, 9)),
+    "early": ([START, STEP, event("end", step=4, reason="early", text="no lower loss")],
+              State("early", "stopped early at step 4: no lower loss", 4, 9)),
     "failed": ([START, STEP, event("end", step=4, reason="error", error="the disk is full")],
                State("failed", "failed at step 4: the disk is full", 4, 9)),
     "failed without a word": ([START, event("end", step=0, reason="error")],

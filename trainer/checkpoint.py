@@ -23,7 +23,7 @@ from trainer.errors import UserError
 from trainer.files import sync_folder
 from trainer.run import Run
 
-FORMAT = 2  # 2: how the model was held
+FORMAT = 3  # 2: how the model was held; 3: what chooses the best, and an early stop
 PINNED = "pinned"  # a file of this name in a checkpoint keeps it
 
 
@@ -36,6 +36,10 @@ class Progress:
     global_batch: int = 0  # samples an optimizer step
     data: str = ""  # fingerprint of the data set
     validation: dict[str, float] = field(default_factory=dict)  # step -> loss
+    by_image: dict[str, list[float]] = field(default_factory=dict)  # the same of each held-out image, of saved steps
+    measured: str = ""  # fingerprint of what those losses are measured with
+    early: str = ""  # why the run ended early
+    patient_since: int = 0  # the step after which validations without a gain are counted
     plan: dict[str, Any] = field(default_factory=dict)  # `memory.plan.Plan`, for a resume holds the model alike
     text_quantize: str = "none"  # how the text encoder was held that made the cached embeddings
 

@@ -48,7 +48,20 @@ def validate(session: Session, step: int) -> float | None:
     session.recorder.event("validation", step=step, loss=loss, by_quantile=[round(value, 6) for value in by_quantile])
     session.recorder.scalars(step, {"eval/loss": loss})
     session.progress.validation[str(step)] = loss
+    session.progress.by_image[str(step)] = losses.double().mean(dim=0).tolist()
     return loss
+
+
+def ground(session: Session) -> str:
+    """A fingerprint of what validation losses are measured with: only those of one ground can be compared."""
+    store, settings = session.held_latents, session.preset.evaluate
+    items = [store.items[i] for i in store.readable()[: settings.images]]
+    facts = [[item.sha256, session.material.held_caption(item), item.mask.sha256 if item.mask else ""]
+             for item in items]
+    base, preset = session.base, session.preset
+    facts += [[base.denoiser_id, base.vae_id, base.text_id, session.shown_weights],
+              [settings.quantiles, preset.train.seed, preset.data.resolution, preset.data.mask_background]]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 
 def _losses_at(session: Session, chosen: Sequence[int], timestep: float, quantile: int) -> Tensor:

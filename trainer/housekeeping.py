@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 import time
 import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
-from trainer import checkpoint, evaluation, gpu
+from trainer import checkpoint, evaluation, gpu, prompts
 from trainer.adapters import effective_rank
+from trainer.best import Best, choose, steps_without_gain
 from trainer.control import Requests, Stopped
 from trainer.events import EventReader, rewind
 from trainer.faults import describe, out_of_memory
@@ -24,6 +24,7 @@ PAUSE_POLL = 0.2  # seconds between two looks while paused
 
 def before(session: Session) -> None:
     """What is measured on the untrained model, once; or what a kill kept from following the last checkpoint."""
+    _change_prompts(session)
     step, preset = session.progress.step, session.preset
     if step == 0:
         _tell_scaling(session)
@@ -33,8 +34,10 @@ def before(session: Session) -> None:
         return
     if not session.run.export_of(step).exists():
         attempt(session, "exporting", lambda: publish(session, session.run.export_of(step)))
+    tell_best(session)
     _prune(session)
-    if step == session.steps:
+    _renew_patience(session)
+    if step == session.steps or session.progress.early:
         return  # `_finish` does the rest
     rhythm = {"rank": preset.log.rank_every, "validation": preset.evaluate.every, "sample": preset.sample.every,
               "distance": preset.evaluate.distance_every}
@@ -68,19 +71,22 @@ def due_after(session: Session, since_save: float, requests: Requests) -> set[st
     if preset.output.save_minutes and since_save > 60 * preset.output.save_minutes:
         due.add("save")
     run = requests.run
-    return due | {f"asked {name}" for name in ("save", "sample", "pause") if run.asked(name)}
+    return due | {f"asked {name}" for name in ("save", "sample", "pause", "prompts") if run.asked(name)}
 
 
 def keep_house(session: Session, due: set[str], requests: Requests) -> None:
     """Between two steps: measure, save, draw."""
     step, run = session.progress.step, session.run
     _measure(session, due)
+    if "validation" in due:
+        session.progress.early = _why_over(session)
     if "save" in due:
         save(session)
     if "sample" in due and step != session.steps:
         attempt(session, "drawing samples", lambda: evaluation.draw_samples(session, step, session.shown_weights))
     if "distance" in due and step != session.steps:
         attempt(session, "measuring KID and FID", lambda: evaluation.measure_distance(session, step))
+        tell_best(session)
     _answer(session)
     if run.asked("pause"):
         _pause(session, requests)
@@ -89,6 +95,7 @@ def keep_house(session: Session, due: set[str], requests: Requests) -> None:
 def _answer(session: Session) -> bool:
     """Do what was asked for once: save now, sample now; whether anything was."""
     run, step = session.run, session.progress.step
+    _change_prompts(session)
     wants_file, wish = run.take("save") is not None, run.take("sample")
     if wants_file and save(session):
         attempt(session, "exporting", lambda: publish(session, run.result))
@@ -98,6 +105,11 @@ def _answer(session: Session) -> bool:
         attempt(session, "drawing samples",
                 lambda: evaluation.draw_samples(session, step, session.shown_weights, texts, asked=True))
     return wants_file or wish is not None
+
+
+def _change_prompts(session: Session) -> None:
+    if (wish := session.run.take_text("prompts")) is not None:
+        attempt(session, "changing the prompts", lambda: prompts.change(session, wish))
 
 
 def _pause(session: Session, requests: Requests) -> None:
@@ -133,16 +145,58 @@ def save(session: Session) -> bool:
     recorder.event("checkpoint", step=progress.step, path=str(run.checkpoint(progress.step).relative_to(run.path)),
                    bytes=size, sec=round(time.perf_counter() - started, 3))
     attempt(session, "exporting", lambda: publish(session, run.export_of(progress.step)))
+    tell_best(session)
     _prune(session)
     return True
 
 
 def _prune(session: Session) -> None:
-    """Let go of old checkpoints, but not of the one of them with the best validation loss."""
-    losses = {int(step): loss for step, loss in session.progress.validation.items() if math.isfinite(loss)}
-    saved = [step for step in session.run.checkpoint_steps() if step in losses]
-    best = min(saved, key=losses.__getitem__, default=0)
-    checkpoint.prune(session.run, session.preset.output.keep, {best})
+    """Let go of old checkpoints, but not of the best, be it by KID or by the validation loss."""
+    best = {chosen.step for chosen in (_best(session), _best(session, with_kid=False)) if chosen is not None}
+    checkpoint.prune(session.run, session.preset.output.keep, best)
+    kept = {str(step) for step in (*session.run.checkpoint_steps(), session.progress.step)}
+    session.progress.by_image = {step: own for step, own in session.progress.by_image.items() if step in kept}
+
+
+def _best(session: Session, with_kid: bool = True) -> Best | None:
+    run, progress = session.run, session.progress
+    distances = rewind(EventReader(run.events, kinds=("start", "distance")).read()) if with_kid else []
+    return choose(run.checkpoint_steps(), {int(step): loss for step, loss in progress.validation.items()},
+                  {int(step): losses for step, losses in progress.by_image.items()},
+                  [event for event in distances if event["kind"] == "distance"])
+
+
+def tell_best(session: Session) -> None:
+    """Write down which checkpoint is the best, when that or its reason has changed."""
+    best = _best(session)
+    told = [event for event in rewind(EventReader(session.run.events, kinds=("start", "best")).read())
+            if event["kind"] == "best"]
+    if best is not None and (not told or best.fields() != {key: told[-1].get(key) for key in best.fields()}):
+        session.recorder.event("best", **best.fields())
+
+
+def _why_over(session: Session) -> str:
+    """Why the run is to end early; "" when it goes on."""
+    progress, patience = session.progress, session.preset.evaluate.early_stop
+    losses = {int(step): loss for step, loss in progress.validation.items()}
+    count, best = steps_without_gain(losses, progress.patient_since)
+    if not patience or count < patience or progress.step == session.steps:
+        return ""
+    if best is None:
+        return f"the last {count} validation losses are no numbers"
+    return f"the last {count} validations brought no lower loss than {losses[best]:.4g} at step {best}"
+
+
+def _renew_patience(session: Session) -> None:
+    """A run that ended early and is resumed shall go on: count its validations anew.
+
+    One that was killed before it had ended still has to end.
+    """
+    progress = session.progress
+    ends = [event for event in EventReader(session.run.events, kinds=("end",)).read()
+            if event.get("reason") == "early" and event.get("step") == progress.step]
+    if ends:
+        progress.early, progress.patient_since = "", progress.step
 
 
 def told(session: Session) -> set[str]:

@@ -70,9 +70,11 @@ def _run(run: Run, preset: Preset, workspace: Path, terminal: TextIO | None,
                 session = set_up(run, preset, device, workspace, recorder, requests.guard,
                                  measured_by(device, preset.memory.budget_gb))
                 reason = train(session, requests)
+            why = {"text": session.progress.early} if reason == "early" else {}
             recorder.event("end", step=session.progress.step, reason=reason,
-                           trained_sec=round(session.progress.seconds, 1))
-            recorder.say(f"{reason} at step {session.progress.step}: {run.result}")
+                           trained_sec=round(session.progress.seconds, 1), **why)
+            said = f"stopped early, since {session.progress.early}," if why else reason
+            recorder.say(f"{said} at step {session.progress.step}: {run.result}")
         except Stopped:
             recorder.event("end", step=session.progress.step if session else run.last_step(), reason="stopped")
             recorder.say("stopped; to go on: python -m trainer --resume " + str(run.path))
@@ -86,7 +88,7 @@ def _run(run: Run, preset: Preset, workspace: Path, terminal: TextIO | None,
 
 
 def train(session: Session, requests: Requests) -> str:
-    """From the first step to the last; returns "done" or "stopped"."""
+    """From the first step to the last; returns "done", "early" (no gain was left) or "stopped"."""
     preset, progress = session.preset, session.progress
     update = Update(session.adapter, session.optimizer, preset.train.max_grad_norm)
     readback = Readback(session.recorder, session.steps, session.device, preset.log.every, _sample_losses(session))
@@ -94,7 +96,7 @@ def train(session: Session, requests: Requests) -> str:
     housekeeping.before(session)
     fast.prepare(session)
     readback.restart_clock()
-    while progress.step < session.steps and not requests.stop_asked():
+    while progress.step < session.steps and not progress.early and not requests.stop_asked():
         started = time.perf_counter()
         torch.manual_seed(stream(preset.train.seed, progress.step, "dropout"))  # so no random state needs saving
         lr = preset.train.lr * session.schedule(progress.step)
@@ -160,7 +162,7 @@ def _finish(session: Session) -> str:
     """Leave a checkpoint, the last pictures and distances, and the file to use."""
     run, progress = session.run, session.progress
     housekeeping.collect_rank(session)
-    done = progress.step >= session.steps
+    done = progress.step >= session.steps or bool(progress.early)
     if not run.checkpoint(progress.step).exists() and progress.step and not housekeeping.save(session):
         raise UserError(f"{run.path}: the last checkpoint could not be written ({run.log} says why); free some "
                         "space, then resume")
@@ -174,7 +176,8 @@ def _finish(session: Session) -> str:
         if "distance" not in told:
             housekeeping.attempt(session, "measuring KID and FID",
                                  lambda: evaluation.measure_distance(session, progress.step))
-    return "done" if done else "stopped"
+        housekeeping.tell_best(session)
+    return "stopped" if not done else "early" if progress.step < session.steps else "done"
 
 
 def _rescue(run: Run, session: Session | None, recorder: Recorder, error: BaseException) -> None:

@@ -57,6 +57,16 @@ def _one_holdout(sections: Mapping[str, Any]) -> list[Problem]:
     return [Problem("evaluate.holdout", "evaluate.folder already names the held-out images; keep one of them")]
 
 
+def _early_stop(sections: Mapping[str, Any]) -> list[Problem]:
+    """What an early stop is decided by."""
+    evaluate = sections.get("evaluate")
+    if evaluate is None or evaluate.early_stop == 0:
+        return []
+    missing = [] if evaluate.every else ["evaluate.every above 0"]
+    missing += [] if evaluate.folder or evaluate.holdout else ["held-out images: evaluate.folder or evaluate.holdout"]
+    return [Problem("evaluate.early_stop", f"needs {' and '.join(missing)}; set that, or this to 0")] if missing else []
+
+
 def _rank_target(sections: Mapping[str, Any]) -> list[Problem]:
     adapter = sections.get("adapter")
     if adapter is None or not adapter.rank_target or 1 <= adapter.rank_target < adapter.rank:
@@ -258,5 +268,5 @@ def _target_pattern(sections: Mapping[str, Any]) -> list[Problem]:
 RULES: tuple[Callable[[Mapping[str, Any]], list[Problem]], ...] = (
     _family_model, _family_adapter, _family_output, _family_training, _target_pattern, _paths, _warm_up, _memory,
     _graphs, _length_of_training, _method_choices, _dora_methods, _rank_target,
-    _weights_with_ema, _one_holdout, _no_effect,
+    _weights_with_ema, _one_holdout, _early_stop, _no_effect,
 )

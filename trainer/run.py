@@ -24,7 +24,8 @@ RESERVED = {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt"
 class State:
     """What a run is doing: a word for the program, a text for a person, and how far it is."""
 
-    word: Literal["new", "waiting", "starting", "training", "paused", "silent", "done", "stopped", "failed", "crashed"]
+    word: Literal["new", "waiting", "starting", "training", "paused", "silent", "done", "early", "stopped", "failed",
+                  "crashed"]
     text: str
     step: int = 0
     steps: int = 0
@@ -68,7 +69,8 @@ class Run(WorkFolder):
             if reason == "error":
                 return State("failed", f"failed at step {step}: {last.get('error', 'see trainer.log')}", step, steps)
             if reason == "early":
-                return State("early", f"stopped early at step {step}: {last.get('text', 'no gain was left')}", step, steps)
+                why = last.get("text", "no gain was left")
+                return State("early", f"stopped early at step {step}: {why}", step, steps)
             word = "done" if reason == "done" else "stopped"
             return State(word, f"{word} at step {step}", step, steps)
         return State("crashed", f"crashed; last saved at step {self.last_step()}", step, steps)

@@ -229,6 +229,8 @@ class Evaluate(Section):
     holdout: Annotated[float, Field(ge=0.0, le=0.5)] = setting(
         0.0, "Or: share of the data set kept out of training for validation.")
     every: int = setting(100, "Validation loss every so many steps; 0: only before and after.", ge=0)
+    early_stop: int = setting(0, "End when so many validations in a row bring no new lowest loss; 0: never. The best "
+                              "checkpoint is kept in any case.", advanced=True, ge=0, le=1000)
     images: int = setting(12, "Held-out images in the validation loss.", advanced=True, ge=1, le=4096)
     quantiles: int = setting(4, "Fixed timesteps at which each is measured.", advanced=True, ge=1, le=20)
     distance: Literal["auto", "inception", "efflite0", "off"] = setting(

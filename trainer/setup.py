@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer import checkpoint, families, gpu, optim
+from trainer import checkpoint, evaluation, families, gpu, optim
 from trainer.adapters.target import part_rows
 from trainer.checkpoint import Progress
 from trainer.data.cache import Cache
@@ -173,6 +173,15 @@ def _continue(session: Session) -> None:
     session.recorder.note(0, f"continues {chosen.start_from}: {describe_start(pairs, adapter)}")
 
 
+def _check_ground(session: Session) -> None:
+    """Forget validation losses that the coming ones cannot be compared with."""
+    progress = session.progress
+    if progress.measured and progress.measured != evaluation.ground(session) and progress.validation:
+        progress.validation, progress.by_image = {}, {}
+        session.recorder.note(progress.step, "the validation loss is measured in another way from here on: the best "
+                              "checkpoint is chosen anew")
+
+
 def _resume(session: Session) -> None:
     """Take the last checkpoint's state, if there is one."""
     run, preset = session.run, session.preset
@@ -189,4 +198,6 @@ def _resume(session: Session) -> None:
                                   "one")
             progress.data = session.progress.data
         session.progress = progress
+        _check_ground(session)
+    session.progress.measured = evaluation.ground(session)
     session.progress.plan, session.progress.text_quantize = asdict(session.plan), session.text_quantize

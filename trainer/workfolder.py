@@ -13,8 +13,9 @@ from filelock import FileLock, Timeout
 from trainer.errors import UserError
 from trainer.files import write_atomic
 
-Request = Literal["stop", "pause", "save", "sample"]
-ONCE: tuple[Request, ...] = ("stop", "save", "sample")  # taken once; "pause" lasts while its file exists
+Request = Literal["stop", "pause", "save", "sample", "prompts"]
+# Taken once, and void for the next process; "pause" lasts while its file exists, and "prompts" wait for a process
+ONCE: tuple[Request, ...] = ("stop", "save", "sample")
 PROBE = 0.04  # seconds: another one that only looks has let go of the lock long before
 
 
@@ -69,9 +70,9 @@ class WorkFolder:
         return UserError(f"{self.path} is being {self.work} by another process; stop that one first, "
                          "or wait for it to end")
 
-    def request(self, request: Request, content: dict[str, Any] | None = None) -> None:
-        """Ask its process for something; `content` is for "sample" (prompts)."""
-        write_atomic(self._request_file(request), json.dumps(content).encode() if content else b"")
+    def request(self, request: Request, content: dict[str, Any] | list[str] | None = None) -> None:
+        """Ask its process for something; `content` is for "sample" ({"prompts": …}) and "prompts" (a list)."""
+        write_atomic(self._request_file(request), b"" if content is None else json.dumps(content).encode())
 
     def withdraw(self, request: Request) -> None:
         """Take a request back: how a paused run goes on."""
@@ -83,17 +84,24 @@ class WorkFolder:
 
     def take(self, request: Request) -> dict[str, Any] | None:
         """Take a one-time request: its content ({} when it has none), or None when nobody asked."""
-        file = self._request_file(request)
-        try:
-            content = file.read_bytes()
-            file.unlink()
-        except OSError:
+        content = self.take_text(request)
+        if content is None:
             return None
         try:
             data = json.loads(content) if content.strip() else {}
         except ValueError:
             return {}
         return data if isinstance(data, dict) else {}
+
+    def take_text(self, request: Request) -> str | None:
+        """Take a request as it was written; None when nobody asked."""
+        file = self._request_file(request)
+        try:
+            content = file.read_bytes()
+            file.unlink()
+        except OSError:
+            return None
+        return content.decode(errors="replace")
 
     def log_tail(self, lines: int = 30) -> str:
         """The end of its log."""
