@@ -2,7 +2,7 @@
 
 Each case is a process of its own that takes the trainer's real steps; its row is written as soon as it is done.
 `--case NAME` runs one here, `--list` names them, `--tiny` rehearses on a CPU. `--table FILE…` puts rows together, with
-what the trainer's estimate says of each; it needs no GPU.
+what the trainer's estimate says of each; it needs no GPU. `memory_h200.jsonl` holds the rows of presets/README.md.
 """
 
 from __future__ import annotations
@@ -255,8 +255,32 @@ class Predictions:
         return self.estimators[key](plan_of(case_of(row["name"]), row["blocks"])).peak
 
 
+def grid(rows: list[dict[str, Any]]) -> str:
+    """The table of presets/README.md: a line for each model and way to hold its weights."""
+    found = {row["name"]: row for row in rows if "error" not in row}
+
+    def cell(*name: str) -> str:
+        row = found.get(":".join(name))
+        return f"{row['peak'] / GIB:.1f} · {row['sec']:.3f} s" if row else ""
+
+    lines = []
+    for size, shown in SHOWN.items():
+        for quantize, called in (("none", "bf16"), ("fp8", "FP8"), ("nf4", "NF4")):
+            cells = [shown, called, *(cell(size, quantize, mode) for mode in MODES),
+                     *(cell(size, quantize, mode, "peer") for mode in MODES[:2])]
+            lines.append(f"| {' | '.join(cells)} |".replace("|  |", "| |").replace("|  |", "| |"))
+    return "\n".join(lines)
+
+
+SHOWN = {"sd15": "SD 1.5", "sdxl": "SDXL", "klein-4b": "Flux.2 klein 4B", "klein-9b": "Flux.2 klein 9B",
+         "flux1-dev": "Flux.1 dev"}
 HEAD = ("| case | peak GiB | reserved | while building | s/it | finite | predicted | ratio |\n"
         "|---|---|---|---|---|---|---|---|")
+
+
+def rows_of(files: list[Path]) -> list[dict[str, Any]]:
+    """Rows of earlier runs."""
+    return [json.loads(text) for file in files for text in file.read_text().splitlines()]
 
 
 def main() -> None:
@@ -266,6 +290,7 @@ def main() -> None:
     chosen.add_argument("--all", action="store_true", help="all cases, each in a process of its own")
     chosen.add_argument("--list", action="store_true")
     chosen.add_argument("--table", nargs="+", type=Path, metavar="FILE", help="rows of earlier runs as a table")
+    chosen.add_argument("--grid", nargs="+", type=Path, metavar="FILE", help="the same as the table of presets/README.md")
     parser.add_argument("--match", default="", help="regular expression: only the cases in whose names it is found")
     parser.add_argument("--json", type=Path, help="file that rows are added to, one JSON object a line")
     parser.add_argument("--method", default="stella", choices=["stella", "stiefel", "lora", "trilora"])
@@ -280,10 +305,12 @@ def main() -> None:
     if options.list:
         print(*(case.name for case in all_cases()), sep="\n")
         return
+    if options.grid:
+        print(grid(rows_of(options.grid)))
+        return
     if options.table:
         predict = Predictions()
-        rows = [json.loads(text) for file in options.table for text in file.read_text().splitlines()]
-        print(HEAD, *(line(row, predict(row)) for row in rows), sep="\n")
+        print(HEAD, *(line(row, predict(row)) for row in rows_of(options.table)), sep="\n")
         return
     rows = [measure(case_of(options.case), options)] if options.case else run_all(options)
     print(HEAD)
