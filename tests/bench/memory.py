@@ -290,7 +290,7 @@ def main() -> None:
     chosen.add_argument("--all", action="store_true", help="all cases, each in a process of its own")
     chosen.add_argument("--list", action="store_true")
     chosen.add_argument("--table", nargs="+", type=Path, metavar="FILE", help="rows of earlier runs as a table")
-    chosen.add_argument("--grid", nargs="+", type=Path, metavar="FILE", help="the same as the table of presets/README.md")
+    chosen.add_argument("--grid", nargs="+", type=Path, metavar="FILE", help="the table of presets/README.md")
     parser.add_argument("--match", default="", help="regular expression: only the cases in whose names it is found")
     parser.add_argument("--json", type=Path, help="file that rows are added to, one JSON object a line")
     parser.add_argument("--method", default="stella", choices=["stella", "stiefel", "lora", "trilora"])
