@@ -1,0 +1,198 @@
+"""CUDA graphs on a real GPU: the numbers of plain passes, in every way of training, and a way back where they fail.
+
+    pytest -m gpu tests/test_gpu_fast.py
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from tests import projects
+from tests.bench import step_time, true_size
+from tests.bench.true_size import Size
+from trainer.events import Event, EventReader
+from trainer.fast import start
+from trainer.run import Run
+from trainer.session import Session
+from trainer.update import Update
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
+STEPS = 12
+CUDA = "cuda:0"
+
+
+def tiny(method: str, row: str, *changes: str) -> tuple[Session, Size]:
+    """A session with a tiny model of a case's topology, in fp32."""
+    [found] = step_time.rows_of(row, [method])
+    size = true_size.shrunk(true_size.SIZES[found.size])
+    device = torch.device("cuda", 0)
+    torch.manual_seed(0)
+    denoiser = true_size.denoiser_of(size, found.quantize, device, torch.float32)
+    return step_time.session_of(size, method, changes, denoiser, device, torch.float32, found), size
+
+
+def steps(session: Session, size: Size, count: int = STEPS) -> tuple[list[float], list[Tensor], list[str]]:
+    """Losses, weights after the last step, and notes."""
+    notes: list[str] = []
+    step = step_time.trainer_step(session, size, notes)
+    losses = [step(number).item() for number in range(count)]
+    replayed = session.graphs is not None and len(session.graphs.captured)
+    start.finish(session)
+    return losses, [leaf.detach().clone() for leaf in session.adapter.parameters()], [*notes, f"{replayed} graphs"]
+
+
+WAYS = [("stella", "sd15:2"), ("lora", "sdxl:1"), ("stiefel", "klein-4b:1"), ("stella", "flux1-dev:1"),
+        ("lora", "sd15:2:full"), ("stella", "sd15:2:none:fp8"), ("lora", "sd15:2:none:nf4"),
+        ("stella", "klein-4b:1:full:nf4")]
+
+
+@pytest.mark.parametrize("way", WAYS, ids=[" ".join(way) for way in WAYS])
+def test_graphs_give_the_numbers_of_plain_passes(way: tuple[str, str]) -> None:
+    found = [steps(*tiny(*way, f"memory.cuda_graphs={chosen}")) for chosen in ("off", "on")]
+    (plain, weights, _), (fast, same, notes) = found
+    assert notes[-1] == "1 graphs", notes
+    torch.testing.assert_close(torch.tensor(fast), torch.tensor(plain), rtol=2e-3, atol=1e-4)
+    assert len(set(fast)) > STEPS // 2, "noise is drawn anew in each step"
+    for one, other in zip(weights, same):
+        assert (one - other).norm() <= 0.02 * (one.norm() + 1e-3)
+
+
+@pytest.mark.parametrize("change", ["adapter.dora=true", "train.optimizer=sgd", "train.snr_gamma=5"])
+def test_graphs_hold_in_other_ways_of_training(change: str) -> None:
+    found = [steps(*tiny("lora", "sd15:2", f"memory.cuda_graphs={chosen}", change)) for chosen in ("off", "on")]
+    assert found[1][2][-1] == "1 graphs", found[1][2]
+    torch.testing.assert_close(torch.tensor(found[1][0]), torch.tensor(found[0][0]), rtol=2e-3, atol=1e-4)
+
+
+# Whole runs.
+
+
+def train(project: Path, workspace: Path, name: str, *changes: str) -> Run:
+    command = [sys.executable, "-m", "trainer", "--preset", str(project), "--workspace", str(workspace)]
+    return finish(command + ["--name", name], Run(workspace / "runs" / name), changes)
+
+
+def finish(command: list[str], run: Run, changes: Sequence[str]) -> Run:
+    for change in changes:
+        command += ["--set", change]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    assert done.returncode == 0, done.stderr[-3000:] + run.log_tail()
+    return run
+
+
+def of(run: Run, kind: str) -> list[Event]:
+    return [event for event in EventReader(run.events).read() if event["kind"] == kind]
+
+
+EXACT = ("train.deterministic=true", "train.lr_scheduler=constant", "memory.cuda_graphs=on", "log.tensorboard=false",
+         "sample.prompts=[]", "train.grad_accum=2")
+
+
+def weights(run: Run, step: int) -> dict[str, Tensor]:
+    return load_file(run.checkpoint(step) / "adapter.safetensors")
+
+
+def test_runs_and_resumes_are_the_same_to_the_bit_with_graphs_and_without(tiny_project: Path, tmp_path: Path) -> None:
+    plain = train(tiny_project, tmp_path, "plain", *EXACT, "train.steps=20", "memory.cuda_graphs=off")
+    fast = train(tiny_project, tmp_path, "fast", *EXACT, "train.steps=20")
+    broken = train(tiny_project, tmp_path, "broken", *EXACT, "train.steps=9")
+    finish([sys.executable, "-m", "trainer", "--resume", str(broken.path)], broken, ["train.steps=20"])
+    assert any("Steps run as CUDA graphs" in event["text"] for event in of(fast, "note"))
+    for other in (fast, broken):
+        assert [event["loss"] for event in of(other, "step")] == [event["loss"] for event in of(plain, "step")]
+        expected = weights(plain, 20)
+        for key, tensor in weights(other, 20).items():
+            assert torch.equal(tensor, expected[key]), key
+    assert [event["loss"] for event in of(fast, "validation")] == [event["loss"] for event in of(plain, "validation")]
+
+
+# On the way.
+
+
+def running(project: Path, workspace: Path, *changes: str) -> Session:
+    """A session of the tiny project on the GPU, ready to step."""
+    session = projects.session(project, workspace, "memory.cuda_graphs=on", "train.precision=fp32", *changes,
+                               device=CUDA)
+    start.prepare(session)
+    return session
+
+
+def take(session: Session, update: Update, step: int) -> Tensor:
+    loss = session.gradients(session.order.batch(step), coming=session.order.batch(step + 1)).clone()
+    update(loss)
+    session.progress.step += 1
+    return loss
+
+
+def told(session: Session) -> list[str]:
+    return [event["text"] for event in EventReader(session.run.events).read() if event["kind"] == "note"]
+
+
+@pytest.mark.parametrize("graphs", ["on", "off"])
+def test_a_step_never_waits_for_the_gpu(tiny_project, tmp_path, graphs: str) -> None:
+    session = running(tiny_project, tmp_path, f"memory.cuda_graphs={graphs}", "data.buckets=false")
+    update = Update(session.adapter, session.optimizer, 1.0)
+    for step in range(6):
+        take(session, update, step)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        losses = [take(session, update, step) for step in range(6, 10)]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.stack(losses).isfinite().all()
+    start.finish(session)
+
+
+def test_every_shape_has_its_graph_and_validation_in_between_changes_nothing(tiny_project, tmp_path) -> None:
+    found = []
+    for number, between in enumerate((False, True)):
+        session = running(tiny_project, tmp_path / str(number))
+        update = Update(session.adapter, session.optimizer, 1.0)
+        losses = []
+        for step in range(16):
+            losses.append(take(session, update, step))
+            if between:
+                session.use("ema")
+                with torch.no_grad():
+                    session.loss(session.order.batch(0))
+        found.append(torch.stack(losses))
+        assert len(session.graphs.captured) >= 2, told(session)
+        start.finish(session)
+    torch.testing.assert_close(found[0], found[1], rtol=2e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("act, words", [(lambda out: out.sum().item(), "makes the computer wait"),
+                                        (lambda out: torch.cuda.synchronize(), "cannot be recorded")])
+def test_what_cannot_be_recorded_falls_back_and_training_goes_on(tiny_project, tmp_path, act, words) -> None:
+    session, plain = running(tiny_project, tmp_path / "a"), running(tiny_project, tmp_path / "b")
+    session.denoiser.conv_out.register_forward_hook(lambda module, given, out: (act(out), None)[1])
+    losses = []
+    for one in (session, plain):
+        update = Update(one.adapter, one.optimizer, 1.0)
+        losses.append(torch.stack([take(one, update, step) for step in range(12)]))
+    assert not session.graphs.on and any(words in text for text in told(session)), told(session)
+    assert plain.graphs.captured
+    torch.testing.assert_close(losses[0], losses[1], rtol=2e-3, atol=1e-4)
+    for one in (session, plain):
+        start.finish(one)
+
+
+def test_dropped_graphs_give_their_memory_back(tiny_project, tmp_path) -> None:
+    session = running(tiny_project, tmp_path, "data.buckets=false")
+    update = Update(session.adapter, session.optimizer, 1.0)
+    for step in range(8):
+        take(session, update, step)
+    torch.cuda.empty_cache()
+    with_graphs = torch.cuda.memory_reserved()
+    start.finish(session)
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() <= with_graphs
+    session.gradients(session.order.batch(8))
