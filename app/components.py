@@ -21,7 +21,7 @@ SCRIPTS = ("core.js", "series.js", "chart.js", "panels.js", "samples.js", "run_c
            "dataset_card.js", "dataset_chips.js", "dataset_grid.js", "dataset_mask.js", "dataset_viewer.js",
            "dataset_training.js", "dataset_bulk.js", "dataset_overview.js", "dataset_health.js",
            "dataset_captioning.js", "dataset_upload.js", "dataset_page.js",
-           "export_result.js", "export_tools.js", "export_page.js")
+           "export_result.js", "export_tools.js", "export_models.js", "export_try.js", "export_page.js")
 STYLES = ("style.css", "dataset.css", "export.css")
 Answer = dict[str, Any]
 

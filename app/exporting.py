@@ -21,7 +21,7 @@ from app.paths import Places, inside
 from trainer import run as runs
 from trainer.errors import UserError
 from trainer.export import formats, header, texts
-from trainer.export.recognise import find_family
+from trainer.export.recognise import family_of, find_family
 from trainer.run import Run
 
 TOOLS = (sys.executable, "-m", "trainer.export")
@@ -119,6 +119,19 @@ class Exporting:
         taken = {path.stem for path in self.places.exports.glob("*.safetensors")}
         return next(name for number in range(1, len(taken) + 2)
                     if (name := stem if number == 1 else f"{stem}-{number}") not in taken)
+
+    def add(self, name: str, path: Path) -> str:
+        """Take an uploaded LoRA in, under a free name; its id. Raises `UserError` for any other file."""
+        if not name.endswith(".safetensors"):
+            raise UserError(f"{name[:100]!r} is no .safetensors file")
+        try:
+            family_of(header.read(path))
+        except UserError as error:
+            raise UserError(str(error).replace(str(path), name[:100])) from None
+        self.places.exports.mkdir(parents=True, exist_ok=True)
+        target = self.places.exports / f"{self.free_name(Path(name).stem)}.safetensors"
+        shutil.move(path, target)
+        return f"made:{target.name}"
 
     def cover(self, id: str, name: str) -> Path:
         """A run's picture that shall be the cover of one of its files."""

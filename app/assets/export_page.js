@@ -5,6 +5,8 @@
   const { h } = Studio;
   const DTYPES = [["auto", "As it is"], ["fp16", "fp16: usual for SD 1.5 and SDXL"], ["bf16", "bf16: usual for Flux"], ["fp32", "fp32: twice the size"]];
 
+  const USUAL = "The family's usual sizes";
+
   Studio.exports = (element, server) => {
     const page = new ExportPage(server);
     element.replaceChildren(page.element);
@@ -38,26 +40,69 @@
       this.picture = h("img", { class: "st-cover", alt: "The cover", hidden: true });
       this.paths = new Studio.PathsChoice("studio-export-paths");
       this.start = h("button", { type: "submit", class: "st-button st-primary" }, "Export");
-      this.check = h("button", { type: "button", class: "st-button", onclick: () => this.run("start_check", { id: this.chosen.id }) }, "Only check it");
+      this.check = h("button", { type: "button", class: "st-button", onclick: () => this.run("start_check", { id: this.chosen.id, base: this.base.value }) }, "Only check it");
+      this.base = new Studio.BaseChoice("Check against", "For a file of another base than the family's usual ones.");
       this.said = h("p", { class: "st-warn", role: "alert" });
       this.results = h("div", { class: "st-results" }, this.hint = h("div", { class: "st-card st-empty" },
         "What is made appears here: which programs read all of it, the file to download, and how to use it."));
-      this.empty = h("div", { class: "st-card st-empty", hidden: true }, h("p", {}, "No LoRA file yet. Train one, or start the app with --root and the folder of your LoRA files."));
+      this.plus = [];
+      this.empty = h("div", { class: "st-card st-empty", hidden: true }, h("p", {}, "No LoRA file yet. Train one, add one, or start the app with --root and the folder of your LoRA files."), this.adding(), this.wrong = h("p", { class: "st-warn", role: "alert" }));
       this.tools = new Studio.ExportTools(this);
-      this.desk = h("div", { class: "st-columns" }, h("div", { class: "st-export-side" }, this.form(), this.tools.element), this.results);
+      this.trying = new Studio.TryOut(server);
+      this.desk = h("div", { class: "st-columns" }, h("div", { class: "st-export-side" }, this.form(), this.tools.element), h("div", { class: "st-export-side" }, this.trying.element, this.results));
       this.element = h("div", { class: "st-exports" }, this.empty, this.desk);
     }
 
     form() {
+      this.checking = h("details", { ontoggle: (event) => event.target.open && this.offerBases() }, h("summary", {}, "Check against a base model"),
+        h("div", { class: "st-form" }, this.base.element));
       const more = h("details", {}, h("summary", {}, "Title, author, trigger words, cover"),
         h("div", { class: "st-form" }, Studio.field("Title", this.titleText), Studio.field("Author", this.author),
           Studio.field("Trigger words", this.triggers, "Parted by commas."), h("div", { class: "st-cover-field" }, Studio.field("Cover", this.cover, "A small copy goes into the file."), this.picture),
           this.paths.element));
       return h("form", { class: "st-card st-export-form", "aria-label": "Export", onsubmit: (event) => { event.preventDefault(); this.export(); } },
-        h("h3", {}, "A LoRA for a program"), this.files.element, this.facts,
+        h("div", { class: "st-row" }, h("h3", {}, "A LoRA for a program"), h("span", { class: "st-space" }), this.adding()), this.files.element, this.facts,
         h("div", { class: "st-field" }, h("span", { class: "st-label" }, "Program"), this.target),
         h("div", { class: "st-form" }, Studio.field("Precision", this.dtype), Studio.field("Name of the new file", this.name)),
-        more, this.said, h("div", { class: "st-row" }, this.start, this.check));
+        more, this.checking, this.said, h("div", { class: "st-row" }, this.start, this.check));
+    }
+
+    /** A LoRA file from the person's own machine. */
+    adding() {
+      const input = h("input", { type: "file", hidden: true, accept: ".safetensors", tabindex: "-1", "aria-hidden": "true", onchange: async () => {
+        const files = [...input.files].map((file) => [file.name, file]);
+        input.value = "";
+        await this.add(files);
+      } });
+      const button = h("button", { type: "button", class: "st-button", onclick: () => input.click() }, "Add a file");
+      this.plus.push(button);
+      return h("span", {}, button, input);
+    }
+
+    async add(files) {
+      if (!files.length) return;
+      const show = (disabled, textContent) => { for (const button of this.plus) Object.assign(button, { disabled, textContent }); };
+      show(true, "Adding…");
+      this.wrong.textContent = this.said.textContent = "";
+      try {
+        const [file] = await Studio.send(files, () => {});
+        const { id } = await Studio.ask(this.server, "add_lora", file);
+        await this.poll();
+        for (const choice of [this.files, this.trying.files]) choice.set(id);
+      } catch (error) {
+        (this.empty.hidden ? this.said : this.wrong).textContent = error.message;
+      }
+      show(false, "Add a file");
+    }
+
+    /** Base models of the chosen file's family. */
+    async offerBases() {
+      try {
+        const { bases } = await Studio.ask(this.server, "list_bases");
+        this.base.offer(bases.filter(({ family }) => family === this.chosen?.family), USUAL);
+      } catch (error) {
+        this.said.textContent = error.message;
+      }
     }
 
     /** New runs and files are found while one looks at the tab. */
@@ -70,6 +115,7 @@
           ...[...sources.made, ...sources.others].map(({ id, label }) => [id, label])]);
         this.files.offer(sources);
         this.tools.offer(sources);
+        this.trying.offer(sources);
         this.empty.hidden = this.names.size > 0;
         this.desk.hidden = this.names.size === 0;
       }
@@ -90,6 +136,8 @@
 
     show(found) {
       this.chosen = found;
+      if (this.checking.open) this.offerBases();
+      else this.base.offer([], USUAL);
       const rank = found.ranks.length > 1 ? `ranks ${found.ranks[0]} to ${found.ranks.at(-1)}` : `rank ${found.ranks[0] ?? "?"}`;
       this.facts.textContent = [`For ${found.family_name}`, rank, `${found.layers} layers`, Studio.bytes(found.bytes), `format ${found.format}`].join(" · ");
       const before = this.target.querySelector(":checked")?.value;
@@ -160,7 +208,7 @@
       const group = (label, rows) => (rows.length ? [h("optgroup", { label }, rows)] : []);
       const file = ({ id, label }) => h("option", { value: id }, label);
       this.source.replaceChildren(...group("Runs", runs.map(({ run }) => h("option", { value: `run/${run}` }, run))),
-        ...group("Made here", made.map(file)), ...group("Your folders", others.map(file)));
+        ...group("Made or added here", made.map(file)), ...group("Your folders", others.map(file)));
       const isThere = [...this.source.options].some(({ value }) => value === before[0]);
       if (isThere) [this.source.value] = before;
       this.pick(isThere ? before[1] : null);
@@ -169,6 +217,12 @@
     /** Choose by place in the list; beyond its end, the last one. */
     choose(index) {
       this.source.selectedIndex = Math.min(index, this.source.options.length - 1);
+      this.pick();
+    }
+
+    /** Choose a file that is in no run. */
+    set(id) {
+      this.source.value = id;
       this.pick();
     }
 

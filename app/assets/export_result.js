@@ -12,9 +12,20 @@
       Object.assign(this, { server, task, about });
       this.text = h("p", { role: "status" }, "Starting…");
       this.bar = h("progress", { "aria-label": "Layers done" });
+      this.stop = h("button", { type: "button", class: "st-button st-quiet", onclick: () => this.cancel() }, "Cancel");
       this.body = h("div", { class: "st-export-body" });
       this.element = h("section", { class: "st-card st-export-card", "aria-label": about.label || "Result" },
-        h("h3", {}, about.label || "Result"), this.text, this.bar, this.body);
+        h("h3", {}, about.label || "Result"), this.text, this.bar, h("div", { class: "st-row st-cancel" }, this.stop), this.body);
+    }
+
+    async cancel() {
+      this.stop.disabled = true;
+      this.text.textContent = "Cancelling…";
+      try {
+        await Studio.ask(this.server, "cancel_task", { task: this.task });
+      } catch (error) {
+        this.text.textContent = error.message;
+      }
     }
 
     async follow() {
@@ -22,19 +33,21 @@
         const answer = await Studio.ask(this.server, "read_task", { task: this.task });
         if (answer.word !== "working") { this.end(answer); return; }
         if (answer.of) Object.assign(this.bar, { max: answer.of, value: answer.done });
-        this.text.textContent = answer.of ? `${answer.done} of ${answer.of} layers` : "At work…";
+        if (!this.stop.disabled) this.text.textContent = answer.of ? `${answer.done} of ${answer.of} layers` : "At work…";
         await new Promise((wake) => { setTimeout(wake, PAUSE); });
       }
     }
 
     end({ word, text, result }) {
       this.bar.remove();
+      this.stop.parentElement.remove();
       this.text.textContent = word === "failed" ? text : "";
       this.text.className = word === "failed" ? "st-warn" : "";
       this.text.hidden = !this.text.textContent;
       if (!result) return;
+      if (result.model) { this.body.append(...model(result.model)); return; }
       if (result.comparison) { this.body.append(...compared(result.comparison)); return; }
-      this.body.append(...[file(result), losses(result), ticks(result.report, this.about.target), howTo(result, this.about)].filter(Boolean));
+      this.body.append(...[file(result), losses(result), others(result), ticks(result.report, this.about.target), howTo(result, this.about)].filter(Boolean));
       this.element.classList.toggle("st-good-card", result.report.faults.length === 0 && isRead(result.report, this.about.target));
     }
   };
@@ -59,6 +72,18 @@
     const wrong = faults.map((text) => h("li", { class: "st-warn" }, h("span", { class: "st-sign", "aria-hidden": "true" }, "!"), h("span", {}, `Wrong for every program: ${text}.`)));
     return h("div", {}, h("h4", {}, "Who reads it"), h("ul", { class: "st-ticks" }, ...wrong, ...sorted.map(line)),
       ...notes.map((text) => h("p", { class: "st-small" }, `${text[0].toUpperCase()}${text.slice(1)}.`)));
+  }
+
+  /** A base model that was written: a file to download, or a folder. */
+  function model({ file: name, path, folder, bytes, changed, left_out: left }) {
+    const words = [`${changed} tensors changed`, Studio.bytes(bytes), folder ? "a diffusers folder" : "a single file"].join(" · ");
+    const download = folder ? [] : [h("span", { class: "st-space" }), h("a", { class: "st-button st-primary", href: Studio.fileUrl(path), download: name, "aria-label": `Download ${name}` }, "Download")];
+    return [h("div", { class: "st-row" }, h("p", { class: "st-small" }, words), download), h("p", { class: "st-small st-where" }, `On this machine: ${path}`),
+      ...(left ? [h("p", { class: "st-warn" }, `${left} layers of text encoders are not in it: this base does not hold them.`)] : [])];
+  }
+
+  function others({ others: found }) {
+    return found ? h("p", { class: "st-small" }, `Not in it: ${found[0]} other tensors that differ too, such as ${found[1]}; no LoRA holds norms, biases and embeddings.`) : null;
   }
 
   function losses({ cuts, kept }) {

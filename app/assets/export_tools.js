@@ -10,7 +10,7 @@
   Studio.ExportTools = class {
     constructor(page) {
       this.page = page;
-      this.tools = [new Convert(page), new Resize(page), new Merge(page), new Compare(page)];
+      this.tools = [new Convert(page), new Resize(page), new Merge(page), new Compare(page), new Studio.BakeTool(page), new Studio.ExtractTool(page)];
       this.buttons = this.tools.map((tool) => h("button", { type: "button", class: "st-button", "aria-expanded": "false", "aria-controls": "studio-workshop", onclick: () => this.open(tool) }, tool.title));
       this.body = h("div", { id: "studio-workshop" });
       this.element = h("section", { class: "st-card st-workshop", "aria-label": "Workshop" }, h("h3", {}, "Workshop"),
@@ -23,6 +23,7 @@
       this.current = isShut ? null : tool;
       this.buttons.forEach((button, index) => button.setAttribute("aria-expanded", String(this.tools[index] === this.current)));
       this.body.replaceChildren(...(isShut ? [] : [tool.element]));
+      if (!isShut) tool.opened();
     }
 
     offer(sources) {
@@ -32,7 +33,7 @@
   };
 
   /** A form that starts a tool; what comes of it is a card beside the other results. */
-  class Tool {
+  const Tool = Studio.ExportTool = class {
     constructor(page, title, words, button) {
       Object.assign(this, { page, title });
       this.said = h("p", { class: "st-warn", role: "alert" });
@@ -71,7 +72,33 @@
         return null;
       }
     }
-  }
+
+    /** When its form is shown. */
+    opened() {}
+
+    /** Buttons for more and fewer files. */
+    fileButtons(least) {
+      const show = () => {
+        more.disabled = this.file.rows.length >= MOST;
+        less.hidden = this.file.rows.length <= least;
+      };
+      const change = (work) => () => { work(); show(); };
+      const more = h("button", { type: "button", class: "st-button", onclick: change(() => this.file.add()) }, "One more file");
+      const less = h("button", { type: "button", class: "st-button st-quiet", onclick: change(() => this.file.drop()) }, "One less");
+      show();
+      return h("div", { class: "st-row" }, more, less);
+    }
+
+    /** Start; what is wrong with the form is said. */
+    attempt(work) {
+      try {
+        return work();
+      } catch (error) {
+        this.said.textContent = error.message;
+        return null;
+      }
+    }
+  };
 
   class Convert extends Tool {
     constructor(page) {
@@ -124,7 +151,7 @@
   }
 
   /** A list of files, each with its weight. */
-  class WeightedFiles {
+  const WeightedFiles = Studio.WeightedFiles = class {
     constructor() {
       this.rows = [];
       this.element = h("div", { class: "st-weighted" });
@@ -159,7 +186,7 @@
       if (wrong >= 0) throw new Error(`Weight ${wrong + 1}: give a number, such as 0.8.`);
       return { ids: this.rows.map(({ file }) => file.value), weights };
     }
-  }
+  };
 
   class Merge extends Tool {
     constructor(page) {
@@ -167,28 +194,17 @@
       this.file = new WeightedFiles();
       this.file.add();
       this.file.add();
-      this.more = h("button", { type: "button", class: "st-button", onclick: () => { this.file.add(); this.showCount(); } }, "One more file");
-      this.less = h("button", { type: "button", class: "st-button st-quiet", onclick: () => { this.file.drop(); this.showCount(); } }, "One less");
       this.rank = Studio.input("", { inputmode: "numeric", placeholder: "exact" });
       this.name.value = "merged";
-      this.fields.append(this.file.element, h("div", { class: "st-row" }, this.more, this.less), h("div", { class: "st-form" }, Studio.field("Rank", this.rank, "Empty: exactly, at the sum of the ranks.")), this.written());
-      this.showCount();
-    }
-
-    showCount() {
-      this.more.disabled = this.file.rows.length >= MOST;
-      this.less.hidden = this.file.rows.length <= 2;
+      this.fields.append(this.file.element, this.fileButtons(2), h("div", { class: "st-form" }, Studio.field("Rank", this.rank, "Empty: exactly, at the sum of the ranks.")), this.written());
     }
 
     start() {
-      try {
+      return this.attempt(() => {
         const rank = this.rank.value.trim() ? Number(this.rank.value) : null;
         if (rank !== null && !(Number.isInteger(rank) && rank >= 1 && rank <= 4096)) throw new Error("Rank: give a whole number from 1 on, or leave it empty.");
         return this.run("start_merge", { ...this.file.request(), rank, ...this.writing() });
-      } catch (error) {
-        this.said.textContent = error.message;
-        return null;
-      }
+      });
     }
   }
 
@@ -201,13 +217,6 @@
       this.fields.append(this.file.element);
     }
 
-    start() {
-      try {
-        return this.run("start_comparison", this.file.request());
-      } catch (error) {
-        this.said.textContent = error.message;
-        return null;
-      }
-    }
+    start() { return this.attempt(() => this.run("start_comparison", this.file.request())); }
   }
 })();

@@ -12,6 +12,7 @@ from app.components import Answer, Exports, Request, server_function
 from app.exporting import Exporting
 from app.paths import Places
 from app.tabs import export_try
+from app.tabs.dataset import uploaded
 from app.trying import Trying
 from trainer.errors import UserError
 from trainer.export import formats
@@ -30,6 +31,11 @@ class Nothing(Request):
 
 class OfFile(Request):
     id: Id
+
+
+class AddLora(Request):
+    name: Word
+    path: Annotated[str, Field(max_length=4000)]  # as the upload answered
 
 
 class ReadTask(Request):
@@ -101,6 +107,7 @@ def functions(exporting: Exporting, bases: Bases) -> list:
         server_function("list_files", Nothing, lambda asked: exporting.sources()),
         server_function("look_at", OfFile, lambda asked: exporting.look(asked.id)),
         server_function("start_export", StartExport, lambda asked: start_export(exporting, asked)),
+        server_function("add_lora", AddLora, lambda asked: {"id": exporting.add(asked.name, uploaded(asked.path))}),
         server_function("list_bases", Nothing, lambda asked: bases.listing()),
         server_function("start_check", StartCheck, lambda asked: start_check(exporting, bases, asked)),
         server_function("start_resize", StartResize, lambda asked: start_resize(exporting, asked)),

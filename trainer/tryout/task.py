@@ -85,18 +85,22 @@ class Task(WorkFolder):
         write_atomic(self.control / f"draw-{number:06d}.json", draw.model_dump_json().encode())
         return number
 
-    def take_draw(self) -> tuple[int, dict[str, Any]] | None:
-        """The newest request and its number, if one waits; older ones are taken away."""
+    def newest_draw(self) -> tuple[int, dict[str, Any]] | None:
+        """The newest request and its number, if one waits; it waits until `drop_draws`."""
         numbers = self._numbers()
         if not numbers:
             return None
         try:
             content = json.loads((self.control / f"draw-{numbers[-1]:06d}.json").read_bytes())
         except (OSError, ValueError):
-            content = None
-        for number in numbers:
-            (self.control / f"draw-{number:06d}.json").unlink(missing_ok=True)
-        return (numbers[-1], content) if isinstance(content, dict) else None
+            content = {}
+        return numbers[-1], content if isinstance(content, dict) else {}
+
+    def drop_draws(self, up_to: int) -> None:
+        """Take away this request and those before it: it is being drawn, and they are passed over."""
+        for number in self._numbers():
+            if number <= up_to:
+                (self.control / f"draw-{number:06d}.json").unlink(missing_ok=True)
 
     def newer_waits(self) -> bool:
         """Whether another picture is asked for by now."""
@@ -113,7 +117,7 @@ class Task(WorkFolder):
             text = next((str(event["error"]) for event in reversed(events) if event.get("error")), "")
             word = "failed" if text else "starting" if waits and not events else "ended"
             return State(word, text or ("starting" if word == "starting" else "the model was put away; ask again"))
-        if not waits and not own:
+        if not waits and any(event.get("request", 0) > request for event in events):
             return State("ended", "a newer request took its place")
         if last.get("kind") == "waiting":
             return State("waiting", "a run is using the GPU; this waits for its end")

@@ -51,7 +51,7 @@ class Desk:
             while True:
                 self.requests.guard()
                 idle = time.monotonic() - last
-                if (taken := self.task.take_draw()) is not None:
+                if (taken := self.task.newest_draw()) is not None:
                     self._answer(*taken)
                     last = time.monotonic()
                 elif idle > self.settings.idle_minutes * 60:
@@ -64,6 +64,8 @@ class Desk:
     def _answer(self, number: int, values: Mapping[str, Any]) -> None:
         """Draw one request; whatever goes wrong is told of it, and the next may do better."""
         self._number, self._told = number, ("", 0.0)
+        self.events.write("phase", request=number, name="starting")  # before its file goes, so that it is never missed
+        self.task.drop_draws(number)
         begun = time.monotonic()
         try:
             draw = parse(Draw, values)
