@@ -16,13 +16,14 @@ from trainer.errors import UserError
 
 ASSETS = Path(__file__).parent / "assets"
 SCRIPTS = ("core.js", "series.js", "chart.js", "panels.js", "samples.js", "run_controls.js", "run_view.js",
-           "run_queue.js", "run_list.js", "preset_form.js", "preset_editor.js",
+           "run_queue.js", "run_list.js", "preset_text.js", "preset_form.js",
+           "preset_files.js", "preset_check.js", "preset_bases.js", "preset_editor.js",
            "dataset_dialogs.js", "dataset_store.js",
            "dataset_card.js", "dataset_chips.js", "dataset_grid.js", "dataset_mask.js", "dataset_viewer.js",
            "dataset_training.js", "dataset_bulk.js", "dataset_overview.js", "dataset_health.js",
            "dataset_captioning.js", "dataset_upload.js", "dataset_page.js",
            "export_result.js", "export_tools.js", "export_models.js", "export_try.js", "export_page.js")
-STYLES = ("style.css", "dataset.css", "export.css")
+STYLES = ("style.css", "preset.css", "dataset.css", "export.css")
 Answer = dict[str, Any]
 
 

@@ -34,7 +34,8 @@ LABELS = {
     "log.tensorboard": "TensorBoard",
     "output.dtype": "Precision of the file", "log.every": "Log every … steps",
     "evaluate.every": "Validate every … steps",
-    "log.rank_every": "Effective rank every … steps",
+    "log.rank_every": "Effective rank every … steps", "adapter.init": "Start of the factors",
+    "adapter.start_from": "Start from a LoRA file", "adapter.scale_dim": "d of gradient scaling",
 }
 SECTIONS = {"model": "Base model", "data": "Images and captions", "adapter": "Adapter", "train": "Training",
             "memory": "Memory", "sample": "Samples", "evaluate": "Validation", "output": "Files", "log": "Log"}
@@ -132,7 +133,8 @@ def _describe(section: str, key: str, field: FieldInfo) -> dict[str, Any]:
         described["choices"] = list(_choices(field))
     if (section, key) in RATES:
         (other, setting), rates = RATES[section, key]
-        described |= {"by": [other, setting], "rates": rates}
+        first = schema.fields(other)[setting].default
+        described |= {"by": [other, setting], "by_default": first, "rates": rates}
     if follows := _extra(field).get("follows"):
         described["follows"] = follows
     return described

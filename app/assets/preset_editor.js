@@ -4,7 +4,6 @@
   const Studio = globalThis.Studio;
   const { h } = Studio;
   const PAUSE = 250; // milliseconds without a key before a text is checked
-  const DRAFT = "studio.draft";
 
   Studio.presetEditor = (element, server, { form }) => {
     const editor = new PresetEditor(server, form);
@@ -12,40 +11,65 @@
     editor.begin();
   };
 
+  const button = (text, kind, onclick, more = {}) => h("button", { type: "button", class: `st-button ${kind}`, onclick, ...more }, text);
+
   class PresetEditor {
     constructor(server, form) {
       this.server = server;
-      Object.assign(this, { shelf: "shipped", name: "", saved: "", asked: 0, timer: 0 });
-      this.form = new Studio.PresetForm(form, (change) => this.check(change), async () => (await Studio.ask(this.server, "list_sets")).sets);
+      Object.assign(this, { shelf: "shipped", name: "", saved: "", tag: "", reference: "", own: [], asked: 0, timer: 0 });
+      this.form = new Studio.PresetSettings(form, (change) => this.check(change), {
+        folders: async () => (await Studio.ask(this.server, "list_sets")).sets,
+        chooseBase: () => this.bases.open(this.values?.model?.family),
+        back: (where) => this.takeBack(where),
+      });
       this.text = new Studio.TextEditor(() => { this.draft(); clearTimeout(this.timer); this.timer = setTimeout(() => this.check(), PAUSE); });
-      this.choice = h("select", { id: "studio-preset", onchange: () => this.open(...this.choice.value.split("/")) });
+      this.checks = new Studio.PresetCheck(server);
+      this.bases = new Studio.BaseDialog(server, (id) => this.useBase(id));
+      this.saveAs = new Studio.SaveDialog((name, replace) => this.save(name, { replace }));
+      this.build();
+    }
+
+    build() {
+      const work = (text, kind, what) => button(text, kind, () => this.attempt(what));
+      this.choice = h("select", { id: "studio-preset", onchange: () => this.open(...splitId(this.choice.value)) });
+      this.saveButton = work("Save", "st-primary", () => this.save(this.name, { tag: this.tag }));
+      this.resetButton = work("Reset", "", () => this.reset());
+      this.deleteButton = work("Delete", "st-danger", () => this.delete());
       this.runName = h("input", { id: "studio-run", autocomplete: "off", spellcheck: "false", maxlength: "100" });
-      const button = (text, kind, work) => h("button", { type: "button", class: `st-button ${kind}`, onclick: () => this.attempt(work) }, text);
-      this.saveButton = button("Save", "", () => this.save(this.name, true));
-      this.saveAs = new SaveDialog((name, replace) => this.save(name, replace));
-      this.startButton = button("Start training", "st-primary", () => this.start());
+      this.card = h("select", { id: "studio-card" });
+      this.cardField = h("div", { class: "st-field", hidden: true }, h("label", { for: "studio-card" }, "GPU"), this.card);
+      this.startButton = work("Start training", "st-primary", () => this.start(false));
+      this.queueButton = work("Add to queue", "", () => this.start(true));
       this.status = h("p", { role: "status", class: "st-asked" });
       this.faults = h("ul", { class: "st-faults", "aria-label": "What is wrong with the preset" });
-      this.element = h("div", { class: "st-editor" },
-        h("section", { class: "st-card st-top", "aria-label": "Preset and run" },
-          h("div", { class: "st-row st-bottom" },
+      this.differences = h("div", { class: "st-differences" });
+      this.element = h("div", { class: "st-editor", onkeydown: (event) => this.shortcut(event) },
+        h("div", { class: "st-columns st-tops" },
+          h("section", { class: "st-card st-top", "aria-label": "Which preset" },
             h("div", { class: "st-field" }, h("label", { for: "studio-preset" }, "Preset"), this.choice),
-            this.saveButton, h("button", { type: "button", class: "st-button", onclick: () => this.saveAs.open(this.name) }, "Save as…"),
-            h("span", { class: "st-space" }),
-            h("div", { class: "st-field" }, h("label", { for: "studio-run" }, "Name of the run"), this.runName), this.startButton),
-          this.status, this.faults),
+            h("div", { class: "st-row st-actions" }, this.saveButton, button("Save as…", "", () => this.saveAs.open(this.name)),
+              work("Duplicate", "", () => this.duplicate()), this.resetButton, this.deleteButton),
+            this.status, this.faults, this.differences),
+          h("section", { class: "st-card st-before", "aria-label": "Start a run" },
+            h("div", { class: "st-row st-bottom" },
+              h("div", { class: "st-field" }, h("label", { for: "studio-run" }, "Name of the run"), this.runName), this.cardField, this.startButton, this.queueButton),
+            this.checks.element)),
         h("div", { class: "st-columns" },
-          h("section", { class: "st-card", "aria-label": "Main settings" }, h("header", {}, h("h3", {}, "Main settings")), this.form.element),
-          h("section", { class: "st-card", "aria-label": "Preset as text" }, h("header", {}, h("h3", {}, "All settings, as text")), this.text.element)),
-        this.saveAs.element);
+          h("section", { class: "st-card", "aria-label": "Settings" }, h("header", {}, h("h3", {}, "Settings")), this.form.element),
+          h("section", { class: "st-card st-as-text", "aria-label": "Preset as text" }, h("header", {}, h("h3", {}, "The same, as text")), this.text.element)),
+        this.saveAs.element, this.bases.element);
     }
+
+    get id() { return `${this.shelf}/${this.name}`; }
 
     /** The unsaved text of the last visit, else the first preset. */
     async begin() {
       await this.attempt(async () => {
+        this.listCards();
         const shelves = await this.list();
-        const draft = JSON.parse(sessionStorage.getItem(DRAFT) ?? "null");
-        if (draft) { await this.restore(draft); return; }
+        const draft = Studio.drafts.newest();
+        if (draft && (shelves[draft.shelf] ?? []).includes(draft.name)) { await this.open(draft.shelf, draft.name); return; }
+        if (draft) { await this.restore(draft); return; } // its file is gone
         const shelf = shelves.own.length && !shelves.shipped.length ? "own" : "shipped";
         const name = shelves[shelf].includes("demo") ? "demo" : shelves[shelf][0];
         if (name) await this.open(shelf, name);
@@ -58,39 +82,53 @@
       const group = (shelf, label) => (shelves[shelf].length
         ? h("optgroup", { label }, shelves[shelf].map((name) => h("option", { value: `${shelf}/${name}` }, name))) : null);
       this.choice.replaceChildren(...[group("shipped", "Shipped"), group("own", "Yours")].filter(Boolean));
+      Object.assign(this, { own: shelves.own, shipped: shelves.shipped });
       return shelves;
     }
 
-    open(shelf, name) {
+    async listCards() {
+      const { cards } = await Studio.ask(this.server, "list_cards").catch(() => ({ cards: [] })); // a start still works
+      this.cardField.hidden = cards.length < 2;
+      this.card.replaceChildren(h("option", { value: "" }, "As the preset says"),
+        ...cards.map(({ index, name, gib }) => h("option", { value: index }, `${index}: ${name}${gib ? `, ${gib} GiB` : ""}`)));
+    }
+
+    /** Open a preset, with what was unsaved of it unless `asSaved`. */
+    open(shelf, name, asSaved = false) {
       return this.attempt(async () => {
         const answer = await Studio.ask(this.server, "open_preset", { shelf, name });
-        const aside = this.isChanged() ? { shelf: this.shelf, name: this.name, saved: this.saved, text: this.text.value } : null;
-        sessionStorage.removeItem(DRAFT);
-        this.take({ shelf, name, saved: answer.text, text: answer.text });
+        const left = this.isChanged() && this.text.value ? { id: this.id, name: this.name } : null;
+        const draft = Studio.drafts.get(`${shelf}/${name}`);
+        const isBack = draft && draft.text !== answer.text;
+        this.reference = "";
+        this.take({ shelf, name, saved: answer.text, tag: answer.tag, text: answer.text });
         this.runName.value = answer.run;
         this.show(answer);
-        if (aside) this.offer(aside);
+        if (isBack && !asSaved) await this.restore(draft, answer);
+        else if (left && left.id !== this.id) this.say(`Your unsaved changes to ${left.name || "the preset"} were set aside. `, ["Bring them back", () => this.open(...splitId(left.id))]);
       });
     }
 
-    async restore(draft) {
-      this.take(draft);
-      this.runName.value ||= draft.run ?? draft.name;
+    /** Unsaved work comes back over what the file says now. */
+    async restore(draft, file = null) {
+      this.take({ ...draft, saved: file ? file.text : draft.saved });
+      this.runName.value = draft.run || this.runName.value || draft.name;
       this.draft();
       await this.check();
-      this.status.textContent = `Your unsaved changes to ${draft.name || "the preset"} are here again.`;
+      const isOther = file && draft.saved !== file.text;
+      this.say(`Your unsaved changes to ${draft.name || "the preset"} are here again.${isOther ? " The file was changed meanwhile." : file ? "" : " Its file is gone."} `,
+        ...(file ? [["Drop them", () => this.reset()]] : []));
     }
 
-    /** Another preset was opened over unsaved changes: they can be had back. */
-    offer(aside) {
-      const back = h("button", { type: "button", class: "st-button st-quiet", onclick: () => this.attempt(() => this.restore(aside)) }, "Bring them back");
-      this.status.replaceChildren(`Your unsaved changes to ${aside.name || "the preset"} were set aside. `, back);
+    /** A sentence, with things that can be done about it. */
+    say(text, ...ways) {
+      this.status.replaceChildren(text, ...ways.map(([label, way]) => button(label, "st-quiet", () => this.attempt(way))));
     }
 
-    take({ shelf, name, saved, text }) {
-      Object.assign(this, { shelf, name, saved });
+    take({ shelf, name, saved, tag, text }) {
+      Object.assign(this, { shelf, name, saved, tag: tag ?? "" });
       this.text.value = text;
-      this.choice.value = `${shelf}/${name}`;
+      this.choice.value = this.id;
       this.status.textContent = "";
       this.showChanged();
     }
@@ -99,19 +137,20 @@
 
     showChanged() {
       const isChanged = this.isChanged();
-      this.saveButton.hidden = this.shelf !== "own";
-      this.saveButton.disabled = !isChanged;
+      const kept = Studio.drafts.all();
+      this.saveButton.hidden = this.deleteButton.hidden = this.shelf !== "own";
+      this.saveButton.disabled = this.resetButton.disabled = !isChanged;
       for (const option of this.choice.options) {
-        const isThis = option.value === `${this.shelf}/${this.name}`;
-        option.textContent = option.value.split("/")[1] + (isThis && isChanged ? " (changed)" : "");
+        const isThis = option.value === this.id;
+        option.textContent = splitId(option.value)[1] + ((isThis ? isChanged : option.value in kept) ? " (changed)" : "");
       }
     }
 
     draft() {
+      const { shelf, name, saved, tag } = this;
+      if (!this.isChanged()) Studio.drafts.drop(this.id);
+      else Studio.drafts.put(this.id, { shelf, name, saved, tag, text: this.text.value, run: this.runName.value });
       this.showChanged();
-      const { shelf, name, saved } = this;
-      if (!this.isChanged()) sessionStorage.removeItem(DRAFT);
-      else sessionStorage.setItem(DRAFT, JSON.stringify({ shelf, name, saved, text: this.text.value, run: this.runName.value }));
     }
 
     /** Ask the server what is wrong; a change by the form comes back as text. */
@@ -119,7 +158,8 @@
       clearTimeout(this.timer);
       const turn = (this.asked += 1);
       const before = this.text.value;
-      const request = { text: before, name: this.name };
+      const { name, shelf, reference } = this;
+      const request = { text: before, name, shelf, reference };
       try {
         const answer = await Studio.ask(this.server, "check_preset", change ? { ...request, change } : request);
         // An answer about a text that is not there any more is of no use
@@ -127,36 +167,132 @@
         if (answer.text !== undefined) { this.text.value = answer.text; this.draft(); }
         if (turn === this.asked || change) this.show(answer);
       } catch (error) {
-        this.status.textContent = error.message;
+        this.say(error.message);
         this.form.refresh();
       }
     }
 
-    show({ values, problems }) {
-      this.form.show(values, problems);
+    show({ values, problems, reference, differences }) {
+      Object.assign(this, { values, reference: reference || this.reference });
+      this.form.show(values, problems, differences);
       this.text.mark(problems.map((problem) => problem.line).filter(Boolean));
-      this.faults.replaceChildren(...problems.map(({ text, line }) => h("li", {},
-        line ? h("button", { type: "button", class: "st-link", onclick: () => this.text.goTo(line) }, text) : text)));
-      this.startButton.disabled = problems.length > 0;
-      this.startButton.title = problems.length ? "The preset has faults; they are listed below" : "";
+      this.faults.replaceChildren(...problems.map((problem) => this.problem(problem)));
+      this.showDifferences(values, differences);
+      for (const start of [this.startButton, this.queueButton]) {
+        start.disabled = problems.length > 0;
+        start.title = problems.length ? "The preset has faults; they are listed beside the preset's name" : "";
+      }
+      this.checks.update(problems.length ? null : { text: this.text.value, name: this.name, shelf: this.shelf });
     }
 
-    async save(name, replace) {
-      const answer = await Studio.ask(this.server, "save_preset", { text: this.text.value, name, shelf: this.shelf, replace });
+    problem({ text, line, where }) {
+      const toField = where && this.form.has(where);
+      const words = line ? h("button", { type: "button", class: "st-link", onclick: () => this.text.goTo(line) }, text) : text;
+      return h("li", {}, words, toField ? [" ", h("button", { type: "button", class: "st-link st-to-field", onclick: () => this.form.goTo(where), "aria-label": `Show the field ${this.form.labelOf(where)}` }, "Show the field")] : null);
+    }
+
+    showDifferences(values, differences) {
+      if (values === null) return; // as they were, until the text can be read again
+      const isOpen = this.differences.querySelector("details")?.open ?? false;
+      const compared = h("select", { id: "studio-reference", onchange: () => { this.reference = compared.value; this.check(); } }, (this.shipped ?? []).map((name) => h("option", { value: name }, name)));
+      compared.value = this.reference;
+      const rows = differences.map(({ where, now, shipped }) => h("tr", {},
+        h("th", { scope: "row" }, h("button", { type: "button", class: "st-link", onclick: () => this.form.goTo(where) }, this.form.labelOf(where)), h("span", { class: "st-small" }, ` ${where}`)),
+        h("td", {}, shipped), h("td", {}, now),
+        h("td", {}, h("button", { type: "button", class: "st-link", onclick: () => this.takeBack(where), "aria-label": `${this.form.labelOf(where)}: back to the shipped value` }, "Back"))));
+      const count = differences.length;
+      const summary = count ? `${count} ${count === 1 ? "difference" : "differences"} from the shipped preset ${this.reference}` : `No difference from the shipped preset ${this.reference}`;
+      const details = h("details", {}, h("summary", {}, summary),
+        h("div", { class: "st-row" }, h("label", { for: "studio-reference" }, "Compare with"), compared),
+        count ? h("div", { class: "st-scroll", tabindex: "0", role: "group", "aria-label": "Differences" }, h("table", {}, h("thead", {}, h("tr", {}, ["Setting", "Shipped", "Now", ""].map((text) => h(text ? "th" : "td", text ? { scope: "col" } : {}, text)))), h("tbody", {}, rows))) : null);
+      details.open = isOpen;
+      this.differences.replaceChildren(...(this.reference ? [details] : []));
+    }
+
+    /** One setting as in the shipped preset. */
+    takeBack(where) {
+      const [section, key] = where.split(".");
+      return this.check({ section, key, value: null });
+    }
+
+    async useBase(id) {
+      const answer = await Studio.ask(this.server, "use_base", { text: this.text.value, base: id });
+      this.text.value = answer.text;
+      this.draft();
+      await this.check();
+      this.say(answer.said);
+    }
+
+    // Files
+
+    async save(name, { tag = "", replace = false } = {}) {
+      const answer = await Studio.ask(this.server, "save_preset", { text: this.text.value, name, shelf: this.shelf, tag, replace });
       if (answer.exists) return false;
-      sessionStorage.removeItem(DRAFT);
+      if (answer.changed) { this.sayChanged(answer.changed); return false; }
+      Studio.drafts.drop(this.id);
+      Studio.drafts.drop(`own/${name}`);
       await this.list();
-      this.take({ shelf: "own", name, saved: answer.text, text: answer.text });
+      if (this.shelf !== "own" || this.name !== name) this.reference = this.shelf === "shipped" ? this.name : this.reference;
+      this.take({ shelf: "own", name, saved: answer.text, tag: answer.tag, text: answer.text });
       this.show(answer);
-      this.status.textContent = `Saved as ${name}.`;
+      this.say(`Saved as ${name}.`);
       return true;
     }
 
-    async start() {
+    sayChanged(text) {
+      const mine = { id: this.id };
+      this.say(`${text}. Yours is not saved. `, ["Overwrite it", () => this.save(this.name, { replace: true })], ["Save as…", () => this.saveAs.open(Studio.nextName(this.name, this.own))],
+        ["Show theirs", async () => {
+          await this.open(...splitId(mine.id), true);
+          this.say("This is what is saved. Your changes are kept. ", ["Bring mine back", () => this.open(...splitId(mine.id))]);
+        }]);
+    }
+
+    async duplicate() {
+      const name = Studio.nextName(this.name, this.own);
+      const from = this.name;
+      if (await this.save(name)) this.say(`${name} is a copy of ${from}.`);
+    }
+
+    /** Back to the file; what was typed can be had again. */
+    async reset() {
+      const typed = this.text.value;
+      this.text.value = this.saved;
+      this.draft();
+      await this.check();
+      this.say("The text is as it was saved. ", ["Undo", async () => { this.text.value = typed; this.draft(); await this.check(); this.say("Your changes are back."); }]);
+    }
+
+    async delete() {
+      const { name } = this;
+      const { thrown } = await Studio.ask(this.server, "delete_preset", { name });
+      const shelves = await this.list();
+      this.saved = this.text.value; // it is in the trash, not unsaved
+      const next = shelves.own[0] ? ["own", shelves.own[0]] : ["shipped", shelves.shipped.includes(this.reference) ? this.reference : shelves.shipped[0]];
+      await this.open(...next);
+      this.say(`${name} is in the trash. `, ["Undo", async () => {
+        const back = await Studio.ask(this.server, "restore_preset", { thrown });
+        await this.list();
+        await this.open("own", back.name);
+      }]);
+    }
+
+    shortcut(event) {
+      if (event.key !== "s" || !(event.ctrlKey || event.metaKey) || event.altKey) return;
+      event.preventDefault();
+      if (this.shelf !== "own") this.saveAs.open(this.name);
+      else if (this.isChanged()) this.attempt(() => this.save(this.name, { tag: this.tag }));
+    }
+
+    // Runs
+
+    async start(queued) {
       const { shelf, name } = this;
-      const { run, waits } = await Studio.ask(this.server, "start_run", { text: this.text.value, name, shelf, run: this.runName.value.trim() });
-      this.status.textContent = waits ? `${run} waits in the queue, since another run is on.` : "";
-      this.runName.value = nextName(run);
+      const request = { text: this.text.value, name, shelf, run: this.runName.value.trim(), queued };
+      if (!this.cardField.hidden && this.card.value !== "") request.card = Number(this.card.value);
+      const { run, waits } = await Studio.ask(this.server, "start_run", request);
+      this.say(waits ? `${run} waits in the queue${queued ? "" : ", since another run is on"}.` : "");
+      this.runName.value = Studio.nextName(run);
       document.dispatchEvent(new CustomEvent("studio:started", { detail: run }));
     }
 
@@ -165,46 +301,15 @@
       try {
         await work();
       } catch (error) {
-        this.status.textContent = error.message;
+        this.say(error.message);
       }
       this.startButton.ariaBusy = "false";
     }
   }
 
-  /** The name for the run after this one: demo, demo-2, demo-3. */
-  function nextName(name) {
-    const [, stem, number] = name.match(/^(.*?)(?:-(\d+))?$/);
-    return `${stem}-${Number(number ?? 1) + 1}`;
-  }
-
-  class SaveDialog {
-    constructor(save) {
-      this.name = h("input", { id: "studio-save-name", autocomplete: "off", maxlength: "80" });
-      this.said = h("p", { class: "st-warn", role: "alert" });
-      this.button = h("button", { type: "submit", class: "st-button st-primary" }, "Save");
-      this.element = h("dialog", { class: "st-ask", "aria-label": "Save preset as" }, h("form", { onsubmit: async (event) => {
-        event.preventDefault();
-        try {
-          if (await save(this.name.value.trim(), this.isWarned === this.name.value)) this.element.close();
-          else {
-            this.isWarned = this.name.value;
-            this.said.textContent = "You have a preset of that name. Save again to replace it.";
-            this.button.textContent = "Replace it";
-          }
-        } catch (error) {
-          this.said.textContent = error.message;
-        }
-      } }, h("label", { for: "studio-save-name" }, "Name"), this.name, this.said, h("div", { class: "st-row" }, this.button,
-        h("button", { type: "button", class: "st-button", onclick: () => this.element.close() }, "Cancel"))));
-    }
-
-    open(name) {
-      this.isWarned = null;
-      this.said.textContent = "";
-      this.button.textContent = "Save";
-      this.name.value = name;
-      this.element.showModal();
-      this.name.select();
-    }
+  /** "own/my preset": shelf and name. */
+  function splitId(id) {
+    const place = id.indexOf("/");
+    return [id.slice(0, place), id.slice(place + 1)];
   }
 })();

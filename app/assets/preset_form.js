@@ -1,44 +1,142 @@
-// The two halves of the preset editor: fields made from the schema, and the text with its line numbers.
+// Fields made from the schema: a few first, the others folded away by section, each with its fault and its difference.
 "use strict";
 (() => {
   const Studio = globalThis.Studio;
   const { h } = Studio;
+  const PAUSE = 300; // milliseconds without a key before what was typed is told
 
-  /** Fields as the server describes them; `change` is called with {section, key, value} as typed, `folders` lists data sets. */
+  /** Fields as the server describes them; `change` is called with {section, key, value} as typed. Of `hooks`, `folders`
+   * lists data sets, `chooseBase` opens the list of base models, `back` takes a setting back to the shipped value. */
   Studio.PresetForm = class {
-    constructor(form, change, folders = null) {
-      this.fields = form.map((field) => new Field(field, change, folders));
+    constructor(form, change, hooks = {}) {
+      this.fields = form.map((field) => new Field(field, change, hooks));
       this.broken = h("p", { class: "st-warn", hidden: true }, "The text is not valid TOML at the moment, so the fields cannot follow it.");
       this.element = h("div", { class: "st-form" }, this.broken, this.fields.map((field) => field.element));
     }
 
-    show(values, problems) {
+    show(values, problems, differences = []) {
       this.broken.hidden = values !== null;
-      this.shown = { values, problems };
-      for (const field of this.fields) field.show(values, problems);
+      this.shown = { values, problems, differences };
+      for (const field of this.fields) field.show(values, problems, differences);
     }
 
     /** Back to what the text says, after a change that was refused. */
     refresh() {
-      if (this.shown) this.show(this.shown.values, this.shown.problems);
+      if (this.shown) this.show(this.shown.values, this.shown.problems, this.shown.differences);
+    }
+  };
+
+  /** All settings: the main ones, then the others in a group for each section, with a search. */
+  Studio.PresetSettings = class {
+    constructor(form, change, hooks) {
+      this.main = new Studio.PresetForm(form.filter((field) => field.main), change, hooks);
+      const others = form.filter((field) => !field.main);
+      this.groups = [...new Set(others.map((field) => field.group))].map((name) => {
+        const part = new Studio.PresetForm(others.filter((field) => field.group === name), change, hooks);
+        part.broken.remove();
+        const count = h("span", { class: "st-small" });
+        const element = h("details", { class: "st-group" }, h("summary", {}, h("span", {}, name), count), part.element);
+        return { name, part, count, element };
+      });
+      this.search = h("input", { type: "search", id: "studio-find-setting", placeholder: "Find a setting", "aria-label": "Find a setting", autocomplete: "off", oninput: () => this.find() });
+      this.none = h("p", { class: "st-small", role: "status" });
+      this.element = h("div", { class: "st-settings" }, this.main.element,
+        h("section", { class: "st-advanced", "aria-label": "Advanced settings" },
+          h("header", { class: "st-row" }, h("h3", {}, "Advanced"), h("span", { class: "st-space" }), this.search), this.none,
+          this.groups.map(({ element }) => element)));
+    }
+
+    get forms() { return [this.main, ...this.groups.map(({ part }) => part)]; }
+
+    show(values, problems, differences) {
+      for (const form of this.forms) form.show(values, problems, differences);
+      for (const { part, count } of this.groups) {
+        const given = part.fields.filter((field) => field.isGiven(values)).length;
+        const faulty = part.fields.filter((field) => field.fault.textContent).length;
+        count.textContent = [given ? `${given} set` : "", faulty ? `${faulty} with a fault` : ""].filter(Boolean).join(", ");
+        count.classList.toggle("st-fault", faulty > 0);
+      }
+    }
+
+    refresh() { for (const form of this.forms) form.refresh(); }
+
+    find() {
+      const words = this.search.value.toLowerCase().split(/\s+/).filter(Boolean);
+      let found = 0;
+      for (const { name, part, element } of this.groups) {
+        let here = 0;
+        for (const field of part.fields) {
+          const about = `${field.section}.${field.key} ${field.label} ${field.help} ${name}`.toLowerCase();
+          const fits = words.every((word) => about.includes(word));
+          field.element.hidden = !fits;
+          here += fits ? 1 : 0;
+        }
+        element.hidden = !here;
+        element.open = words.length > 0 && here > 0;
+        found += here;
+      }
+      this.none.textContent = words.length && !found ? "No advanced setting is called so." : "";
+    }
+
+    has(where) { return this.forms.some((form) => form.fields.some((field) => field.where === where)); }
+
+    labelOf(where) {
+      for (const form of this.forms) for (const field of form.fields) if (field.where === where) return field.label;
+      return where;
+    }
+
+    /** Show a field and put the cursor in it. */
+    goTo(where) {
+      if (this.search.value) { this.search.value = ""; this.find(); }
+      for (const { part, element } of this.groups) if (part.fields.some((field) => field.where === where)) element.open = true;
+      for (const form of this.forms) {
+        const field = form.fields.find((one) => one.where === where);
+        if (!field) continue;
+        field.element.scrollIntoView({ block: "center" });
+        (field.input.matches?.("fieldset") ? field.input.querySelector("input") : field.input).focus({ preventScroll: true });
+      }
     }
   };
 
   class Field {
-    constructor(field, change, folders) {
+    constructor(field, change, hooks) {
       Object.assign(this, field);
+      this.where = `${this.section}.${this.key}`;
       const id = `studio-${this.section}-${this.key}`;
-      const described = `${id}-help ${id}-fault`;
-      const tell = () => change({ section: this.section, key: this.key, value: this.kind === "bool" ? this.input.checked : this.input.value });
-      const attributes = { id, "aria-describedby": described, onchange: tell, autocomplete: "off", spellcheck: "false" };
-      if (this.follows) this.input = h("output", { id, class: "st-derived" });
-      else if (this.kind === "choice") this.input = h("select", attributes, this.choices.map((choice) => h("option", { value: choice }, choice)));
-      else if (this.kind === "bool") this.input = h("input", { ...attributes, type: "checkbox" });
-      else if (this.kind === "lines") this.input = h("textarea", { ...attributes, rows: "3" });
-      else this.input = h("input", { ...attributes, inputmode: { int: "numeric", float: "decimal" }[this.kind] ?? "text", placeholder: this.default ?? "" });
+      let timer = 0;
+      const tell = () => { clearTimeout(timer); change({ section: this.section, key: this.key, value: this.read() }); };
+      const wait = () => { clearTimeout(timer); timer = setTimeout(tell, PAUSE); };
+      this.input = this.draw(id, { id, "aria-describedby": `${id}-help ${id}-fault`, autocomplete: "off", spellcheck: "false" }, tell, wait);
       this.fault = h("p", { id: `${id}-fault`, class: "st-fault" });
-      this.element = h("div", { class: `st-field st-kind-${this.kind}` }, h("label", { for: id }, this.label, this.required ? h("span", { class: "st-small" }, " (needed)") : ""),
-        this.input, this.picks ? this.picker(folders, tell) : null, h("p", { id: `${id}-help`, class: "st-small" }, [this.help, this.limits()].filter(Boolean).join(" ")), this.fault);
+      this.rest = h("p", { class: "st-small" });
+      this.differs = h("p", { class: "st-differs" });
+      this.back = () => hooks.back(this.where);
+      const label = [this.label, this.required ? h("span", { class: "st-small" }, " (needed)") : ""];
+      const helper = hooks.chooseBase && this.where === "model.base"
+        ? h("button", { type: "button", class: "st-button", onclick: hooks.chooseBase }, "Choose one on this computer…")
+        : this.picks ? this.picker(hooks.folders, tell) : null;
+      const own = this.kind === "several";
+      this.element = h("div", { class: `st-field st-kind-${this.kind}` }, own ? null : h("label", { for: id }, label),
+        this.input, helper, h("p", { id: `${id}-help`, class: "st-small" }, [this.help, this.limits()].filter(Boolean).join(" ")), this.rest, this.fault, this.differs);
+    }
+
+    draw(id, attributes, tell, wait) {
+      if (this.follows) return h("output", { id, class: "st-derived" });
+      if (this.kind === "choice") return h("select", { ...attributes, onchange: tell }, this.choices.map((choice) => h("option", { value: choice }, choice)));
+      if (this.kind === "bool") return h("input", { ...attributes, type: "checkbox", onchange: tell });
+      if (this.kind === "several") {
+        return h("fieldset", { id, "aria-describedby": attributes["aria-describedby"] }, h("legend", {}, this.label),
+          this.choices.map((choice) => h("label", { class: "st-check" }, h("input", { type: "checkbox", value: choice, onchange: tell }), choice.replaceAll("_", " "))));
+      }
+      const typed = { ...attributes, oninput: wait, onchange: tell };
+      if (this.kind === "lines") return h("textarea", { ...typed, rows: "3" });
+      return h("input", { ...typed, inputmode: { int: "numeric", float: "decimal" }[this.kind] ?? "text", placeholder: asTyped(this.default ?? "") });
+    }
+
+    read() {
+      if (this.kind === "bool") return this.input.checked;
+      if (this.kind === "several") return [...this.input.querySelectorAll("input:checked")].map((box) => box.value).join("\n");
+      return this.input.value;
     }
 
     /** A list of the data sets, whose folders need not be typed then. */
@@ -62,68 +160,60 @@
       const { min, max, step } = this;
       if (this.follows || !Number.isFinite(min)) return "";
       const multiple = step ? `, a multiple of ${step}` : "";
-      return Number.isFinite(max) && max < 1e6 ? `${min} to ${max}${multiple}.` : `At least ${min}${multiple}.`;
+      return Number.isFinite(max) && max < 1e6 ? `${asTyped(min)} to ${asTyped(max)}${multiple}.` : `At least ${asTyped(min)}${multiple}.`;
     }
 
-    show(values, problems) {
-      const where = `${this.section}.${this.key}`;
-      const fault = problems.find((problem) => problem.where === where);
-      this.fault.textContent = fault ? fault.text.slice(fault.text.indexOf(`${where}: `) + where.length + 2) : "";
-      if (!this.follows) this.input.setAttribute("aria-invalid", fault ? "true" : "false");
-      if (values === null) { this.input.disabled = true; return; }
-      const isGiven = (section, key) => values[section] && Object.hasOwn(values[section], key);
-      const value = isGiven(this.section, this.key) ? values[this.section][this.key] : undefined;
+    isGiven(values) { return Boolean(values?.[this.section] && Object.hasOwn(values[this.section], this.key)); }
+
+    show(values, problems, differences) {
+      const fault = problems.find((problem) => problem.where === this.where);
+      this.fault.textContent = fault ? fault.text.slice(fault.text.indexOf(`${this.where}: `) + this.where.length + 2) : "";
+      if (!this.follows && this.kind !== "several") this.input.setAttribute("aria-invalid", fault ? "true" : "false");
+      this.showDifference(differences.find((difference) => difference.where === this.where));
+      this.input.disabled = values === null;
+      if (values !== null) this.showValue(values);
+    }
+
+    showDifference(difference) {
+      this.element.classList.toggle("st-changed", Boolean(difference));
+      this.differs.replaceChildren(...(difference ? [`Shipped: ${difference.shipped}. `,
+        h("button", { type: "button", class: "st-link", onclick: this.back, "aria-label": `${this.label}: back to the shipped value` }, "Back to it")] : []));
+    }
+
+    showValue(values) {
+      const value = this.isGiven(values) ? values[this.section][this.key] : undefined;
       if (this.follows) { this.input.textContent = values[this.section]?.[this.follows] ?? "as the rank"; return; }
-      const isTable = typeof value === "object" && value !== null && !Array.isArray(value);
-      this.input.disabled = isTable;
+      if (this.rates) { this.showRate(values, value); return; }
       if (this.kind === "bool") this.input.checked = value ?? this.default;
-      else if (isTable) this.input.value = `${Object.entries(value).map(([key, item]) => `${key} ${item}`).join(", ")} (in the text)`;
-      else this.input.value = asTyped(value ?? (this.kind === "choice" ? this.default : ""));
+      else if (this.kind === "several") this.tick([value ?? this.default].flat());
+      else this.put(asTyped(value ?? (this.kind === "choice" ? this.default : "")));
+    }
+
+    tick(chosen) { for (const box of this.input.querySelectorAll("input")) box.checked = chosen.includes(box.value); }
+
+    /** A setting that may be one number, or one for each method: then it is the chosen method's. */
+    showRate(values, value) {
+      const [section, key] = this.by;
+      const given = values[section]?.[key];
+      const by = Object.hasOwn(this.rates, given ?? "") ? given : this.by_default;
+      const isTable = typeof value === "object" && value !== null;
+      this.input.placeholder = asTyped(this.rates[by]);
+      this.put(asTyped((isTable ? value[by] : value) ?? ""));
+      const others = isTable ? Object.entries(value).filter(([name]) => name !== by).map(([name, rate]) => `${name} ${asTyped(rate)}`) : [];
+      this.rest.textContent = isTable ? `This is ${by}'s.${others.length ? ` Others: ${others.join(", ")}.` : ""}` : "";
+    }
+
+    /** What is being typed stays as it is. */
+    put(text) {
+      const isTyping = document.activeElement === this.input && this.kind !== "choice";
+      if (!isTyping && this.input.value !== text) this.input.value = text;
+      if (this.kind === "choice" && this.input.value !== text) this.input.selectedIndex = -1; // none of the choices: the fault says so
     }
   }
 
   function asTyped(value) {
-    return Array.isArray(value) ? value.join("\n") : String(value);
+    if (Array.isArray(value)) return value.join("\n");
+    if (typeof value !== "number" || value === 0 || Math.abs(value) >= 1e-3) return String(value);
+    return value.toExponential().replace("e+", "e");
   }
-
-  /** A text area with line numbers, on which lines with a fault are marked. */
-  Studio.TextEditor = class {
-    constructor(changed) {
-      this.numbers = h("div", { class: "st-gutter", "aria-hidden": "true" });
-      this.area = h("textarea", { class: "st-toml", "aria-label": "Preset as TOML text", spellcheck: "false", autocomplete: "off",
-        wrap: "off", rows: "28", oninput: () => { this.number(); changed(); }, onscroll: () => { this.numbers.scrollTop = this.area.scrollTop; } });
-      this.element = h("div", { class: "st-code" }, this.numbers, this.area);
-      this.marked = [];
-    }
-
-    get value() { return this.area.value; }
-
-    set value(text) {
-      if (this.area.value === text) return;
-      const { scrollTop } = this.area;
-      this.area.value = text;
-      this.area.scrollTop = scrollTop;
-      this.number();
-    }
-
-    mark(lines) {
-      this.marked = lines;
-      this.number();
-    }
-
-    number() {
-      const count = this.area.value.split("\n").length;
-      while (this.numbers.children.length > count) this.numbers.lastChild.remove();
-      while (this.numbers.children.length < count) this.numbers.append(h("span", {}, String(this.numbers.children.length + 1)));
-      [...this.numbers.children].forEach((span, index) => span.classList.toggle("st-marked", this.marked.includes(index + 1)));
-    }
-
-    /** Put the cursor at the end of a line and show it. */
-    goTo(line) {
-      const end = this.area.value.split("\n").slice(0, line).join("\n").length;
-      this.area.focus();
-      this.area.setSelectionRange(end, end);
-      this.area.scrollTop = Math.max(0, (line - 6) * 20);
-    }
-  };
 })();
