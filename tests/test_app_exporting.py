@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 import time
 
 import pytest
@@ -159,3 +160,84 @@ def test_hostile_requests_are_refused(exporting, name, asked):
     full = asked if name.startswith(("read", "start_m", "start_c")) else {"id": "run:cats/cats.safetensors", **asked}
     assert "error" in functions(exporting)[name](full)
     assert not list((exporting.places.workspace / "logs").glob("*")) if exporting.places.logs.exists() else True
+
+
+@pytest.fixture
+def models(exporting):
+    """Two base models below the root, and the run's LoRA for them; their ids by name."""
+    root = exporting.places.roots[0]
+    base = lora_bases.folder(root / "base", "sd15")
+    lora_bases.file(root / "single.safetensors", base, "sd15")
+    whole = lora_bases.fused("sd15", {exporting.path("run:cats/cats.safetensors"): 1})
+    lora_bases.folder(root / "tuned", "sd15", whole)
+    return {row["label"].partition(" ")[0]: row["id"] for row in Bases(exporting.places).listing()["bases"]}
+
+
+def test_base_models_are_found_and_only_those_are_read(exporting, models):
+    assert {"base", "single", "tuned"} <= set(models) and "klein" not in models
+    bases = Bases(exporting.places)
+    with pytest.raises(UserError, match="open the list again"):
+        bases.path("found:0000")
+    listed = {row["label"].partition(" ")[0]: row for row in bases.listing()["bases"]}
+    assert listed["single"]["family"] == "sd15" and listed["single"]["bytes"] > 1000 and listed["base"]["here"]
+    assert bases.path(models["base"]) == exporting.places.roots[0] / "base"
+    for id in ("", "run:none", "run:../w", "0:base", "found:/etc", "made:x", "demo:"):
+        with pytest.raises(UserError):
+            bases.path(id)
+
+
+def test_loras_are_put_into_a_base_and_taken_out_again(exporting, models):
+    server = functions(exporting)
+    server["list_bases"]({})
+    asked = {"ids": ["run:cats/cats.safetensors"], "weights": [1.0], "name": "baked"}
+    tasks = {kind: server["start_bake"]({**asked, "base": models[kind], "name": kind}) for kind in ("base", "single")}
+    done = {kind: follow(exporting, task["task"])["result"]["model"] for kind, task in tasks.items()}
+    assert [done[kind]["folder"] for kind in ("base", "single")] == [True, False] and done["base"]["changed"] > 0
+    assert done["single"]["file"] == "single.safetensors"
+    assert str(exporting.places.models) in exporting.places.handed_out
+    assert "already a base model called base" in server["start_bake"]({**asked, "base": models["single"],
+                                                                       "name": "base"})["error"]
+    task = server["start_extract"]({"base": models["base"], "tuned": models["tuned"], "rank": 3, "name": "back"})
+    found = follow(exporting, task["task"])["result"]
+    assert found["file"] == "back.safetensors" and found["kept"] > 0.999 and found["rank"] == 3
+    assert "choose two different" in server["start_extract"]({
+        "base": models["base"], "tuned": models["base"], "rank": 3, "name": "none"})["error"]
+
+
+def test_a_file_is_checked_against_the_base_that_is_chosen(exporting, models):
+    server = functions(exporting)
+    server["list_bases"]({})
+    asked = {"id": "run:cats/cats.safetensors"}
+    tasks = [server["start_check"](asked | base) for base in ({}, {"base": models["base"]})]
+    usual, own = (follow(exporting, task["task"])["result"]["report"]["faults"] for task in tasks)
+    assert "do not fit SD 1.5" in usual[0] and own == []
+
+
+def test_a_tool_is_cancelled_and_leaves_nothing(exporting):
+    program = ("import pathlib, sys, time; out = pathlib.Path(sys.argv[-2]);"
+               "out.with_name(f'.{out.name}.abcdefgh').write_text('half');"
+               "out.with_name(f'.{out.name}.folder12').mkdir();"
+               "print('{\"done\": 1, \"of\": 9}', flush=True); time.sleep(60)")
+    exporting = Exporting(exporting.places, (sys.executable, "-c", program))
+    out = exporting.out("half")
+    task = exporting.start([], out)
+    end = time.monotonic() + 30
+    while exporting.progress(task) != {"word": "working", "done": 1, "of": 9}:
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    exporting.cancel(task)
+    assert exporting.progress(task) == {"word": "failed", "text": "Cancelled. Nothing was written."}
+    assert list(exporting.places.exports.iterdir()) == []
+    exporting.cancel(task)  # once more does no harm
+
+
+def test_an_uploaded_lora_is_taken_in_and_nothing_else(exporting, tmp_path):
+    upload = tmp_path / "upload.safetensors"
+    shutil.copy(exporting.path("run:cats/cats.safetensors"), upload)
+    assert exporting.add("My LoRA (v2).safetensors", upload) == "made:My LoRA -v2-.safetensors"
+    assert exporting.look("made:My LoRA -v2-.safetensors")["family"] == "sd15" and not upload.exists()
+    save_file({"conv_in.weight": torch.ones(1)}, upload)
+    with pytest.raises(UserError, match=r"^base\.safetensors cannot be read here"):
+        exporting.add("base.safetensors", upload)
+    with pytest.raises(UserError, match="is no .safetensors file"):
+        exporting.add("a.ckpt", upload)
