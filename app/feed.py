@@ -92,15 +92,25 @@ def _prompts(event: Event) -> list[str]:
 
 def _export(run: Run, event: Event) -> dict[str, Any]:
     chosen = _chosen(event, EXPORT)
-    file = str(chosen.pop("path", ""))
+    file = _file_of(run, str(chosen.pop("path", "")))
     chosen["unmatched"] = words.count_of(chosen.get("unmatched"))
     for key in ("readers", "others"):
         if key in chosen:
             chosen[key] = [str(text) for text in chosen[key]] if isinstance(chosen[key], list) else []
-    is_ours = file.endswith(".safetensors") and (file == run.result.name or _lies_in(run.path, file, "exports"))
-    if is_ours and (run.path / file).is_file():
+    if file:
         chosen |= {"file": file, "bytes": (run.path / file).stat().st_size}
     return chosen
+
+
+def _file_of(run: Run, said: str) -> str:
+    """The present file of an export, relative to the run, which may have another name by now; "" for none of ours."""
+    try:
+        path = run.exported(said)
+        name = path.relative_to(run.path).as_posix()
+    except ValueError:
+        return ""
+    is_ours = name == run.result.name or (name.endswith(".safetensors") and _lies_in(run.path, name, "exports"))
+    return name if is_ours and path.is_file() else ""
 
 
 def _lies_in(folder: Path, name: str, part: str) -> bool:

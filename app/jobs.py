@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from app.paths import Places
+from trainer import branch as branches
 from trainer import preset as presets
 from trainer import run as runs
+from trainer import shelf
 from trainer.detached import TRAINER, Launch, start_detached
 from trainer.errors import UserError
 from trainer.queue import Queue
@@ -18,7 +20,7 @@ from trainer.run import Run, State
 RUNNER_CHECK = 5.0  # seconds between two looks whether somebody trains what waits
 SHARED_FOR = 0.5  # seconds for which all open tabs share one listing
 
-Order = Literal["stop", "pause", "continue", "save", "sample"]
+Order = Literal["stop", "pause", "continue", "save", "sample", "prompts"]
 QueueOrder = Literal["up", "down", "cancel", "restore", "dismiss"]
 
 
@@ -110,8 +112,55 @@ class Jobs:
         self.serve_queue()
         return waits
 
+    def branch(self, origin: Run, step: int, name: str, changes: list[str]) -> str:
+        """Begin a new run from a checkpoint of another one; returns its name.
+
+        `changes` are lines of key = value.  Raises `UserError` for one that is wrong, or that a branch cannot have.
+        """
+        preset = branches.preset_of(origin, ["=".join(part.strip() for part in line.split("=", 1)) for line in changes])
+        if name:
+            self.refuse_taken(name)
+        run = branches.begin(self.places.workspace, origin, step, preset, name or None)
+        self.resume(run)
+        return run.name
+
+    def rename(self, run: Run, new: str) -> str:
+        """Give a run that is over another name."""
+        with self._lock:
+            if self._is_starting(run.name):
+                raise UserError(f"{run.name} is still starting; stop it first")
+            renamed = shelf.rename(self.places.workspace, run, new)
+            self._forget(run.name)
+            return renamed.name
+
+    def delete(self, run: Run) -> str:
+        """Move a run that is over to the trash; returns what `restore` takes."""
+        with self._lock:
+            if self._is_starting(run.name):
+                raise UserError(f"{run.name} is still starting; stop it first")
+            entry = shelf.delete(self.places.workspace, run)
+            self._forget(run.name)
+            return entry
+
+    def restore(self, entry: str) -> str:
+        """Have a run back from the trash; returns its name."""
+        with self._lock:
+            run = shelf.restore(self.places.workspace, entry)
+            self._listing = (0.0, [])
+            return run.name
+
+    def _forget(self, name: str) -> None:
+        self._launches.pop(name, None)
+        self._ended.pop(name, None)
+        self._listing = (0.0, [])
+
     def order(self, run: Run, order: Order, prompts: list[str]) -> None:
-        """Post a request to a living trainer, by file."""
+        """Post a request to a living trainer, by file; other prompts may wait for the next start."""
+        if order == "prompts":
+            if not prompts:
+                raise UserError("give at least one prompt")
+            run.request("prompts", prompts)
+            return
         if not run.is_held():
             raise UserError(f"{run.name} is still starting; ask again in a moment" if self._is_starting(run.name)
                             else f"{run.name} is not being trained at the moment")

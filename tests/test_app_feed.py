@@ -147,6 +147,17 @@ def test_an_export_is_offered_only_when_its_file_is_one_of_ours(ours):
     assert exports[0]["unmatched"] == 1 and exports[0]["worst_rel_error"] == 1e-4
 
 
+def test_a_run_that_was_renamed_offers_its_files_under_the_new_name(ours):
+    ours.exports.mkdir()
+    ours.result.write_bytes(b"x")
+    ours.export_of(5).write_bytes(b"x")
+    writer = EventWriter(ours.events)
+    for path in ("before.safetensors", "exports/before-000005.safetensors", "../exports/before-000005.safetensors"):
+        writer.write("export", step=5, path=path)
+    assert [row.get("file") for row in feed.read(ours, "")["exports"]] == [
+        "a.safetensors", "exports/a-000005.safetensors", None]
+
+
 def test_an_export_names_the_programs_that_read_it(ours):
     writer = EventWriter(ours.events)
     ours.result.write_bytes(b"x")

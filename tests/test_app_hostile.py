@@ -29,7 +29,7 @@ SECRET = "the-secret-of-another-user"
 JUNK: list[Any] = [None, True, False, 0, -1, 1.5, float("nan"), float("inf"), 10**400, "", "x", "../x", "/etc/passwd",
                    "a\0b", "\ud800", "x" * 10**6, [], ["../x"], [[[[]]]], {"path": "/etc/passwd"}, {"__proto__": {}},
                    b"bytes"]
-TAKING_AWAY = ("delete", "move", "send", "empty", "undo", "redo", "restore")  # last, or the others have nothing to do
+TAKING_AWAY = ("rename", "delete", "move", "send", "empty", "undo", "redo", "restore")  # last
 NESTED: Any = "x"
 for _ in range(200):
     NESTED = [NESTED]
@@ -87,7 +87,7 @@ def fair(world: World, function: Callable[[Any], Answer]) -> dict[str, Any]:
     sets, files = ids(world, "DataSets.list_sets"), ids(world, "Exports.list_files")
     id = files[0] if function in [world.functions[name] for name in world.functions if name.startswith("Exports.")
                                   ] else next(id for id in sets if id.endswith(":cats"))
-    known = {"id": id, "ids": files[:1] * 2, "weights": [0.5, 0.5], "run": "r", "shelf": "own", "text": PRESET,
+    known = {"id": id, "ids": files[:1] * 2, "weights": [0.5, 0.5], "base": "demo:base", "run": "r", "shelf": "own", "text": PRESET,
              "names": ["a.png"], "images": ["a.png"]}
     request = {}
     for name, field in schema.get("properties", {}).items():
@@ -212,8 +212,9 @@ def test_fair_requests_are_understood(world):
     assert not [name for name, function in world.functions.items()
                 if is_refused_by(function.request, fair(world, function))]
     fine = {name.partition(".")[2] for name, answer in answers.items() if "error" not in answer}
-    assert fine >= {"list_runs", "read_run", "resume_run", "list_sets", "read_info", "list_images", "read_cards",
-                    "read_large", "read_mask", "exclude_images", "delete_images", "check_health", "open_preset",
+    assert fine >= {"list_runs", "read_run", "read_hard", "save_notes", "resume_run", "list_sets", "read_info",
+                    "list_images", "read_cards", "read_large", "read_mask", "exclude_images", "delete_images",
+                    "check_health", "open_preset",
                     "list_files", "start_check"}, answers
 
 

@@ -27,8 +27,9 @@ def functions(jobs):
     import gradio as gr
 
     with gr.Blocks() as page:
-        train.build(jobs)
-        preset.build(jobs, Library(jobs.places))
+        library = Library(jobs.places)
+        train.build(jobs, library)
+        preset.build(jobs, library)
     return {name: function for block in page.blocks.values() if isinstance(block, components.OwnComponent)
             for function in block.server_fns if (name := function.__name__)}
 
@@ -53,7 +54,9 @@ def wait_for(server, name, word, seconds=30.0):
 
 def test_the_surface_is_small(server):
     assert set(server) == {"list_runs", "start_demo", "read_run", "order_run", "resume_run", "order_queue",
-                           "list_sets", "list_presets", "open_preset", "check_preset", "save_preset", "delete_preset",
+                           "read_hard", "read_spectrum", "save_notes", "pin_checkpoint", "branch_run", "rename_run",
+                           "delete_run", "restore_run", "list_sets", "list_presets", "open_preset",
+                           "check_preset", "save_preset", "delete_preset",
                            "restore_preset", "list_bases", "use_base", "list_cards", "start_check", "read_check",
                            "stop_check", "start_run"}
 
@@ -145,10 +148,14 @@ FIELDS = {
     "list_runs": ["seen"], "read_run": ["run", "cursor", "word"], "order_run": ["run", "order", "prompts"],
     "resume_run": ["run"], "open_preset": ["shelf", "name"], "check_preset": ["text", "name", "change"],
     "save_preset": ["text", "name", "shelf", "replace"], "start_run": ["text", "name", "shelf", "run"],
+    "read_hard": ["run", "most"], "read_spectrum": ["run", "block", "step"], "save_notes": ["run", "text", "before"],
+    "pin_checkpoint": ["run", "step", "pinned"], "branch_run": ["run", "step", "branch", "changes"],
+    "rename_run": ["run", "new"], "delete_run": ["run"], "restore_run": ["entry"],
     "list_presets": [], "start_demo": [], "order_queue": ["run", "order"], "list_sets": [],
 }
 FINE = {"seen": "", "run": "r", "cursor": "", "word": "", "order": "stop", "prompts": [], "shelf": "own", "name": "n",
-        "text": TEXT, "change": None, "replace": False}
+        "text": TEXT, "change": None, "replace": False, "most": 5, "block": "up", "step": 5, "before": "x",
+        "pinned": True, "branch": "", "changes": [], "new": "../r", "entry": "x"}
 
 
 def test_one_hostile_field_gets_a_sentence_and_leaves_no_file(server, jobs):
@@ -160,7 +167,7 @@ def test_one_hostile_field_gets_a_sentence_and_leaves_no_file(server, jobs):
                 continue  # a fair value there
             answer = server[name]({**{key: FINE[key] for key in fields}, field: value})
             json.dumps(answer)
-            if name not in ("check_preset", "list_runs", "read_run"):
+            if name not in ("check_preset", "list_runs", "read_run", "save_notes"):
                 assert "error" in answer, (name, field, value)
     assert "error" in server["list_runs"]({"seen": "", "more": 1})
     assert sorted(jobs.places.workspace.rglob("*")) == before and ours.preset.read_text() == TEXT

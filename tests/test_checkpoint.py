@@ -182,7 +182,7 @@ def test_how_far_a_run_is_can_be_told_without_its_tensors(run):
 
 def test_the_last_the_best_and_the_pinned_stay_with_their_exports(run):
     put(run, *range(1, 9))
-    (run.checkpoint(2) / checkpoint.PINNED).touch()
+    run.pin(2, True)
     assert checkpoint.prune(run, 3, best={4}) == [1, 3, 5]
     assert run.checkpoint_steps() == [2, 4, 6, 7, 8]
     assert [step for step in range(1, 9) if run.export_of(step).exists()] == [2, 4, 6, 7, 8]

@@ -22,7 +22,8 @@ LIGHT = {f"trainer.{name}" for name in ("errors", "preset", "events", "run", "ca
                                          "families.recognise", "families.folders", "export.header",
                                          "export.recognise", "export.texts", "facts", "comparison", "shell",
                                          "tryout.task", "tryout.origin",
-                                         "shell_queue", "queue", "runner", "detached")}
+                                         "shell_queue", "queue", "runner", "detached",
+                                         "branch", "shelf", "notes", "best", "shell_shelf")}
 HEAVY = {"torch", "diffusers", "transformers", "accelerate", "peft", "bitsandbytes", "torchmetrics"}
 
 

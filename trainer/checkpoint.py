@@ -24,7 +24,6 @@ from trainer.files import sync_folder
 from trainer.run import Run
 
 FORMAT = 3  # 2: how the model was held; 3: what chooses the best, and an early stop
-PINNED = "pinned"  # a file of this name in a checkpoint keeps it
 
 
 @dataclass
@@ -39,6 +38,7 @@ class Progress:
     by_image: dict[str, list[float]] = field(default_factory=dict)  # the same of each held-out image, of saved steps
     measured: str = ""  # fingerprint of what those losses are measured with
     early: str = ""  # why the run ended early
+    fresh: list[str] = field(default_factory=list)  # of a branch: what does not go on from the other run
     patient_since: int = 0  # the step after which validations without a gain are counted
     plan: dict[str, Any] = field(default_factory=dict)  # `memory.plan.Plan`, for a resume holds the model alike
     text_quantize: str = "none"  # how the text encoder was held that made the cached embeddings
@@ -107,7 +107,7 @@ def prune(run: Run, keep: int, best: Collection[int] = ()) -> list[int]:
     """Delete all checkpoints but the last `keep`, the best and the pinned, with their exports; returns what went."""
     steps = run.checkpoint_steps()
     gone = [step for step in steps[:-keep]
-            if step not in best and not (run.checkpoint(step) / PINNED).exists()]
+            if step not in best and not run.is_pinned(step)]
     for step in gone:
         run.export_of(step).unlink(missing_ok=True)  # first: while the checkpoint is there, a kill is made good
         shutil.rmtree(run.checkpoint(step), ignore_errors=True)

@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import time
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from trainer.errors import UserError
 from trainer.events import Event, last_event, newest_events
 from trainer.files import write_atomic
 from trainer.workfolder import WorkFolder
 
+PINNED = "pinned"  # a file of this name in a checkpoint keeps it
 SILENCE = 300.0  # seconds without an event after which a living run counts as stuck
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._-]{0,99}")
 RESERVED = {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(10))}  # on Windows
+
+EXPORT = re.compile(r".+-(\d{6,})\.safetensors")  # a file in exports/, with its step
+
+
+class Origin(NamedTuple):
+    """The run, and its checkpoint, that another one began at."""
+
+    run: str
+    step: int
 
 
 @dataclass(frozen=True)
@@ -45,15 +56,18 @@ class Run(WorkFolder):
         self.exports = path / "exports"
         self.tensorboard = path / "tensorboard"
         self.result = path / f"{path.name}.safetensors"
+        self._origin = path / "origin.json"
 
     def never_began(self) -> bool:
         """Whether a fault, or a kill while the folder was made, came before the first step: nothing is lost with it."""
         if not self.preset.exists():
             return self.path.is_dir() and all(entry.name == "control" or entry.name.startswith(f".{self.preset.name}.")
                                               for entry in self.path.iterdir())
-        last = last_event(self.events) or {}
-        return (last.get("kind") == "end" and last.get("reason") == "error" and not last.get("step")
-                and not any(self.path.rglob("*.safetensors")) and not self.is_held())
+        last, origin = last_event(self.events) or {}, self.origin()
+        first = origin.step if origin else 0
+        files = [path for path in self.path.rglob("*.safetensors") if path.parent != self.checkpoint(first)]
+        return (last.get("kind") == "end" and last.get("reason") == "error" and last.get("step") in (None, first)
+                and not files and not self.is_held())
 
     def state(self, now: float | None = None) -> State:
         """The state after the table of the architecture page: is the lock held, and what was said last?"""
@@ -83,9 +97,43 @@ class Run(WorkFolder):
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"step_{step:06d}"
 
+    def is_pinned(self, step: int) -> bool:
+        """Whether a checkpoint stays, however many come after it."""
+        return (self.checkpoint(step) / PINNED).exists()
+
+    def pin(self, step: int, is_pinned: bool) -> None:
+        """Keep a checkpoint for good, or no longer.  Raises `UserError` when it is not there any more."""
+        if step not in self.checkpoint_steps():
+            raise UserError(f"{self.name} has no checkpoint of step {step} any more")
+        if is_pinned:
+            (self.checkpoint(step) / PINNED).touch()
+        else:
+            (self.checkpoint(step) / PINNED).unlink(missing_ok=True)
+
     def export_of(self, step: int) -> Path:
         """The export that goes with a checkpoint."""
         return self.exports / f"{self.name}-{step:06d}.safetensors"
+
+    def exported(self, path: str) -> Path:
+        """The file of an `export` event's path: a run that was renamed has it under its own name."""
+        if (self.path / path).exists():
+            return self.path / path
+        folder, _, file = path.rpartition("/")
+        match = EXPORT.fullmatch(file)
+        if folder == self.exports.name and match:
+            return self.export_of(int(match.group(1)))
+        return self.path / path if folder else self.result
+
+    def origin(self) -> Origin | None:
+        """Where a branch began; None for a run that is none."""
+        try:
+            stored = json.loads(self._origin.read_bytes())
+            return Origin(str(stored["run"]), int(stored["step"]))
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def note_origin(self, origin: Origin) -> None:
+        write_atomic(self._origin, json.dumps(origin._asdict()).encode())
 
     def last_step(self) -> int:
         """The step a resume would start from; 0 before any checkpoint."""
@@ -187,7 +235,7 @@ def _progress(events: Path, last: Event | None) -> tuple[int, int]:
         return 0, 0
     step, steps = last.get("step"), last.get("steps")
     if step is None or steps is None:
-        for event in reversed(newest_events(events)):
+        for event in reversed(newest_events(events, "start", "step")):
             step = event.get("step") if step is None else step
             steps = event.get("steps") if steps is None else steps
             if step is not None and steps is not None:

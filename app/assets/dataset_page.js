@@ -21,6 +21,13 @@
     page.begin(element);
   };
 
+  /** What a new data set may be called: as the folder or zip that came, else "my pictures". */
+  function nameFor(files) {
+    const [[first]] = files;
+    const isWhole = first.includes("/") || files.length === 1 && first.endsWith(".zip");
+    return isWhole ? first.split("/")[0].replace(/\.zip$/, "") : "my pictures";
+  }
+
   class DataSetPage {
     constructor(server, offered) {
       Object.assign(this, { server, offered, sets: [], roots: [], panel: null, panels: {} });
@@ -37,6 +44,8 @@
           h("div", { class: "st-desk" }, h("section", { class: "st-images", "aria-label": "Images and captions" }, this.finder(), this.chosenBar(), this.grid.element), this.side())));
       Studio.dropZone(this.element, (files) => this.upload(files));
       document.addEventListener("keydown", (event) => this.onkey(event));
+      document.addEventListener("studio:choose-pictures", () => this.picker.querySelector("input").click());
+      document.addEventListener("studio:show-image", (event) => this.showImage(event.detail));
       addEventListener("beforeunload", (event) => { if (this.store.drafts.size) event.preventDefault(); });
     }
 
@@ -54,10 +63,12 @@
       this.redo = this.button("Redo", "st-turn", () => this.turn("Redo"), { disabled: true });
       this.own = [Studio.fileButton("Add files…", "", false, (files) => this.upload(files)), Studio.fileButton("Add a folder…", "", true, (files) => this.upload(files)),
         this.button("Trash…", "", () => this.store.attempt(() => Studio.trash(this.store, (name, request) => this.change(name, request))))];
+      this.train = this.button("Train with these pictures", "st-primary", () => document.dispatchEvent(new CustomEvent("studio:train-with", {
+        detail: { id: this.store.id, failed: (text) => this.say(text, true) } })), { hidden: true });
       return h("section", { class: "st-card st-top", "aria-label": "Data set" },
         h("div", { class: "st-row st-bottom" }, h("div", { class: "st-field st-set" }, h("label", { for: "studio-dataset" }, "Data set"), this.choice),
           this.button("New…", "", () => this.create()), this.button("Open a folder…", "", () => Studio.browse(this.server, this.roots, (id) => this.use(id))),
-          h("span", { class: "st-space" }), this.own),
+          h("span", { class: "st-space" }), this.own, this.train),
         this.facts, this.status);
     }
 
@@ -66,7 +77,8 @@
         h("p", { class: "st-lead" }, "Drop images, captions (.txt) or a zip of them anywhere here, or begin with an empty data set."),
         h("ul", {}, ["Captions are edited side by side, and saved as text files beside the images.", "Every change can be undone, also after a restart.",
           "Your images themselves are never changed."].map((text) => h("li", {}, text))),
-        h("div", { class: "st-row" }, this.button("New data set", "st-primary st-large", () => this.create()),
+        h("div", { class: "st-row" }, this.picker = Studio.fileButton("Choose pictures…", "st-primary st-large", false, (files) => this.upload(files)),
+          this.button("New data set", "st-large", () => this.create()),
           this.button("Open a folder…", "st-large", () => Studio.browse(this.server, this.roots, (id) => this.use(id)))));
       return this.first;
     }
@@ -178,7 +190,7 @@
     async upload(files) {
       if (!files.length) return;
       if (!this.store.id) {
-        Studio.askName("New data set", "Name", (files[0][0].split("/")[0] || "my images").replace(/\.\w+$/, ""), "Create and add", async (name) => {
+        Studio.askName("New data set", "Name", nameFor(files), "Create and add", async (name) => {
           await this.use((await Studio.ask(this.server, "create_set", { name })).id);
           this.upload(files);
         });
@@ -189,6 +201,7 @@
         this.say("Looking at the files…");
         const answer = await this.change("add_files", { files: sent });
         if (answer) this.status.replaceChildren(...Studio.added(answer));
+        document.dispatchEvent(new Event("studio:pictures"));
       });
     }
 
@@ -225,6 +238,20 @@
     }
 
     open(name) { this.viewer.open(name); }
+
+    /** Come to the front with one image and its caption, from another tab. */
+    async showImage({ set, name }) {
+      sessionStorage.setItem(LAST, set); // the first look at the tab opens this one, too
+      Studio.goTo("Data set");
+      await this.store.attempt(async () => {
+        if (!this.isListed) await this.list();
+        this.isListed = true;
+        if (this.store.id !== set) await this.use(set);
+        await this.find({ names: [name] }, name);
+        if (!this.store.names.includes(name)) throw new Error(`${name} is not in this data set any more.`);
+        this.open(name);
+      });
+    }
 
     onkey(event) {
       const isShown = this.element.offsetParent !== null && !this.work.hidden;
@@ -282,6 +309,7 @@
         button.disabled = !what;
       }
       const { info } = this.store;
+      this.train.hidden = !info?.images;
       if (!info) return;
       const parts = [Studio.count(info.images, "image"), `${info.captioned} with a caption`, info.excluded ? `${info.excluded} excluded` : "",
         info.looked_at < info.images ? `looked at ${info.looked_at} so far` : "", info.folder].filter(Boolean).join(" · ");

@@ -8,23 +8,6 @@
   const TOO_FEW = 16;
   const COPY = 0.97; // cosine to the nearest training image from which a picture may be a copy
 
-  const HELP = {
-    loss: "How far the model's guess is from the truth, on the training images. Each step sees other images and other "
-      + "noise, so the raw curve jumps; look at the smoothed one.\nValidation loss is measured on held-out images, always "
-      + "with the same noise. Good: it falls. When it rises while the training loss falls, the adapter begins to learn "
-      + "the images by heart: an earlier checkpoint may be better.",
-    lr: "The size of a step. It follows train.lr, train.warmup_steps and train.lr_scheduler.",
-    rank: "How many directions an adapter really uses, of those that its rank gives it (exp of the entropy of its singular "
-      + "values, mean of a group of layers).\nGood: well above 1, and not glued to the rank. Close to the rank: a higher "
-      + "rank may hold more. Far below it: a lower rank would do, with a smaller file. LoRA and Stiefel begin low and climb; "
-      + "StelLA begins with every direction in use, so there it falls as some directions win.",
-    distance: "How far the look of generated images is from held-out ones that were never trained on. Lower is better; 0 "
-      + "is as alike as two samples of the same style.\nKID does not depend on how many images there are, so it is the "
-      + "number to trust, with its 95 % interval (jackknife). When two intervals overlap, no difference is shown.\nFD "
-      + "falls with more images alone: compare it only with the same counts, extractor, prompts and seeds, and with its "
-      + "floor, which is the FD between two halves of the held-out images.",
-  };
-
   /** Loss raw and smoothed, with the validation loss over it. */
   Studio.LossPanel = class {
     constructor(group) {
@@ -34,7 +17,7 @@
         localStorage.setItem("studio.smooth", slider.value);
         this.update(this.steps, this.validation);
       } });
-      this.chart = new Studio.Chart(group, { title: "Loss", help: Studio.help("loss", HELP.loss),
+      this.chart = new Studio.Chart(group, { title: "Loss", help: Studio.helpOn("loss"),
         empty: "The first steps will appear here.", tools: h("label", { class: "st-slider" }, "Smoothing ", slider) });
       this.element = this.chart.element;
     }
@@ -49,9 +32,33 @@
     }
   };
 
+  /** Validation loss at each fixed noise level. */
+  Studio.LevelsPanel = class {
+    constructor(group) {
+      this.chart = new Studio.Chart(group, { title: "Validation loss by noise level", help: Studio.helpOn("levels"),
+        empty: "Measured with the validation loss (evaluate.every), when there are held-out images." });
+      this.element = this.chart.element;
+    }
+
+    get hasData() { return this.chart.plot !== null; }
+
+    update(validation) {
+      const levels = Object.keys(validation.levels ?? {});
+      const series = levels.map((level, index) => ({ label: Studio.noiseLevel(index, levels.length), colour: COLOURS[index % COLOURS.length], points: true }));
+      this.chart.update(series, [levels.length ? validation.step : [], ...levels.map((level) => validation.levels[level])]);
+    }
+  };
+
+  /** The middle of one of several equal parts between a clean image and pure noise, in words. */
+  Studio.noiseLevel = (index, of) => {
+    const share = `${Math.round((100 * (index + 0.5)) / of)} % noise`;
+    if (of > 1 && index === 0) return `${share}: fine detail`;
+    return of > 1 && index === of - 1 ? `${share}: layout` : share;
+  };
+
   Studio.RatePanel = class {
     constructor(group) {
-      this.chart = new Studio.Chart(group, { title: "Learning rate", help: Studio.help("the learning rate", HELP.lr),
+      this.chart = new Studio.Chart(group, { title: "Learning rate", help: Studio.helpOn("lr"),
         empty: "Appears with the first step." });
       this.element = this.chart.element;
     }
@@ -66,7 +73,7 @@
     constructor(group) {
       this.facts = h("p", { class: "st-facts" });
       this.most = 1;
-      this.chart = new Studio.Chart(group, { title: "Effective rank", range: () => [0, this.most * 1.1], help: Studio.help("effective rank", HELP.rank),
+      this.chart = new Studio.Chart(group, { title: "Effective rank", range: () => [0, this.most * 1.1], help: Studio.helpOn("erank"),
         empty: "Measured every few steps (log.rank_every in the preset)." });
       this.element = this.chart.element;
       this.element.append(this.facts);
@@ -97,7 +104,7 @@
       this.facts = h("div", { class: "st-distance" });
       this.group = group;
       this.chart = new Studio.Chart(group, { title: "Distance to held-out images", format: (value) => number(value, 3),
-        help: Studio.help("the distance (KID, FD)", HELP.distance), decorate: (plot, colour) => this.whiskers(plot, colour),
+        help: Studio.helpOn("distance"), decorate: (plot, colour) => this.whiskers(plot, colour),
         empty: "Measured at the end, or every so many steps (evaluate.distance_every), when there are held-out images." });
       this.element = this.chart.element;
       this.chart.canvas.before(this.facts);

@@ -5,8 +5,8 @@
   const { h } = Studio;
 
   Studio.STATES = {
-    new: "not started", starting: "starting", training: "training", paused: "paused", silent: "no sign of life",
-    done: "done", stopped: "stopped", failed: "failed", crashed: "crashed",
+    new: "not started", waiting: "waiting", starting: "starting", training: "training", paused: "paused", silent: "no sign of life",
+    done: "done", stopped: "stopped", early: "stopped early", failed: "failed", crashed: "crashed",
   };
 
   Studio.badge = (word) => h("span", { class: `st-badge st-is-${word}` }, Studio.STATES[word] ?? word);
@@ -23,8 +23,9 @@
       await Studio.ask(server, "order_queue", { run, order });
       await refresh();
     });
+    const said = h("p", { class: "st-asked", role: "status" });
     const panel = h("nav", { class: "st-runlist", "aria-label": "Runs" },
-      h("div", { class: "st-row" }, h("h2", {}, "Runs ", count), h("span", { class: "st-space" }), fresh), list, queue.element);
+      h("div", { class: "st-row" }, h("h2", {}, "Runs ", count), h("span", { class: "st-space" }), fresh), said, list, queue.element);
     element.replaceChildren(panel, Studio.welcome(hasDemo, startDemo));
     const welcome = element.lastElementChild;
 
@@ -77,6 +78,24 @@
     }
 
     document.addEventListener("studio:run", () => rows && draw());
+    document.addEventListener("studio:deleted", ({ detail: { run, undo } }) => {
+      const back = h("button", { type: "button", class: "st-button st-quiet", onclick: async () => {
+        try {
+          const answer = await undo();
+          said.textContent = "";
+          document.dispatchEvent(new CustomEvent("studio:started", { detail: answer.run }));
+        } catch (error) {
+          said.textContent = error.message;
+        }
+      } }, "Undo");
+      rows = rows.filter(([name]) => name !== run);
+      tag = "";
+      said.replaceChildren(`${run} is in the trash. `, back);
+      Studio.chooseRun(rows[0]?.[0] ?? null);
+      draw();
+      back.focus();
+      now();
+    });
     document.addEventListener("studio:started", (event) => {
       expected = event.detail;
       Studio.chooseRun(event.detail);
@@ -98,12 +117,12 @@
       }
       demo.disabled = false;
     } }, "Run the demo");
-    const own = h("button", { type: "button", class: "st-button st-large", onclick: () => Studio.goTo("Preset") }, "Choose a preset");
+    const own = h("button", { type: "button", class: "st-button st-large", onclick: () => Studio.ownPictures() }, "Use my own pictures");
     const points = ["A small real diffusion model learns a drawing style from 24 pictures.",
       "You see loss, effective rank and pictures as they come, and can pause or stop at any time.",
       "At the end there is a LoRA file to download, checked against the trained weights."];
     return h("section", { class: "st-welcome", hidden: true }, h("h2", {}, "Train your first LoRA"),
-      h("p", { class: "st-lead" }, "The demo takes about two minutes and needs no graphics card."),
+      h("p", { class: "st-lead" }, "The demo takes about two minutes and needs no graphics card. Your own pictures take a few presses more: ten of them are enough to begin."),
       h("ul", {}, points.map((point) => h("li", {}, point))),
       h("div", { class: "st-row" }, hasDemo ? demo : null, own), error,
       hasDemo ? null : h("p", { class: "st-small" }, "The demo preset is not in this copy of the program."));

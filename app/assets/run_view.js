@@ -2,15 +2,14 @@
 "use strict";
 (() => {
   const Studio = globalThis.Studio;
-  const { h } = Studio;
+  const { h, number } = Studio;
+  const MOST_ROWS = 6000; // of the loss curve in the page; then it is thinned out
   const ASKED = {
     stop: "Asked to stop: it finishes this step, saves a checkpoint and ends.", pause: "Asked to pause after this step.",
     continue: "Asked to go on.", save: "Asked to save: a checkpoint and a LoRA file of this moment will follow.",
     sample: "Asked for samples: they appear below when they are drawn.",
+    prompts: "Changed: the next samples are drawn for these prompts.",
   };
-
-  const FORMATS = { U1: "kohya format", U2: "kohya format, Stability's names", F1: "diffusers format", F5: "kohya format",
-    F6: "ComfyUI format" };
 
   Studio.runView = (element, server) => {
     const view = new RunView(server);
@@ -29,8 +28,16 @@
       this.ranks = new Studio.RankPanel(this.group);
       this.rate = new Studio.RatePanel(this.group);
       this.distance = new Studio.DistancePanel(this.group);
+      this.levels = new Studio.LevelsPanel(this.group);
+      this.bins = new Studio.BinsPanel();
+      this.heat = new Studio.HeatPanel(this.group, (block, step) => this.ask("read_spectrum", { block, step }));
+      this.hard = new Studio.HardPanel((most) => this.ask("read_hard", { most }));
       this.samples = new Studio.Samples();
-      this.controls = new Studio.RunControls((order, prompts) => this.order(order, prompts), () => this.resume());
+      this.ownNotes = new Studio.RunNotes((run, text, before) => Studio.ask(server, "save_notes", { run, text, before }));
+      this.checkpoints = new Studio.Checkpoints({ pin: (step, pinned) => this.tell(() => this.ask("pin_checkpoint", { step, pinned }), ""),
+        branch: (step, branch, changes) => this.branch(step, branch, changes), file: (row) => Studio.download(row, this.folder, "st-quiet", "Download") });
+      this.menu = new Studio.RunMenu({ rename: (name) => this.rename(name), remove: () => this.remove() });
+      this.controls = new Studio.RunControls((order, prompts) => this.order(order, prompts), () => this.resume(), () => this.prompts);
       this.title = h("h2", {});
       this.badge = h("span");
       this.text = h("p", { class: "st-status" });
@@ -38,6 +45,8 @@
       this.asked = h("p", { class: "st-asked", role: "status" });
       this.bar = h("progress", { "aria-label": "Progress" });
       this.facts = h("dl", { class: "st-numbers", "aria-live": "off" });
+      this.origin = h("p", { class: "st-small", hidden: true });
+      this.best = h("div", { class: "st-bestline", hidden: true });
       this.trouble = h("div", { class: "st-trouble", role: "alert" });
       this.result = h("div", { class: "st-result" });
       this.notes = h("ol", { class: "st-notes" });
@@ -45,11 +54,12 @@
       this.group.onzoom = (isZoomed) => { wide.hidden = !isZoomed; };
       this.happened = h("section", { class: "st-card", "aria-label": "What happened" }, h("header", {}, h("h3", {}, "What happened")), this.notes);
       this.element = h("div", { class: "st-run", hidden: true },
-        h("section", { class: "st-card st-top", "aria-label": "Run" }, h("div", { class: "st-row st-title" }, this.title, this.badge, h("span", { class: "st-space" }), this.controls.element),
-          this.spoken, this.text, this.bar, this.asked, this.facts), this.trouble, this.result,
+        h("section", { class: "st-card st-top", "aria-label": "Run" }, h("div", { class: "st-row st-title" }, this.title, this.badge, this.menu.element, h("span", { class: "st-space" }), this.controls.element),
+          this.spoken, this.text, this.origin, this.bar, this.asked, h("div", { class: "st-row st-factrow" }, this.facts, Studio.helpOn("facts")), this.best), this.trouble, this.result,
         this.above = h("div", { class: "st-row st-above" }, h("p", { class: "st-small" }, "Drag over a curve to look closer; a double click shows all again."), h("span", { class: "st-space" }), wide),
-        this.charts = h("div", { class: "st-charts" }, this.loss.element, this.ranks.element, this.distance.element, this.rate.element),
-        this.samples.element, this.happened);
+        this.charts = h("div", { class: "st-charts" }, this.loss.element, this.ranks.element, this.levels.element, this.bins.element,
+          this.distance.element, this.rate.element, this.heat.element, this.hard.element),
+        this.samples.element, this.checkpoints.element, this.ownNotes.element, this.happened);
       this.samples.element.id = "samples";
     }
 
@@ -58,8 +68,10 @@
       this.run = name;
       this.element.hidden = !name;
       this.title.textContent = name ?? "";
+      this.ownNotes.choose(name);
       this.clear();
-      this.cursor = this.word = this.folder = "";
+      this.cursor = this.word = this.folder = this.seen = "";
+      this.kept = [];
       this.group.zoom(null);
       this.showState(["starting", "", 0, 0, false]);
       this.word = "";
@@ -69,23 +81,27 @@
     }
 
     clear() {
-      Object.assign(this, { steps: {}, rank: {}, validation: {}, distances: [], exports: [], told: [], skipped: [], now: {}, machine: "", saved: 0 });
+      Object.assign(this, { steps: {}, rank: {}, validation: {}, blocks: {}, noise: {}, distances: [], exports: [], bests: [], told: [], skipped: [], now: {}, machine: "", saved: 0, prompts: [], from: null });
       this.group.last = 1;
       this.samples.clear();
+      this.hard.clear();
+      this.heat.clear();
     }
 
     async poll() {
       const name = this.run;
       if (!name) return 1;
       let answer;
+      const begun = performance.now();
       try {
-        answer = await Studio.ask(this.server, "read_run", { run: name, cursor: this.cursor, word: this.word });
+        answer = await Studio.ask(this.server, "read_run", { run: name, cursor: this.cursor, word: this.word, seen: this.seen });
       } catch (error) {
         if (!(error instanceof Studio.Lost) && name === this.run) this.showState(["failed", error.message, 0, 0, false]);
         throw error;
       }
       if (name !== this.run) return 0;
       this.take(answer);
+      if (answer.seen) this.seen = this.ownNotes.take(answer.own_notes, answer.notes_tag, begun) ? answer.seen : "";
       return answer.state[4] ? 1 : 3;
     }
 
@@ -97,6 +113,14 @@
       if (answer.steps) Studio.append(this.steps, answer.steps);
       if (answer.ranks) Studio.append(this.rank, answer.ranks);
       if (answer.validation) Studio.append(this.validation, answer.validation);
+      if (answer.blocks) Studio.append(this.blocks, answer.blocks);
+      if (answer.bins) Studio.append(this.noise, answer.bins);
+      if (answer.hard) this.hard.news();
+      this.steps = Studio.thin(this.steps, MOST_ROWS);
+      this.bests.push(...(answer.bests ?? []));
+      this.prompts = answer.prompts ?? this.prompts;
+      this.from = answer.origin ?? this.from;
+      this.kept = answer.checkpoints ?? this.kept;
       this.distances.push(...(answer.distances ?? []));
       this.exports.push(...(answer.exports ?? []));
       this.told.push(...(answer.notes ?? []));
@@ -111,9 +135,10 @@
     }
 
     rewind(step) {
-      for (const columns of [this.steps, this.rank, this.validation]) Studio.rewind(columns, step);
+      for (const columns of [this.steps, this.rank, this.validation, this.blocks, this.noise]) Studio.rewind(columns, step);
       this.distances = this.distances.filter((row) => (row.step ?? 0) <= step);
       this.exports = this.exports.filter((row) => (row.step ?? 0) <= step);
+      this.bests = this.bests.filter((row) => (row.step ?? 0) <= step);
       this.samples.rewind(step);
       this.isCut = true;
     }
@@ -125,6 +150,7 @@
         this.badge.replaceWith(this.badge = Studio.badge(word));
         this.spoken.textContent = text && this.run ? `${this.run}: ${text}` : "";
         this.controls.show(word, isAlive, this.saved, Boolean(this.folder));
+        this.menu.show(this.run, isAlive || word === "waiting", Boolean(this.folder));
       }
       const isSaidByBadge = ["training", "done", "stopped"].includes(word) && text.startsWith(word);
       const said = isSaidByBadge ? "" : text;
@@ -145,6 +171,7 @@
       this.trouble.replaceChildren(...parts);
       this.trouble.hidden = parts.length === 0;
       this.controls.show(this.word, this.isAlive, this.saved, Boolean(this.folder));
+      this.menu.show(this.run, this.isAlive || this.word === "waiting", Boolean(this.folder));
     }
 
     /** Draw what an answer brought; all of it without one. */
@@ -159,12 +186,30 @@
       if (isAll || answer.steps) this.rate.update(this.steps);
       if (isAll || answer.ranks || isWider) this.ranks.update(this.rank);
       if (isAll || answer.distances || isWider) this.distance.update(this.distances);
+      if (isAll || answer.validation || isWider) this.levels.update(this.validation);
+      if (isAll || answer.bins) this.bins.update(this.noise);
+      if (isAll || answer.blocks) this.heat.update(this.blocks);
+      if (isAll || answer.checkpoints || answer.validation || answer.distances || answer.bests || answer.exports) this.drawCheckpoints();
       if (isAll || answer.notes || answer.skipped) this.drawNotes();
       if (isAll || answer.exports) this.result.replaceChildren(...Studio.results(this.exports, this.folder));
       this.drawFacts();
+      // What an older run has not measured will not come; in a run that goes on it has its place
+      for (const panel of [this.levels, this.bins, this.heat, this.hard]) panel.element.hidden = !panel.hasData && !this.isAlive;
+      this.ownNotes.element.hidden = !this.folder;
       // A run that failed before its first step has a message, and nothing else to show
       const isEmpty = !this.isAlive && this.steps.step === undefined && this.samples.shots.length === 0 && this.rank.step === undefined;
       this.above.hidden = this.charts.hidden = this.samples.element.hidden = isEmpty;
+    }
+
+    drawCheckpoints() {
+      const best = this.bests.at(-1);
+      const { step = [], loss = [] } = this.validation;
+      this.checkpoints.show(this.kept, best, { validation: new Map(step.map((at, row) => [at, loss[row]])), kid: new Map(this.distances.map((row) => [row.step, row])),
+        files: new Map(this.exports.filter(({ file }) => file?.includes("/")).map((row) => [row.step, row])) });
+      this.best.hidden = !best;
+      if (best) this.best.replaceChildren(h("span", { class: "st-tag st-best" }, this.isAlive ? "★ best so far" : "★ best"), h("strong", {}, `step ${best.step}`), h("span", {}, bestValue(best)), Studio.helpOn("best"), h("span", { class: "st-small st-why" }, best.why ?? ""));
+      this.origin.hidden = !this.from;
+      if (this.from) this.origin.replaceChildren("A branch of ", h("button", { type: "button", class: "st-link", onclick: () => Studio.chooseRun(this.from[0]) }, this.from[0]), `, from step ${this.from[1]}.`);
     }
 
     drawFacts() {
@@ -203,14 +248,37 @@
       await this.tell(() => Studio.ask(this.server, "order_run", { run: this.run, order, prompts }), ASKED[order]);
     }
 
+    ask(name, request) { return Studio.ask(this.server, name, { run: this.run, ...request }); }
+
     async resume() {
-      await this.tell(() => Studio.ask(this.server, "resume_run", { run: this.run }), "Starting the trainer again.");
+      await this.tell(() => this.ask("resume_run"), ({ waits }) => (waits ? "It goes on when its turn comes: another run is on, and it waits in the queue." : "Starting the trainer again."));
+    }
+
+    async branch(step, branch, changes) {
+      const { run } = await this.ask("branch_run", { step, branch, changes });
+      document.dispatchEvent(new CustomEvent("studio:started", { detail: run }));
+    }
+
+    async rename(name) {
+      if (name === this.run) return;
+      await this.ownNotes.settled();
+      const { run } = await this.ask("rename_run", { new: name });
+      document.dispatchEvent(new CustomEvent("studio:started", { detail: run }));
+    }
+
+    async remove() {
+      const { run, server } = this;
+      await this.tell(async () => {
+        await this.ownNotes.settled();
+        const { entry } = await Studio.ask(server, "delete_run", { run });
+        document.dispatchEvent(new CustomEvent("studio:deleted", { detail: { run, undo: () => Studio.ask(server, "restore_run", { entry }) } }));
+      }, "");
     }
 
     async tell(work, text) {
       try {
-        await work();
-        this.asked.textContent = text;
+        const answer = await work();
+        this.asked.textContent = typeof text === "function" ? text(answer) : text;
       } catch (error) {
         this.asked.textContent = error.message;
       }
@@ -218,41 +286,9 @@
     }
   }
 
-  /** The files that a run has written, the result first, each with what reading it back has shown. */
-  Studio.results = (exports, folder) => {
-    const newest = [...new Map(exports.filter(({ file }) => file).map((row) => [row.file, row])).values()];
-    const [results, others] = [newest.filter(({ file }) => !file.includes("/")), newest.filter(({ file }) => file.includes("/"))];
-    const cards = results.map((row) => h("section", { class: "st-card st-good-card", "aria-label": "Result" },
-      h("div", { class: "st-row" }, h("div", {}, h("h3", {}, row.file), h("p", { class: "st-small" }, about(row)), checked(row)),
-        h("span", { class: "st-space" }), download(row, folder, "st-primary", "Download")),
-      h("p", { class: "st-small st-where" }, `On this machine: ${folder}/${row.file}`)));
-    if (others.length) {
-      cards.push(h("details", { class: "st-card" }, h("summary", {}, `${others.length} file${others.length > 1 ? "s" : ""} of earlier steps`),
-        h("ul", { class: "st-files" }, others.reverse().map((row) => h("li", {}, h("span", {}, row.file.split("/").at(-1)), h("span", { class: "st-small" }, about(row)), download(row, folder, "", "Download"))))));
-    }
-    return cards;
-  };
-
-  function about(row) {
-    const weights = row.weights === "ema" ? "running average (EMA)" : "";
-    const format = FORMATS[row.format] ?? row.format;
-    return [Number.isFinite(row.step) ? `step ${row.step}` : "", Studio.bytes(row.bytes), row.dtype, format, weights].filter(Boolean).join(" · ");
-  }
-
-  function checked(row) {
-    if (row.unmatched) return h("p", { class: "st-warn" }, `${row.unmatched} of its keys match nothing in the model.`);
-    if (!Number.isFinite(row.worst_rel_error)) return null;
-    const good = h("p", { class: "st-good" }, `✓ Read back and compared with the trained weights: worst relative error ${Studio.number(row.worst_rel_error, 2)}.`);
-    return row.readers ? h("div", {}, good, ...readBy(row)) : good;
-  }
-
-  function readBy(row) {
-    const named = row.readers.length ? [h("p", { class: "st-good" }, `✓ All of it is read, at full strength, by ${row.readers.join(", ")}.`)] : [];
-    return [...named, ...(row.others ?? []).map((text) => h("p", { class: "st-warn" }, `${text}.`))];
-  }
-
-  function download(row, folder, kind, text) {
-    const name = row.file.split("/").at(-1);
-    return h("a", { class: `st-button ${kind}`, href: Studio.fileUrl(`${folder}/${row.file}`), download: name, "aria-label": `${text} ${name}` }, text);
+  /** "validation loss 0.1234", or the KID with its interval. */
+  function bestValue({ by, value, low, high }) {
+    if (by !== "kid") return `validation loss ${number(value)}`;
+    return `KID ×10³ ${number(value, 3)}${Number.isFinite(low) ? ` (95 %: ${number(low, 3)} to ${number(high, 3)})` : ""}`;
   }
 })();

@@ -66,6 +66,54 @@
     return [steps, ...columns];
   };
 
+  /**
+   * Columns with at most `most` rows: the smallest and the largest loss of each bucket, each with the mean of all rows
+   * that it stands for (`mean`, `n`), as the server thins its first answer.
+   */
+  Studio.thin = (columns, most) => {
+    const { step, loss, lr, mean, n } = columns;
+    if ((step?.length ?? 0) <= most) return columns;
+    const rows = { step: [], loss: [], lr: [], mean: [], n: [] };
+    const keep = (row, average, count) => {
+      rows.step.push(step[row]); rows.loss.push(loss[row]); rows.lr.push(lr[row]); rows.mean.push(average); rows.n.push(count);
+    };
+    const size = Math.ceil(step.length / Math.floor(most / 2));
+    for (let start = 0; start < step.length; start += size) {
+      const bucket = Array.from({ length: Math.min(size, step.length - start) }, (_, index) => start + index);
+      const known = bucket.filter((row) => loss[row] !== null);
+      const all = bucket.reduce((sum, row) => sum + (n?.[row] ?? 1), 0);
+      if (!known.length) { keep(start, null, all); continue; }
+      const weight = known.reduce((sum, row) => sum + (n?.[row] ?? 1), 0);
+      const average = known.reduce((sum, row) => sum + (mean?.[row] ?? loss[row]) * (n?.[row] ?? 1), 0) / weight;
+      const low = known.reduce((best, row) => (loss[row] < loss[best] ? row : best));
+      const high = known.reduce((best, row) => (loss[row] > loss[best] ? row : best));
+      if (low === high) { keep(low, average, all); continue; }
+      keep(Math.min(low, high), average, all - Math.floor(all / 2));
+      keep(Math.max(low, high), average, Math.floor(all / 2));
+    }
+    return rows;
+  };
+
+  /** Means of the loss by noise level over the first and the newest tenth of the steps; null where there was no sample. */
+  Studio.binMeans = ({ step = [], loss = [], count = [] }) => {
+    const [first, last] = [step[0] ?? 0, step.at(-1) ?? 0];
+    const reach = (last - first) / 10;
+    const mean = (isIn) => Array.from({ length: 10 }, (_, bin) => {
+      let sum = 0;
+      let samples = 0;
+      step.forEach((at, row) => {
+        if (!isIn(at) || loss[row][bin] === null) return;
+        sum += loss[row][bin] * count[row][bin];
+        samples += count[row][bin];
+      });
+      return samples ? sum / samples : null;
+    });
+    return { first: mean((at) => at <= first + reach), newest: mean((at) => at >= last - reach) };
+  };
+
+  /** The nearest of rising steps to a step. */
+  Studio.nearest = (steps, to) => steps.reduce((best, at, index) => (Math.abs(at - to) < Math.abs(steps[best] - to) ? index : best), 0);
+
   /** The last value that is there, at or before `row`. */
   Studio.latest = (column, row = column.length - 1) => {
     for (let index = Math.min(row, column.length - 1); index >= 0; index -= 1) {

@@ -100,6 +100,20 @@ class Library:
         """The absolute path, as a preset's data.folder takes it."""
         return self._path(id).as_posix()
 
+    def id_of(self, folder: Path) -> str:
+        """The id under which `open` finds a folder; "" for one that this app may not look into."""
+        try:
+            path = folder.resolve()
+            for key, root in self._roots.items():
+                base = root.resolve()
+                if base in path.parents and path.is_dir():
+                    id = f"{key}:{path.relative_to(base).as_posix()}"
+                    self._path(id)
+                    return id
+        except (OSError, RuntimeError, UserError):  # a loop of links, or a hidden folder
+            pass
+        return ""
+
     def _split(self, id: str) -> tuple[Path, str]:
         key, colon, name = id.partition(":")
         if not colon or key not in self._roots:

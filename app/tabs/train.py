@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Annotated, Any
+from typing import Any
 
 import gradio as gr
-from pydantic import Field
 
-from app import feed
-from app.components import Answer, Request, RunList, RunView, server_function
-from app.jobs import Jobs, Order, QueueOrder
+from app import feed, run_details
+from app.components import Answer, RunList, RunView, server_function
+from app.datasets.library import Library
+from app.jobs import Jobs
+from app.run_details import RunDetails
+from app.tabs import train_requests as asks
 from trainer import preset
 from trainer.errors import UserError
 from trainer.run import Run, State, free_name
@@ -19,52 +21,37 @@ from trainer.run import Run, State, free_name
 DEMO = preset.SHIPPED / "demo.toml"
 TROUBLE = ("failed", "crashed")
 
-Name = Annotated[str, Field(min_length=1, max_length=200)]
 
-
-class ListRuns(Request):
-    seen: Annotated[str, Field(max_length=64)] = ""  # the tag of the list that the page has
-
-
-class ReadRun(Request):
-    run: Name
-    cursor: Annotated[str, Field(max_length=64)] = ""
-    word: Annotated[str, Field(max_length=32)] = ""  # the state that the page shows
-
-
-class OrderRun(Request):
-    run: Name
-    order: Order
-    prompts: Annotated[list[Annotated[str, Field(max_length=2000)]], Field(max_length=64)] = []
-
-
-class OrderQueue(Request):
-    run: Name
-    order: QueueOrder
-
-
-class NameRun(Request):
-    run: Name
-
-
-class Nothing(Request):
-    pass
-
-
-def build(jobs: Jobs) -> None:
+def build(jobs: Jobs, library: Library) -> None:
     """Lay the tab out."""
+    details = RunDetails(library)
+    places = jobs.places
     with gr.Row(elem_id="train"):
-        RunList([server_function("list_runs", ListRuns, lambda asked: list_runs(jobs, asked)),
-                 server_function("start_demo", Nothing, lambda asked: start_demo(jobs)),
-                 server_function("order_queue", OrderQueue, lambda asked: order_queue(jobs, asked))],
+        RunList([server_function("list_runs", asks.ListRuns, lambda asked: list_runs(jobs, asked)),
+                 server_function("start_demo", asks.Nothing, lambda asked: start_demo(jobs)),
+                 server_function("order_queue", asks.OrderQueue, lambda asked: order_queue(jobs, asked))],
                 data={"hasDemo": DEMO.is_file()}, elem_id="runs")
-        RunView([server_function("read_run", ReadRun, lambda asked: read_run(jobs, asked)),
-                 server_function("order_run", OrderRun, lambda asked: order_run(jobs, asked)),
-                 server_function("resume_run", NameRun, lambda asked: resume_run(jobs, asked))],
+        RunView([server_function("read_run", asks.ReadRun, lambda asked: read_run(jobs, asked)),
+                 server_function("read_hard", asks.ReadHard,
+                                 lambda asked: details.hard(places.run(asked.run), asked.most)),
+                 server_function("read_spectrum", asks.ReadSpectrum, lambda asked: run_details.spectrum(
+                     places.run(asked.run), asked.block, asked.step)),
+                 server_function("save_notes", asks.SaveNotes, lambda asked: run_details.save_notes(
+                     places.run(asked.run), asked.text, asked.before)),
+                 server_function("pin_checkpoint", asks.PinCheckpoint, lambda asked: pin_checkpoint(jobs, asked)),
+                 server_function("branch_run", asks.BranchRun, lambda asked: {"run": jobs.branch(
+                     places.run(asked.run), asked.step, asked.branch.strip(), asked.changes)}),
+                 server_function("rename_run", asks.RenameRun, lambda asked: {"run": jobs.rename(
+                     places.run(asked.run), asked.new)}),
+                 server_function("delete_run", asks.NameRun, lambda asked: {"entry": jobs.delete(
+                     places.run(asked.run))}),
+                 server_function("restore_run", asks.RestoreRun, lambda asked: {"run": jobs.restore(asked.entry)}),
+                 server_function("order_run", asks.OrderRun, lambda asked: order_run(jobs, asked)),
+                 server_function("resume_run", asks.NameRun, lambda asked: resume_run(jobs, asked))],
                 elem_id="run")
 
 
-def list_runs(jobs: Jobs, asked: ListRuns) -> Answer:
+def list_runs(jobs: Jobs, asked: asks.ListRuns) -> Answer:
     """All runs with their states, when the page has another list; how far the living ones are, always."""
     rows = jobs.listing()
     queue = {"waiting": [entry.name for entry in jobs.queue.waiting()],
@@ -88,7 +75,7 @@ def start_demo(jobs: Jobs) -> Answer:
     return {"run": name}
 
 
-def read_run(jobs: Jobs, asked: ReadRun) -> Answer:
+def read_run(jobs: Jobs, asked: asks.ReadRun) -> Answer:
     """The state of a run and what came since the cursor."""
     early_end = jobs.early_end(asked.run)
     try:
@@ -100,28 +87,34 @@ def read_run(jobs: Jobs, asked: ReadRun) -> Answer:
         return {"state": _said(state), "trouble": early_end}
     jobs.places.hand_out(run)
     state = jobs.state(run)
-    answer: Answer = {"state": _said(state), **feed.read(run, asked.cursor)}
+    answer: Answer = {"state": _said(state), **feed.read(run, asked.cursor), **run_details.beside(run, asked.seen)}
     if state.word != asked.word or early_end:
         answer |= _trouble(run, state, early_end)
     if answer.get("reset"):
         answer["folder"] = run.path.as_posix()
+        answer.setdefault("prompts", run_details.prompts(run))
     return answer
 
 
-def order_run(jobs: Jobs, asked: OrderRun) -> Answer:
-    """Stop, pause, go on, save or sample."""
+def order_run(jobs: Jobs, asked: asks.OrderRun) -> Answer:
+    """Stop, pause, go on, save, sample, or sample other prompts from now on."""
     prompts = [line for prompt in asked.prompts if (line := prompt.strip())]
     jobs.order(jobs.places.run(asked.run), asked.order, prompts)
     return {}
 
 
-def resume_run(jobs: Jobs, asked: NameRun) -> Answer:
+def resume_run(jobs: Jobs, asked: asks.NameRun) -> Answer:
     """Go on with a run that is over or was killed."""
-    jobs.resume(jobs.places.run(asked.run))
+    return {"waits": jobs.resume(jobs.places.run(asked.run))}
+
+
+def pin_checkpoint(jobs: Jobs, asked: asks.PinCheckpoint) -> Answer:
+    """Keep a checkpoint whatever comes, or let it go with the others."""
+    jobs.places.run(asked.run).pin(asked.step, asked.pinned)
     return {}
 
 
-def order_queue(jobs: Jobs, asked: OrderQueue) -> Answer:
+def order_queue(jobs: Jobs, asked: asks.OrderQueue) -> Answer:
     """Move a waiting run, take it out, put it back, or forget a failure."""
     jobs.order_queue(asked.run, asked.order)
     return {}
