@@ -10,7 +10,7 @@ from app import components, theme
 from app.components import Header
 from app.datasets.library import Library
 from app.jobs import Jobs
-from app.tabs import compare, dataset, export, first_run, preset, train
+from app.tabs import compare, dataset, export, preset, train
 
 TITLE = "Stiefel Studio"
 USER = "studio"  # with a password there is one user
@@ -23,10 +23,9 @@ def build(jobs: Jobs) -> gr.Blocks:
     atexit.register(library.close)
     with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=True, delete_cache=CACHE_CLEANING) as page:
         Header([])
-        first_run.build(jobs, library)
         with gr.Tabs(elem_id="tabs"):
             with gr.Tab("Train", id="train"):
-                train.build(jobs, library)
+                train.build(jobs)
             with gr.Tab("Data set", id="dataset", render_children=True):
                 dataset.build(library)
             with gr.Tab("Preset", id="preset", render_children=True):

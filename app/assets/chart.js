@@ -136,7 +136,7 @@
       if (!this.plot) return;
       const [x, ...ys] = this.plot.data;
       const at = this.plot.cursor.left >= 0 ? this.plot.cursor.idx : null;
-      const shown = this.series.map((series, index) => ({ series, y: ys[index] })).filter(({ series }) => !series.hidden);
+      const shown = this.series.map((series, index) => ({ series, y: ys[index] })).filter(({ series }) => !series.hidden && !series.quiet);
       while (this.rows.children.length > shown.length) this.rows.lastChild.remove();
       shown.forEach(({ series, y }, index) => {
         const row = this.rows.children[index] ?? this.rows.appendChild(
