@@ -247,5 +247,6 @@ def test_only_a_wait_counts_as_one(monkeypatch) -> None:
     ("memory.offload_blocks=2", "memory.offload_blocks"),
     ('adapter.targets=["attention","text_encoder"]', "'text_encoder' in adapter.targets")])
 def test_graphs_that_cannot_be_are_refused_in_the_preset(tiny_project, change: str, words: str) -> None:
+    load(tiny_project, [change, "memory.cuda_graphs=auto"])
     with pytest.raises(UserError, match="memory.cuda_graphs=on: 'on' does not go with " + words.replace(".", r"\.")):
         load(tiny_project, [change, "memory.cuda_graphs=on"])

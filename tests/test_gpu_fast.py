@@ -44,7 +44,7 @@ def steps(session: Session, size: Size, count: int = STEPS) -> tuple[list[float]
     notes: list[str] = []
     step = step_time.trainer_step(session, size, notes)
     losses = [step(number).item() for number in range(count)]
-    replayed = session.graphs is not None and len(session.graphs.captured)
+    replayed = len(session.graphs.captured) if session.graphs is not None else None
     start.finish(session)
     return losses, [leaf.detach().clone() for leaf in session.adapter.parameters()], [*notes, f"{replayed} graphs"]
 
@@ -70,6 +70,16 @@ def test_graphs_hold_in_other_ways_of_training(change: str) -> None:
     found = [steps(*tiny("lora", "sd15:2", f"memory.cuda_graphs={chosen}", change)) for chosen in ("off", "on")]
     assert found[1][2][-1] == "1 graphs", found[1][2]
     torch.testing.assert_close(torch.tensor(found[1][0]), torch.tensor(found[0][0]), rtol=2e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("way", [("stella", "klein-4b:1"), ("lora", "flux1-dev:1:full")], ids=["klein", "flux1"])
+def test_compiled_blocks_give_the_numbers_of_plain_ones_as_graphs_too(way: tuple[str, str]) -> None:
+    plain = steps(*tiny(*way, "memory.cuda_graphs=off", "train.compile=off"))
+    for graphs in ("off", "on"):
+        fast = steps(*tiny(*way, f"memory.cuda_graphs={graphs}", "train.compile=on"))
+        assert any("blocks are compiled" in note for note in fast[2]), fast[2]
+        assert fast[2][-1] == ("1 graphs" if graphs == "on" else "None graphs"), fast[2]
+        torch.testing.assert_close(torch.tensor(fast[0]), torch.tensor(plain[0]), rtol=5e-3, atol=1e-3)
 
 
 # Whole runs.

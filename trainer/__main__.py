@@ -140,6 +140,7 @@ def _train(run: Run, preset: Preset, workspace: Path) -> int:
         try:
             if preset.train.deterministic:
                 os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read when CUDA starts
+            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(workspace / "cache" / "compiled"))  # for later runs
             from trainer.loop import run_training  # late: torch takes seconds, and a faulty preset none
 
             run_training(run, preset, workspace, stderr if stderr.isatty() else None)

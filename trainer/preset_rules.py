@@ -243,17 +243,18 @@ def _memory(sections: Mapping[str, Any]) -> list[Problem]:
     return found
 
 
-def _graphs(sections: Mapping[str, Any]) -> list[Problem]:
-    """What keeps a step from becoming a CUDA graph, where graphs are asked for."""
-    memory, adapter = sections.get("memory"), sections.get("adapter")
-    if memory is None or memory.cuda_graphs != "on":
+def _fast(sections: Mapping[str, Any]) -> list[Problem]:
+    """What keeps steps from becoming CUDA graphs, or blocks from being compiled, where that is asked for."""
+    memory, adapter, train = sections.get("memory"), sections.get("adapter"), sections.get("train")
+    if memory is None or adapter is None or train is None:
         return []
-    against = [("memory.device = 'cpu'", memory.device == "cpu"), ("memory.offload_blocks", memory.offload_blocks > 0)]
-    if adapter is not None:
-        against += [("adapter.dropout", adapter.dropout > 0),
-                    ("'text_encoder' in adapter.targets", "text_encoder" in adapter.targets)]
-    return [Problem("memory.cuda_graphs", f"'on' does not go with {what}; set it to 'auto'")
-            for what, given in against if given]
+    both = [("memory.device = 'cpu'", memory.device == "cpu"), ("memory.offload_blocks", memory.offload_blocks > 0),
+            ("adapter.dropout", adapter.dropout > 0)]
+    graphs = [*both, ("'text_encoder' in adapter.targets", "text_encoder" in adapter.targets)]
+    compiled = [*both, (f"memory.quantize = {memory.quantize!r}", memory.quantize not in ("auto", "none"))]
+    wanted = [("memory.cuda_graphs", memory.cuda_graphs, graphs), ("train.compile", train.compile, compiled)]
+    return [Problem(where, f"'on' does not go with {what}; set it to 'auto'")
+            for where, chosen, against in wanted if chosen == "on" for what, given in against if given]
 
 
 def _target_pattern(sections: Mapping[str, Any]) -> list[Problem]:
@@ -267,6 +268,6 @@ def _target_pattern(sections: Mapping[str, Any]) -> list[Problem]:
 
 RULES: tuple[Callable[[Mapping[str, Any]], list[Problem]], ...] = (
     _family_model, _family_adapter, _family_output, _family_training, _target_pattern, _paths, _warm_up, _memory,
-    _graphs, _length_of_training, _method_choices, _dora_methods, _rank_target,
+    _fast, _length_of_training, _method_choices, _dora_methods, _rank_target,
     _weights_with_ema, _one_holdout, _early_stop, _no_effect,
 )

@@ -188,6 +188,9 @@ class Train(Section):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = setting(
         "auto", "Arithmetic of the frozen model. auto: bf16 on GPUs that have it, fp16 on older ones, fp32 on a CPU.",
         advanced=True)
+    compile: Literal["auto", "on", "off"] = setting(
+        "auto", "Compile the model's blocks: faster steps, after half a minute or more for each shape of batch. auto: "
+        "Flux, on runs so long that it pays.", advanced=True)
     deterministic: bool = setting(False, "Bit-exact repeats on a GPU, at some cost in speed.", advanced=True)
     seed: int = setting(0, "Decides data order, noise and starts.", ge=0, le=2**32 - 1)
 

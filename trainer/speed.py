@@ -72,7 +72,7 @@ def _key(preset: Preset, device: str) -> str:
         train.grad_accum, train.precision, train.optimizer, train.ema_decay > 0, adapter.method, adapter.rank,
         adapter.init, adapter.dora, adapter.dropout > 0, adapter.fuse_qkv, adapter.target_pattern,
         *sorted(adapter.targets), memory.quantize, memory.gradient_checkpointing, memory.offload_blocks,
-        memory.budget_gb, memory.cuda_graphs))
+        memory.budget_gb, memory.cuda_graphs, train.compile))
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -38,7 +38,7 @@ from trainer.session import Session, hold
 from trainer.update import Update
 
 ROWS = ("peer", "lora", "stiefel", "stella")
-FLAGS = {"compile": (), "eager": ("memory.cuda_graphs=off",), "graph": ("memory.cuda_graphs=on",)}
+FLAGS = {"compile": ("train.compile=on",), "eager": ("memory.cuda_graphs=off",), "graph": ("memory.cuda_graphs=on",)}
 WARM = 6  # steps: the third pass and the fourth update are recorded
 AGREE_STEPS, AGREE = 20, 0.02
 PASSES = 2.0  # work of a step over that of a forward pass: the gradient of each input, and none of frozen weights
@@ -154,7 +154,8 @@ def session_of(size: Size, method: str, changes: Sequence[str], denoiser: torch.
 
 def trainer_step(session: Session, size: Size, notes: list[str]) -> Step:
     """A step of the training loop; what the trainer would tell is added to `notes`."""
-    session.recorder = SimpleNamespace(note=lambda step, text: notes.append(text))
+    session.recorder = SimpleNamespace(note=lambda step, text: notes.append(text), phase=lambda text: None)
+    session.order = SimpleNamespace(batch=lambda step: true_size.draws(size, step))
     start.prepare(session)
     update = Update(session.adapter, session.optimizer, session.preset.train.max_grad_norm)
 

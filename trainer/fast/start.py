@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
+import time
+import traceback
+
 import torch
 
+from trainer.fast import compile as block_compiler
 from trainer.fast.graphs import CudaRecorder, StepGraphs
 from trainer.fast.prefetch import Prefetcher
+from trainer.gpu import free_memory
 from trainer.schema import FLOW_FAMILIES
 from trainer.session import Session
 
 WORTH_STEPS = 40  # a graph saves some tens of milliseconds a step, and takes a second or two to record
+COMPILING = 30.0  # seconds that compiling a transformer's blocks takes, for each shape of batch
+SAVES = 0.25  # of a step's time, when its blocks are compiled
+PAYS = 3.0  # times its cost that compiling must save to be done unasked
 
 
 def prepare(session: Session) -> None:
-    """Let batches be read ahead and passes run as graphs; a note says why something that could be, is not."""
+    """Let blocks be compiled, batches be read ahead and passes run as graphs; a note says why something that could be,
+    is not."""
+    _compile(session)
     if session.device.type == "cuda":
         session.prefetch = Prefetcher(session.read, session.device)
+    _record(session)
+
+
+def _record(session: Session) -> None:
     chosen = session.preset.memory.cuda_graphs
     if chosen == "off" or (chosen == "auto" and not worth_it(session)):
         return
@@ -36,6 +50,83 @@ def finish(session: Session) -> None:
     if session.graphs is not None:
         session.graphs.drop()
         session.graphs = None
+
+
+def _compile(session: Session) -> None:
+    chosen = session.preset.train.compile
+    if chosen == "off" or (chosen == "auto" and not may_pay(session)):
+        return
+    if (why_not := compile_obstacle(session)) is not None:
+        if chosen == "on":
+            session.recorder.note(session.progress.step, f"blocks are not compiled: {why_not}")
+        return
+    if chosen == "on" or pays(session, _seconds(session)):
+        _try_compiled(session)
+
+
+def may_pay(session: Session) -> bool:
+    """Whether compiling could be worth its time, before a step is measured: a transformer's blocks gain most. Where
+    every bit counts, a resumed run must not decide anew."""
+    preset, left = session.preset, session.steps - session.progress.step
+    able = preset.model.family in FLOW_FAMILIES and session.device.type == "cuda"
+    return able and not preset.train.deterministic and left >= 10 * WORTH_STEPS
+
+
+def compile_obstacle(session: Session) -> str | None:
+    """Why this run's blocks cannot be compiled, in words; None where nothing speaks against it."""
+    if session.device.type != "cuda":
+        return f"that needs an NVIDIA GPU, and this run trains on {session.device.type}"
+    if session.plan.quantize != "none":
+        return "the model is quantised"
+    if session.offload is not None:
+        return "blocks of the model are fetched from the computer's memory at each step"
+    if session.preset.adapter.dropout:
+        return "adapter.dropout draws at random inside of a block"
+    return block_compiler.compiler_missing()
+
+
+def pays(session: Session, seconds: float) -> bool:
+    """Whether compiling saves a multiple of what it costs, for steps of so many seconds."""
+    shapes = len({session.latents.sizes[number] for number in session.latents.readable()})
+    return (session.steps - session.progress.step) * seconds * SAVES >= PAYS * COMPILING * shapes
+
+
+def _seconds(session: Session) -> float:
+    """What a step's passes take; the second of two, since the first loads libraries."""
+    for _ in range(2):
+        torch.cuda.synchronize(session.device)
+        began = time.perf_counter()
+        _passes(session)
+        torch.cuda.synchronize(session.device)
+    return time.perf_counter() - began
+
+
+def _passes(session: Session) -> None:
+    """The coming step's passes, of which nothing stays."""
+    try:
+        session.gradients(session.order.batch(session.progress.step))
+    finally:
+        session.adapter.zero_grad()
+
+
+def _try_compiled(session: Session) -> None:
+    """Compile, and take the coming step's passes once: what fails, fails here, and the run goes on without."""
+    session.recorder.phase("compiling the model's blocks")
+    began = time.perf_counter()
+    block_compiler.install(session.denoiser)
+    try:
+        _passes(session)
+    except Exception as error:
+        traceback.print_exc()  # to the run's log
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    else:
+        session.recorder.note(session.progress.step, "The model's blocks are compiled, which took "
+                              f"{time.perf_counter() - began:.0f} s; another shape of batch takes as long, once")
+        return
+    block_compiler.remove(session.denoiser)
+    session.use("off")
+    free_memory()
+    session.recorder.note(session.progress.step, f"blocks are not compiled, since that failed: {reason}")
 
 
 def worth_it(session: Session) -> bool:

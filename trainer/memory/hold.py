@@ -6,6 +6,7 @@ from dataclasses import asdict
 
 from trainer import gpu, speed
 from trainer.errors import UserError
+from trainer.fast import compile as block_compiler
 from trainer.faults import out_of_memory
 from trainer.memory.blocks import repeated_blocks
 from trainer.memory.meter import GIB
@@ -41,6 +42,7 @@ def step_down(session: Session) -> None:
                             "GPU's memory beside them, and is done again without")
         return
     session.graphs = None  # there is no room for them
+    block_compiler.remove(session.denoiser)
     before, blocks = session.plan, len(repeated_blocks(session.denoiser))
     failed = f"Step {session.progress.step + 1} did not fit into the GPU's memory"
     if session.limit:

@@ -1,0 +1,120 @@
+"""Compiled blocks: the same gradients, one function for a class, only where gradients are recorded, only where it pays.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests import projects
+from tests.bench import step_time, true_size
+from trainer.errors import UserError
+from trainer.fast import compile as block_compiler
+from trainer.fast import start
+from trainer.memory.plan import Plan
+from trainer.preset import load
+from trainer.session import Session
+
+
+@pytest.fixture
+def quick_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.compile with everything but the generation of code."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    block_compiler.compiled_forward.cache_clear()
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+    block_compiler.compiled_forward.cache_clear()
+
+
+def tiny(case: str, method: str) -> tuple[Session, true_size.Size]:
+    [row] = step_time.rows_of(case, [method])
+    size, device = true_size.shrunk(true_size.SIZES[row.size]), torch.device("cpu")
+    torch.manual_seed(0)
+    denoiser = true_size.denoiser_of(size, "none", device, torch.float32)
+    return step_time.session_of(size, method, [], denoiser, device, torch.float32, row), size
+
+
+def gradients(session: Session, size: true_size.Size) -> list[Tensor]:
+    loss = session.gradients(true_size.draws(size, 0))
+    found = [loss, *(leaf.grad.clone() for leaf in session.adapter.parameters())]
+    session.adapter.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("case, method", [("klein-4b:1", "stella"), ("flux1-dev:1:full", "lora")])
+def test_compiled_blocks_have_the_same_gradients_and_share_their_code(quick_compiler, case: str, method: str) -> None:
+    session, size = tiny(case, method)
+    plain = gradients(session, size)
+    block_compiler.install(session.denoiser)
+    for one, other in zip(plain, gradients(session, size)):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-7)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] < len(block_compiler.blocks_of(session.denoiser))
+    assert not torch._dynamo.utils.counters["graph_break"]
+    block_compiler.remove(session.denoiser)
+    assert torch.equal(gradients(session, size)[0], plain[0])
+
+
+def test_pictures_are_drawn_without_the_compiler(quick_compiler) -> None:
+    session, size = tiny("klein-4b:1", "lora")
+    block_compiler.install(session.denoiser)
+    with torch.no_grad():
+        session.loss(true_size.draws(size, 0))
+    assert not torch._dynamo.utils.counters["stats"]
+
+
+def test_a_compiler_that_fails_is_told_and_leaves_everything_as_it_was(tiny_project, tmp_path, monkeypatch) -> None:
+    session = projects.session(tiny_project, tmp_path, "train.compile=on")
+
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("no compiler found\nand more")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    block_compiler.compiled_forward.cache_clear()
+    before = session.gradients(session.order.batch(0))
+    session.adapter.zero_grad()
+    start._try_compiled(session)
+    session.recorder.close()
+    assert "since that failed: no compiler found\"" in session.run.events.read_text()
+    assert torch.equal(session.gradients(session.order.batch(0)), before)
+
+
+@pytest.mark.parametrize("change, words", [("adapter.dropout=0.1", "adapter.dropout"), ("train.steps=9", None)])
+def test_what_keeps_blocks_from_being_compiled_is_known(tiny_project, tmp_path, monkeypatch, change, words) -> None:
+    session = projects.session(tiny_project, tmp_path, change)
+    monkeypatch.setattr(block_compiler, "compiler_missing", lambda: None)
+    assert "needs an NVIDIA GPU" in start.compile_obstacle(session)
+    session.device = torch.device("cuda", 0)
+    found = start.compile_obstacle(session)
+    assert found is None if words is None else words in found
+    session.plan = Plan("nf4")
+    assert "quantised" in start.compile_obstacle(session)
+
+
+@pytest.mark.parametrize("change, words", [("adapter.dropout=0.1", "adapter.dropout"),
+                                           ("memory.quantize=nf4", "memory.quantize = 'nf4'")])
+def test_compiling_that_cannot_be_is_refused_in_the_preset(tiny_project, change: str, words: str) -> None:
+    load(tiny_project, [change])
+    with pytest.raises(UserError, match="train.compile=on: 'on' does not go with " + words):
+        load(tiny_project, [change, "train.compile=on"])
+
+
+def test_compiling_must_save_a_multiple_of_what_it_costs(tiny_project, tmp_path) -> None:
+    session = projects.session(tiny_project, tmp_path, "train.steps=1000", "data.buckets=false")
+    assert start.pays(session, 0.5) and not start.pays(session, 0.2)  # 1000 * 0.25 * s against 3 * 30
+    session.progress.step = 800
+    assert not start.pays(session, 0.5)
+
+
+def test_unasked_only_long_runs_of_transformers_are_measured(tiny_project, tmp_path) -> None:
+    session = projects.session(tiny_project, tmp_path, "train.steps=1000")
+    session.device = torch.device("cuda", 0)
+    assert not start.may_pay(session), "a UNet"
+    session.preset = session.preset.model_copy(update={"model": session.preset.model.model_copy(
+        update={"family": "flux2"})})
+    assert start.may_pay(session)
+    session.progress.step = 900
+    assert not start.may_pay(session)
