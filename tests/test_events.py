@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.events import EventReader, EventWriter, last_event, rewind
+from trainer.events import EventReader, EventWriter, last_event, newest_events, rewind
 
 WRITER = """
 import random, sys
@@ -236,3 +236,14 @@ def test_a_reader_of_some_kinds_passes_over_the_others(path):
     reader = EventReader(path, kinds=("rank", "start"))
     assert [event["kind"] for event in reader.read()] == ["rank"]
     assert reader.offset == path.read_bytes().rfind(b"\n") + 1 and reader.read() == []
+
+
+def test_the_newest_events_reach_back_to_the_kinds_that_are_asked_for(path):
+    writer = EventWriter(path)
+    writer.write("step", step=1)
+    for _ in range(3):
+        writer.write("image_loss", images={"x" * 100 + str(n): [1, 1.0] for n in range(1000)})
+    assert len(newest_events(path)) < 2
+    assert newest_events(path, "step", "start")[0]["step"] == 1
+    assert len(newest_events(path, "never")) == 4
+    assert newest_events(path.with_name("none"), "step") == []

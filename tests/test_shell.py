@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.run_folders import PRESET, finished
+from trainer import notes
 from trainer import preset as presets
 from trainer import run as runs
 from trainer.events import EventWriter
@@ -22,9 +23,9 @@ def test_a_list_has_a_line_a_run_the_newest_first(tmp_path, trainer):
     time.sleep(0.02)
     finished(tmp_path, "new", "adapter.method=lora")
     head, *lines = trainer("list", "--workspace", tmp_path).out.splitlines()
-    assert head.split() == ["name", "state", "step", "loss", "s/it", "method", "started"]
+    assert head.split() == ["name", "state", "step", "best", "loss", "s/it", "method", "started"]
     assert [line.split("  ")[0] for line in lines] == ["new", "old"]
-    assert "done at step 100  100 of 100  0.01376  0.5   lora" in lines[0]
+    assert "done at step 100  100 of 100  –     0.01376  0.5   lora" in lines[0]
     listed = json.loads(trainer("list", "--json", "--workspace", tmp_path).out)
     assert [(row["name"], row["state"], row["step"]) for row in listed] == [("new", "done", 100), ("old", "done", 100)]
 
@@ -34,14 +35,20 @@ def test_show_tells_all_of_a_run(tmp_path, trainer):
     events = EventWriter(run.events)
     events.write("skipped", file="x.png", reason="not an image")
     events.write("note", step=3, text="step 3 was skipped")
+    events.write("best", step=50, by="validation", value=0.25, why="its validation loss is the lowest")
+    notes.write(run, "too warm\nnext: less steps")
     text = trainer("show", "a", "--workspace", tmp_path).out
     for part in ("0.5 s/it, 1.0 min in all", "4 GB", "0.25 at 100; first 0.3 at 50; best 0.25 at 100",
                  "14.2 (4.1 to 24.3), efflite0, 24 generated and 48 held-out", "158.1 (floor 143.2)", "up 3, down 5",
                  "nearest to the defaults, but for\n  adapter.rank = 5  (there: 16)",
                  "a.safetensors  step 100  4 kB  U1  read back: worst relative error 0.00034",
-                 "left out: x.png: not an image", "step 3 was skipped"):
+                 "left out: x.png: not an image", "step 3 was skipped",
+                 "best         50: its validation loss is the lowest", "own notes\n  too warm\n  next: less steps"):
         assert part in text, part
     data = json.loads(trainer("show", "a", "--json", "--workspace", tmp_path).out)
+    assert (data["best"]["step"], data["own_notes"]) == (50, "too warm\nnext: less steps")
+    listed, = json.loads(trainer("list", "--json", "--workspace", tmp_path).out)
+    assert listed["best"] == 50 and " 50 " in trainer("list", "--workspace", tmp_path).out.splitlines()[1]
     assert data["preset"]["adapter"]["rank"] == 5 and data["distance"]["kid"] == 14.2
 
 

@@ -1,5 +1,5 @@
-"""The command line: `python -m trainer --preset FILE` trains, `--resume RUN` goes on, `--check` only looks, and verbs
-such as `list` and `show RUN` are about runs that are there."""
+"""The command line: `python -m trainer --preset FILE` trains, `--resume RUN` goes on, `--branch RUN` begins another run
+at its checkpoint, `--check` only looks, and verbs such as `list` and `show RUN` are about runs that are there."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn, TextIO
 
+from trainer import branch, facts, shelf, shell, shell_bases, shell_queue, shell_shelf, shell_sweep
 from trainer import preset as presets
 from trainer import run as runs
-from trainer import shell, shell_bases, shell_queue, shell_sweep
 from trainer.errors import UserError
 from trainer.quantize import quiet_bitsandbytes
 from trainer.queue import Queue
@@ -39,7 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _check(options)
         if options.json:
             raise UserError("--json goes with --check")
-        return _train(*(_resume(options) if options.resume else _begin(options)))
+        return _train(*(_resume(options) if options.resume else _branch(options) if options.branch
+                        else _begin(options)))
     except UserError as error:
         print(error, file=sys.stderr)
     except OSError as error:  # of the run's folder or its log: all else has its own message
@@ -60,6 +61,11 @@ def _parser() -> argparse.ArgumentParser:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--preset", metavar="FILE", help="a preset: a file, or the name of one in presets/")
     what.add_argument("--resume", metavar="RUN", type=Path, help="a run's folder: go on where it is")
+    what.add_argument("--branch", metavar="RUN[@STEP]",
+                      help="a new run that starts from a checkpoint of that one (the last, or that of STEP), with its "
+                           "preset and the changes given by --set. It goes on counting at STEP, so that curves can be "
+                           "laid over each other, and train.steps counts from the first run's beginning. Rank, method "
+                           "and trained layers stay as they are")
     parser.add_argument("--set", dest="overrides", metavar="SECTION.KEY=VALUE", action="append", default=[],
                         help="change a setting; may be given several times")
     parser.add_argument("--name", help="the run's name (default: the preset's, with the first free number)")
@@ -74,6 +80,7 @@ def _look(words: Sequence[str]) -> int:
     parser = Parser(prog="python -m trainer")
     verbs = parser.add_subparsers(required=True, metavar="VERB")
     shell.add_verbs(verbs)
+    shell_shelf.add_verbs(verbs)
     shell_queue.add_verb(verbs)
     shell_sweep.add_verb(verbs)
     shell_bases.add_verb(verbs)
@@ -103,10 +110,11 @@ def _begin(options: argparse.Namespace) -> tuple[Run, Preset, Path]:
 def _resume(options: argparse.Namespace) -> tuple[Run, Preset, Path]:
     """An old run; its own preset counts, but for what a resume may change."""
     if options.name is not None:
-        raise UserError("--name goes with --preset; a resumed run keeps its name")
+        raise UserError("--name goes with --preset and --branch; a resumed run keeps its name")
     run = runs.open_run(options.resume)
     if run.is_held():  # its preset is not ours to change
         raise run.busy()
+    shelf.settle(run)  # a kill may have come between the renaming of the folder and that of its files
     before = presets.load(run.preset)
     after = presets.load(run.preset, options.overrides)
     presets.check_resume(before, after)
@@ -118,11 +126,32 @@ def _resume(options: argparse.Namespace) -> tuple[Run, Preset, Path]:
     return run, after, run.path.parent.parent
 
 
+def _branch(options: argparse.Namespace) -> tuple[Run, Preset, Path]:
+    """A new run from a checkpoint of another one."""
+    workspace = options.workspace.resolve()
+    origin, step = _checkpoint(workspace, options.branch)
+    preset = branch.preset_of(origin, options.overrides)
+    return branch.begin(workspace, origin, step, preset, options.name), preset, workspace
+
+
+def _checkpoint(workspace: Path, text: str) -> tuple[Run, int | None]:
+    """The run and step meant by RUN[@STEP]."""
+    name, at, step = text.rpartition("@")
+    if not at:
+        return facts.find_run(workspace, text), None
+    if not step.isdecimal():
+        raise UserError(f"--branch {text}: write it as RUN@STEP, with the number of a step that has a checkpoint")
+    return facts.find_run(workspace, name), int(step)
+
+
 def _check(options: argparse.Namespace) -> int:
     workspace = runs.open_run(options.resume).path.parent.parent if options.resume else options.workspace.resolve()
     try:
-        path = options.resume / "preset.toml" if options.resume else presets.find(options.preset, workspace)
-        preset = presets.load(path, options.overrides)
+        if options.branch:
+            preset = branch.preset_of(_checkpoint(workspace, options.branch)[0], options.overrides)
+        else:
+            path = options.resume / "preset.toml" if options.resume else presets.find(options.preset, workspace)
+            preset = presets.load(path, options.overrides)
     except UserError as error:
         if not options.json:
             raise

@@ -119,13 +119,19 @@ def first_event(path: Path) -> Event | None:
         return None
 
 
-def newest_events(path: Path, size: int = 1 << 16) -> list[Event]:
-    """The events in the last `size` bytes of the file."""
+def newest_events(path: Path, *kinds: str) -> list[Event]:
+    """The events in the last 64 kB of the file; in more of it until one of these kinds is among them, as events that
+    tell of many images are long."""
     try:
         length = path.stat().st_size
     except OSError:
         return []
-    return EventReader(path, max(0, length - size)).read()
+    size = 1 << 16
+    while True:
+        events = EventReader(path, max(0, length - size)).read()
+        if size >= length or not kinds or any(event["kind"] in kinds for event in events):
+            return events
+        size *= 8
 
 
 def rewind(events: list[Event]) -> list[Event]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import tomllib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -77,6 +78,8 @@ class Facts:
     data: Event | None = None  # what it was trained on: images, held_out, sha256
     versions: dict[str, str] = field(default_factory=dict)  # of the programs it was trained with, at its last start
     hardware: str = ""  # the device alone
+    best: Event | None = None  # which checkpoint is the best, and why
+    origin: dict[str, Any] | None = None  # of a branch: run and step
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -102,9 +105,15 @@ def overview(run: Run) -> Overview:
     """A run in short: its event file is not read whole, so that hundreds of runs are listed at once."""
     state = run.state()
     first = first_event(run.events) or {}
-    steps = [event for event in rewind(newest_events(run.events)) if event["kind"] == "step"][-RECENT:]
+    steps = [event for event in rewind(newest_events(run.events, "step")) if event["kind"] == "step"][-RECENT:]
     return Overview(run.name, state.word, state.text, state.step, state.steps, _mean(steps, "loss"),
                     _median(steps, "sec"), _method(run.preset), _number(first.get("t")) or run.preset.stat().st_mtime)
+
+
+def best_of(run: Run) -> Event | None:
+    """Which checkpoint is the best, as its `best` event; None when nothing was measured."""
+    bests = rewind(EventReader(run.events, kinds=("start", "best")).read())
+    return _last([event for event in bests if event["kind"] == "best"])
 
 
 def collect(run: Run) -> Facts:
@@ -127,7 +136,8 @@ def collect(run: Run) -> Facts:
         checkpoints=run.checkpoint_steps(), exports=_exports(run, by_kind.get("export", [])), skipped=skipped,
         notes=[str(event.get("text", "")) for event in by_kind.get("note", [])[-MOST_NOTES:]],
         data=_last(by_kind.get("data", [])), versions=_versions(by_kind.get("start", [])),
-        hardware=str((_last(by_kind.get("start", [])) or {}).get("device", "")))
+        hardware=str((_last(by_kind.get("start", [])) or {}).get("device", "")),
+        best=_last(by_kind.get("best", [])), origin=origin._asdict() if (origin := run.origin()) else None)
 
 
 def mean_rank(facts: Facts) -> float | None:
@@ -172,7 +182,8 @@ def _plain(preset: Preset) -> dict[str, dict[str, Any]]:
 
 
 def _exports(run: Run, events: Sequence[Event]) -> list[Export]:
-    newest = {str(event.get("path")): event for event in events}
+    newest = {Path(os.path.relpath(run.exported(str(event.get("path"))), run.path)).as_posix(): event
+              for event in events}
     return [Export(name, int(_number(event.get("step")) or 0), (run.path / name).stat().st_size,
                    str(event.get("format", "")), _number(event.get("worst_rel_error")), str(event.get("dtype") or ""),
                    len(missing) if isinstance(missing := event.get("unmatched"), (list, dict)) else 0,

@@ -196,9 +196,11 @@ def start_facts(run: Run, preset: Preset, device: torch.device) -> dict[str, obj
     """The fields of a `start` event."""
     processor = f"{device.type.upper()} ({platform.processor() or platform.machine()})"
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor
+    origin = run.origin()
     return {"v": SCHEMA_VERSION, "step": run.last_step(), "steps": preset.train.steps, "pid": os.getpid(),
             "host": platform.node(), "device": name, "torch": torch.__version__, "versions": versions(),
-            "preset_sha": hashlib.sha256(run.preset.read_bytes()).hexdigest()[:16]}
+            "preset_sha": hashlib.sha256(run.preset.read_bytes()).hexdigest()[:16],
+            **({"from": origin._asdict()} if origin else {})}
 
 
 def versions() -> dict[str, str]:

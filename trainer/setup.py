@@ -68,6 +68,8 @@ def set_up(run: Run, preset: Preset, device: torch.device, workspace: Path, reco
     material = Material(preset, family.bucket_step(preset.data.resolution), lambda done, of: (
         guard(), recorder.phase("reading images", done, of)))
     saved = checkpoint.last_progress(run)
+    if saved is not None and "plan" in saved.fresh:  # a branch that needs more memory, or less
+        saved = None
     texts, text_encoder, quantize = _prepare_text(preset, family, base, material, cache, device, dtype, recorder, guard,
                                                   _text_modes(preset, family, base, device, saved, meter))
     latents, held = _prepare_latents(family, base, material, cache, device, recorder, guard)
@@ -83,6 +85,9 @@ def set_up(run: Run, preset: Preset, device: torch.device, workspace: Path, reco
     order = material.order(latents, preset.train.batch_size * preset.train.grad_accum)
     steps = preset.train.steps or (preset.train.epochs or 0) * order.steps_per_epoch
     check_warm_up(preset, steps)
+    if (origin := run.origin()) and steps <= origin.step:
+        raise UserError(f"train.epochs = {preset.train.epochs}: that is {steps} steps, and the branch begins at step "
+                        f"{origin.step}; give more epochs")
     around = partial(
         Session, run=run, preset=preset, recorder=recorder, guard=guard, device=device, dtype=dtype, family=family,
         base=base, cache=cache, material=material, captions=[material.train_captions(item) for item in latents.items],
@@ -173,6 +178,24 @@ def _continue(session: Session) -> None:
     session.recorder.note(0, f"continues {chosen.start_from}: {describe_start(pairs, adapter)}")
 
 
+def _take_over(session: Session, adapter: dict[str, Tensor], optimizer: dict[str, Tensor],
+               fresh: Sequence[str]) -> None:
+    """A checkpoint's state; of a branch, without the parts that begin anew."""
+    step = session.run.last_step()
+    if "average" in fresh:
+        own = {key: value for key, value in session.adapter.state_dict().items() if key.startswith("ema.")}
+        adapter = {key: value for key, value in adapter.items() if not key.startswith("ema.")} | own
+    session.adapter.load_state_dict(adapter)
+    if "average" in fresh:
+        session.adapter.restart_average()
+        session.recorder.note(step, "the running average begins here" if own else "the running average ends here")
+    if "optimizer" in fresh:
+        session.recorder.note(step, f"train.optimizer = {session.preset.train.optimizer!r} begins anew here: what the "
+                              "other one gathered means nothing to it")
+    else:
+        session.optimizer.load_state_dict(optimizer)
+
+
 def _check_ground(session: Session) -> None:
     """Forget validation losses that the coming ones cannot be compared with."""
     progress = session.progress
@@ -191,8 +214,8 @@ def _resume(session: Session) -> None:
     step = run.last_step()
     if step:
         progress, state, optimizer = checkpoint.load(run.checkpoint(step))
-        session.adapter.load_state_dict(state)
-        session.optimizer.load_state_dict(optimizer)
+        _take_over(session, state, optimizer, progress.fresh)
+        progress.fresh = []
         if progress.data != session.progress.data:
             session.recorder.note(step, "the data set changed since this run was last trained; it goes on with the new "
                                   "one")

@@ -10,7 +10,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from trainer import comparison, facts, sweep
+from trainer import comparison, facts, notes, sweep
 from trainer.errors import UserError
 from trainer.events import Event
 from trainer.facts import Export, Facts, Overview
@@ -18,12 +18,12 @@ from trainer.files import write_atomic
 from trainer.queue import Queue
 from trainer.report import card
 from trainer.report import comparison as report
-from trainer.run import list_runs
+from trainer.run import Run, list_runs
 from trainer.wording import number, sentence, size
 
 POLL = 0.2  # seconds between two looks whether a run has ended
 MOST_COMPARED = 50
-VERBS = ("list", "show", "compare", "stop", "sweep", "queue", "bases")
+VERBS = ("list", "show", "compare", "stop", "rename", "delete", "restore", "sweep", "queue", "bases")
 Table = list[list[str]]
 Verbs = argparse._SubParsersAction  # type: ignore[type-arg] - what add_subparsers gives has no public name
 
@@ -56,14 +56,15 @@ def add_common(verb: argparse.ArgumentParser) -> None:
 
 def list_all(options: argparse.Namespace) -> str:
     """One line a run."""
-    rows = [facts.overview(run) for run in list_runs(options.workspace.resolve())]
+    listed = list_runs(options.workspace.resolve())
+    rows, bests = [facts.overview(run) for run in listed], [facts.best_of(run) for run in listed]
     if options.json:
-        return as_json([row.__dict__ for row in rows])
+        return as_json([row.__dict__ | {"best": (best or {}).get("step")} for row, best in zip(rows, bests)])
     if not rows:
         return f"no runs in {options.workspace.resolve() / 'runs'}"
-    head = ["name", "state", "step", "loss", "s/it", "method", "started"]
-    return table([head, *([row.name, row.text, _steps(row), number(row.loss), number(row.sec, 3), row.method,
-                           _date(row.started)] for row in rows)])
+    head = ["name", "state", "step", "best", "loss", "s/it", "method", "started"]
+    return table([head, *([row.name, row.text, _steps(row), str(best.get("step")) if best else "–", number(row.loss),
+                           number(row.sec, 3), row.method, _date(row.started)] for row, best in zip(rows, bests))])
 
 
 def show(options: argparse.Namespace) -> str:
@@ -73,9 +74,9 @@ def show(options: argparse.Namespace) -> str:
         return _written(options.html, card.make(run))
     known = facts.collect(run)
     if options.json:
-        return as_json(known.as_dict())
+        return as_json(known.as_dict() | {"own_notes": notes.read(run)})
     return "\n\n".join(part for part in (table(_summary(known)), _measured(known), _changes(known), _files(known),
-                                         _told(known)) if part)
+                                         _told(known), _own_notes(run)) if part)
 
 
 def compare(options: argparse.Namespace) -> str:
@@ -208,7 +209,9 @@ def _summary(known: Facts) -> Table:
             ["time", f"{number(seen.sec, 3)} s/it"
                      + (f", {known.trained_sec / 60:.1f} min in all" if known.trained_sec else "")],
             ["peak memory", _memory(known)], ["on", known.device or "–"],
-            ["checkpoints", ", ".join(map(str, known.checkpoints)) or "none"]]
+            ["checkpoints", ", ".join(map(str, known.checkpoints)) or "none"],
+            *([["best", f"{best.get('step')}: {best.get('why', '')}"]] if (best := known.best) else []),
+            *([["branch of", f"{known.origin['run']} at step {known.origin['step']}"]] if known.origin else [])]
 
 
 def _measured(known: Facts) -> str:
@@ -243,6 +246,11 @@ def _files(known: Facts) -> str:
     lines = [f"  {export.file}  step {export.step}  {size(export.bytes)}  {export.format}{verified(export)}"
              for export in known.exports]
     return "\n".join(["files", *lines]) if lines else ""
+
+
+def _own_notes(run: Run) -> str:
+    lines = [f"  {line}" for line in notes.read(run).strip().splitlines()]
+    return "\n".join(["own notes", *lines]) if lines else ""
 
 
 def _told(known: Facts) -> str:

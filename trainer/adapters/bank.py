@@ -227,6 +227,14 @@ class Adapter:
         if self.ema is not None:
             self.ema = {key: stack.clone() for key, stack in self._averaged().items()}
 
+    @torch.no_grad()
+    def restart_average(self) -> None:
+        """Let the average begin at the present weights."""
+        self.updates.zero_()
+        if self.ema is not None:
+            for key, stack in self._averaged().items():
+                self.ema[key].copy_(stack)
+
     def delta(self, name: str, weights: str = "raw") -> Tensor:
         """The change of a layer's matrix, [m, n] in fp64, with the start pair and without DoRA's magnitude."""
         return transfer.delta(self, name, weights)

@@ -1,0 +1,32 @@
+"""A person's own notes on a run: a plain text file in its folder."""
+
+from __future__ import annotations
+
+from trainer.errors import UserError
+from trainer.files import write_atomic
+from trainer.run import Run
+
+FILE = "notes.md"
+MOST = 100_000  # characters
+
+
+def read(run: Run) -> str:
+    """The notes; "" when there are none.  What is beyond the limit is left out."""
+    try:
+        with open(run.path / FILE, encoding="utf-8", errors="replace") as file:
+            return file.read(MOST)
+    except OSError:
+        return ""
+
+
+def write(run: Run, text: str) -> None:
+    """Replace the notes; empty ones take the file away.  `UserError` for more than the limit, and for a run that is
+    gone."""
+    if len(text) > MOST:
+        raise UserError(f"the notes have {len(text):,} characters, and {MOST:,} is the most; shorten them")
+    if not run.path.is_dir():
+        raise UserError(f"there is no run called {run.name!r} any more; its notes are not saved")
+    if text.strip():
+        write_atomic(run.path / FILE, text.encode("utf-8", errors="replace"))
+    else:
+        (run.path / FILE).unlink(missing_ok=True)
