@@ -87,8 +87,8 @@ def fair(world: World, function: Callable[[Any], Answer]) -> dict[str, Any]:
     sets, files = ids(world, "DataSets.list_sets"), ids(world, "Exports.list_files")
     id = files[0] if function in [world.functions[name] for name in world.functions if name.startswith("Exports.")
                                   ] else next(id for id in sets if id.endswith(":cats"))
-    known = {"id": id, "ids": files[:1] * 2, "weights": [0.5, 0.5], "base": "demo:base", "run": "r", "shelf": "own", "text": PRESET,
-             "names": ["a.png"], "images": ["a.png"]}
+    known = {"id": id, "ids": files[:1] * 2, "weights": [0.5, 0.5], "base": "demo:base", "run": "r",
+             "shelf": "own", "text": PRESET, "runs": ["r"], "names": ["a.png"], "images": ["a.png"]}
     request = {}
     for name, field in schema.get("properties", {}).items():
         request[name] = known[name] if name in known else value_of(field, schema)
@@ -215,7 +215,8 @@ def test_fair_requests_are_understood(world):
     assert fine >= {"list_runs", "read_run", "read_hard", "save_notes", "resume_run", "list_sets", "read_info",
                     "list_images", "read_cards", "read_large", "read_mask", "exclude_images", "delete_images",
                     "check_health", "open_preset",
-                    "list_files", "start_check"}, answers
+                    "list_files", "start_check",
+                    "list_compared", "read_compared", "make_report", "make_card", "plan_sweep", "start_sweep"}, answers
 
 
 def test_no_name_leads_to_what_belongs_to_others(world, nothing_of_others_changes):

@@ -33,12 +33,12 @@ class DrawTry(Request):
 
 
 class ReadTry(Request):
-    task: Annotated[str, Field(pattern=r"^\d{4,9}$")]
+    task: Annotated[str, Field(pattern=r"^\d{1,9}$")]
     request: Annotated[int, Field(ge=1, le=10**9)]
 
 
 class StopTry(Request):
-    task: Annotated[str, Field(pattern=r"^\d{4,9}$")]
+    task: Annotated[str, Field(pattern=r"^\d{1,9}$")]
 
 
 def functions(trying: Trying) -> list:
