@@ -3,7 +3,7 @@
 A case is model:batch, with :full for checkpointing and then :fp8 or :nf4 for our weights (the peer's have 16 bits).
 Its rows run one after the other, each in a process of its own: the peer (see peer.py) and the trainer's whole step
 (gradients, clipping, optimizer with retraction, average), by method. `+` adds to a row: peer+compile, lora+eager
-(without CUDA graphs). `--agree` compares both sides' losses over 20 steps from the same start instead. `--table FILE…`
+(without CUDA graphs), lora+nhwc (convolutions' channels last). `--agree` compares both sides' losses over 20 steps from the same start instead. `--table FILE…`
 puts rows together. `--tiny` rehearses on a CPU, `--profile` prints what the GPU's time goes to.
 """
 
@@ -38,7 +38,8 @@ from trainer.session import Session, hold
 from trainer.update import Update
 
 ROWS = ("peer", "lora", "stiefel", "stella")
-FLAGS = {"compile": ("train.compile=on",), "eager": ("memory.cuda_graphs=off",), "graph": ("memory.cuda_graphs=on",)}
+FLAGS = {"compile": ("train.compile=on",), "eager": ("memory.cuda_graphs=off",), "graph": ("memory.cuda_graphs=on",),
+         "nhwc": ()}
 WARM = 6  # steps: the third pass and the fourth update are recorded
 AGREE_STEPS, AGREE = 20, 0.02
 PASSES = 2.0  # work of a step over that of a forward pass: the gradient of each input, and none of frozen weights
@@ -75,7 +76,8 @@ def rows_of(case: str, names: Sequence[str]) -> list[Row]:
     if (size not in SIZES or not batch.isdigit() or checkpointing not in ("none", "full") or not known
             or quantize not in memory.QUANTIZE):
         raise SystemExit(f"there is no case {case} with rows {', '.join(names)}")
-    return [Row(size, int(batch), checkpointing, quantize, name) for name in names]
+    return [Row(size, int(batch), checkpointing, "none" if name.startswith("peer") else quantize, name)
+            for name in names]
 
 
 # One row.
@@ -135,6 +137,8 @@ def our_step(row: Row, size: Size, device: torch.device, dtype: torch.dtype) -> 
     """The trainer's own step, with everything that it does by itself to be fast."""
     method, *flags = row.who.split("+")
     denoiser = true_size.denoiser_of(size, row.quantize, device, dtype)
+    if "nhwc" in flags:
+        denoiser.to(memory_format=torch.channels_last)
     changes = ["train.ema_decay=0.99", *(change for flag in flags for change in FLAGS[flag])]
     session = session_of(size, method, changes, denoiser, device, dtype, row)
     notes: list[str] = []
