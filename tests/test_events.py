@@ -3,10 +3,12 @@
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -247,3 +249,12 @@ def test_the_newest_events_reach_back_to_the_kinds_that_are_asked_for(path):
     assert newest_events(path, "step", "start")[0]["step"] == 1
     assert len(newest_events(path, "never")) == 4
     assert newest_events(path.with_name("none"), "step") == []
+
+
+def test_every_kind_that_a_run_writes_is_explained():
+    source = Path(newest_events.__code__.co_filename)
+    listed = set(re.findall(r"^# ([a-z_]+)(?:, ([a-z_]+))?  ", source.read_text(), re.MULTILINE))
+    explained = {kind for kinds in listed for kind in kinds}
+    written = {kind for path in source.parent.glob("*.py")
+               for kind in re.findall(r'recorder\.event\(\s*"([a-z_]+)"', path.read_text())}
+    assert len(written) > 10 and written <= explained, written - explained

@@ -11,7 +11,30 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-Event = dict[str, Any]
+Event = dict[str, Any]  # t (unix seconds), kind, and what belongs to the kind; readers pass over what they do not know
+
+# The kinds of a run's events. Steps count from the run's beginning; what was never measured is null or left out.
+# start         v, step, steps, pid, host, device, torch, versions, preset_sha; of a branch also from: {run, step}
+# phase         name, done, of, detail: how far a long preparation is
+# data          images, held_out, sha256: what is trained on
+# skipped       file, reason: an image that is left out
+# step          step, steps, loss, lr, grad_norm, sec, vram, vram_peak, ram, eta
+# timesteps     step, loss: [10], count: [10]: mean plain loss of the samples since the last one, by noise level from
+#               clean to pure noise; regularisation images are left out
+# image_loss    step, images: {file: [n, ratio]}: how often each was seen since the last one, and its loss over that of
+#               all images at the same noise levels
+# rank          step, rank, orth_error; by group of layers: erank, stable, norm, drift; by block, in the model's order:
+#               blocks: {block: [erank, stable, norm]}, spectrum: {block: first 16 singular values over the largest}
+# validation    step, loss, by_quantile: of the held-out images
+# distance      step, extractor, resize, kid, kid_low, kid_high, fd, fd_floor, n_ref, n_gen, nn_cosine, base_kid, ...
+# best          step, by ("validation" or "kid"), value, low, high, why: the best checkpoint; the last one holds
+# checkpoint    step, path, bytes, sec
+# export        step, path, format, weights, dtype, bytes, worst_rel_error, unmatched, zero, readers, others
+# sample        step, images, prompts, seed, weights, asked, sec
+# prompts       step, prompts: the ones that are drawn from now on
+# note          step, text: what a person should read
+# paused, resumed  step, text
+# end           step, reason ("done", "early", "stopped" or "error"), trained_sec; text (why early), error
 
 
 class EventWriter:

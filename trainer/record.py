@@ -31,7 +31,7 @@ class Recorder:
         self._seconds: deque[float] = deque(maxlen=50)
 
     def event(self, kind: str, **fields: Any) -> None:
-        """An event as it is; see the list of kinds in the architecture pages."""
+        """An event as it is; `trainer.events` lists the kinds."""
         self._events.write(kind, **fields)
 
     def note(self, step: int, text: str) -> None:
