@@ -3,8 +3,9 @@
 A case is model:batch, with :full for checkpointing and then :fp8 or :nf4 for our weights (the peer's have 16 bits).
 Its rows run one after the other, each in a process of its own: the peer (see peer.py) and the trainer's whole step
 (gradients, clipping, optimizer with retraction, average), by method. `+` adds to a row: peer+compile, lora+eager
-(without CUDA graphs), lora+nhwc (convolutions' channels last). `--agree` compares both sides' losses over 20 steps from the same start instead. `--table FILE…`
-puts rows together. `--tiny` rehearses on a CPU, `--profile` prints what the GPU's time goes to.
+(without CUDA graphs), lora+nhwc (channels last in convolutions). `--agree` compares both sides' losses over 20 steps
+from the same start instead. `--table FILE…` puts rows together. `--tiny` rehearses on a CPU, `--profile` prints what
+the GPU's time goes to.
 """
 
 from __future__ import annotations
