@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import tomlkit
 from pydantic.fields import FieldInfo
 
+from app.labels import LABELS, SECTIONS
 from trainer import preset, schema
 from trainer.errors import UserError
 
@@ -21,24 +22,6 @@ Values = dict[str, dict[str, Any]]
 MAIN = ("model.family", "model.base", "data.folder", "data.trigger", "data.resolution", "adapter.method",
         "adapter.rank", "adapter.alpha", "train.steps", "train.batch_size", "train.lr", "sample.prompts",
         "sample.every", "evaluate.folder", "output.save_every")
-LABELS = {
-    "model.family": "Kind of base model", "model.base": "Base model", "data.folder": "Images",
-    "data.trigger": "Trigger word", "train.lr": "Learning rate", "sample.prompts": "Sample prompts",
-    "sample.every": "Draw samples every … steps", "evaluate.folder": "Held-out images",
-    "output.save_every": "Save every … steps", "model.vae": "VAE",
-    "adapter.dora": "DoRA", "adapter.fuse_qkv": "Fuse q, k, v",
-    "train.lr_scheduler": "Learning rate's course", "train.ema_decay": "EMA decay", "train.up_lr_ratio": "LoRA+ ratio",
-    "train.snr_gamma": "Min-SNR gamma", "train.grad_accum": "Gradient accumulation",
-    "train.warmup_steps": "Warm-up steps",
-    "train.max_grad_norm": "Gradient clipping", "memory.budget_gb": "Memory budget (GiB)",
-    "log.tensorboard": "TensorBoard",
-    "output.dtype": "Precision of the file", "log.every": "Log every … steps",
-    "evaluate.every": "Validate every … steps",
-    "log.rank_every": "Effective rank every … steps", "adapter.init": "Start of the factors",
-    "adapter.start_from": "Start from a LoRA file", "adapter.scale_dim": "d of gradient scaling",
-}
-SECTIONS = {"model": "Base model", "data": "Images and captions", "adapter": "Adapter", "train": "Training",
-            "memory": "Memory", "sample": "Samples", "evaluate": "Validation", "output": "Files", "log": "Log"}
 RATES = {("train", "lr"): (("adapter", "method"), schema.METHOD_LR)}  # may be a table: by which setting, and its values
 
 

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from app import form
+from app.labels import LABELS, SECTIONS
 from trainer import preset, schema
 from trainer.errors import UserError
 
@@ -36,9 +37,11 @@ def test_every_setting_is_in_the_form_with_a_help_text_the_main_ones_first():
     assert names[:len(form.MAIN)] == list(form.MAIN) and [item["main"] for item in described].count(True) == 15
     assert sorted(names) == sorted(f"{section}.{key}" for section in schema.SECTIONS for key in schema.fields(section))
     assert all(item["help"] and item["label"] and item["group"] for item in described)
+    assert len({item["label"] for item in described}) == len(described)  # no two are called the same
     assert {item["kind"] for item in described} == {"choice", "several", "bool", "int", "float", "text", "path",
                                                     "lines"}
     json.dumps(described, allow_nan=False)
+    assert set(LABELS) <= set(names) and set(SECTIONS) == set(schema.SECTIONS)
 
 
 def test_kinds_limits_and_defaults_come_from_the_schema():

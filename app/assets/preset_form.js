@@ -66,7 +66,7 @@
       for (const { name, part, element } of this.groups) {
         let here = 0;
         for (const field of part.fields) {
-          const about = `${field.section}.${field.key} ${field.label} ${field.help} ${name}`.toLowerCase();
+          const about = `${field.section}.${field.key} ${field.label} ${field.help} ${name} ${(field.choices ?? []).join(" ").replaceAll("_", " ")}`.toLowerCase();
           const fits = words.every((word) => about.includes(word));
           field.element.hidden = !fits;
           here += fits ? 1 : 0;
