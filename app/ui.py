@@ -25,7 +25,7 @@ def build(jobs: Jobs) -> gr.Blocks:
         Header([])
         with gr.Tabs(elem_id="tabs"):
             with gr.Tab("Train", id="train"):
-                train.build(jobs)
+                train.build(jobs, library)
             with gr.Tab("Data set", id="dataset", render_children=True):
                 dataset.build(library)
             with gr.Tab("Preset", id="preset", render_children=True):

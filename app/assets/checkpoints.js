@@ -11,7 +11,7 @@
       this.rows = h("tbody");
       this.dialog = new BranchDialog((step, name, changes) => hooks.branch(step, name, changes));
       this.element = h("section", { class: "st-card st-checkpoints", "aria-label": "Checkpoints", hidden: true },
-        h("header", {}, h("h3", {}, "Checkpoints"), Studio.helpOn("checkpoints")), h("div", { class: "st-scroll", tabindex: "0", role: "region", "aria-label": "Checkpoints by step" },
+        h("header", {}, h("h3", {}, "Checkpoints"), Studio.helpOn("checkpoints")), h("div", { class: "st-sideways", tabindex: "0", role: "region", "aria-label": "Checkpoints by step" },
           h("table", { class: "st-hard" }, h("thead", {}, h("tr", {}, ["Step", "Measured there", ""].map((name) => h("th", { scope: "col" }, name || h("span", { class: "st-unseen" }, "What can be done"))))), this.rows)), this.dialog.element);
     }
 

@@ -44,8 +44,8 @@
           h("div", { class: "st-desk" }, h("section", { class: "st-images", "aria-label": "Images and captions" }, this.finder(), this.chosenBar(), this.grid.element), this.side())));
       Studio.dropZone(this.element, (files) => this.upload(files));
       document.addEventListener("keydown", (event) => this.onkey(event));
-      document.addEventListener("studio:choose-pictures", () => this.picker.querySelector("input").click());
-      document.addEventListener("studio:show-image", (event) => this.showImage(event.detail));
+      document.addEventListener("studio:add-pictures", (event) => this.upload(event.detail));
+      document.addEventListener("studio:show-image", () => this.showWanted());
       addEventListener("beforeunload", (event) => { if (this.store.drafts.size) event.preventDefault(); });
     }
 
@@ -77,7 +77,7 @@
         h("p", { class: "st-lead" }, "Drop images, captions (.txt) or a zip of them anywhere here, or begin with an empty data set."),
         h("ul", {}, ["Captions are edited side by side, and saved as text files beside the images.", "Every change can be undone, also after a restart.",
           "Your images themselves are never changed."].map((text) => h("li", {}, text))),
-        h("div", { class: "st-row" }, this.picker = Studio.fileButton("Choose pictures…", "st-primary st-large", false, (files) => this.upload(files)),
+        h("div", { class: "st-row" }, Studio.fileButton("Choose pictures…", "st-primary st-large", false, (files) => this.upload(files)),
           this.button("New data set", "st-large", () => this.create()),
           this.button("Open a folder…", "st-large", () => Studio.browse(this.server, this.roots, (id) => this.use(id)))));
       return this.first;
@@ -130,6 +130,7 @@
     // Opening
 
     async begin(element) {
+      this.showWanted(); // this tab is made when it is first looked at
       this.again = Studio.poll(element, () => this.poll());
     }
 
@@ -239,10 +240,12 @@
 
     open(name) { this.viewer.open(name); }
 
-    /** Come to the front with one image and its caption, from another tab. */
-    async showImage({ set, name }) {
+    /** Show the image that another tab has asked for, with its caption. */
+    async showWanted() {
+      if (!Studio.wantedImage) return;
+      const { set, name } = Studio.wantedImage;
+      Studio.wantedImage = null;
       sessionStorage.setItem(LAST, set); // the first look at the tab opens this one, too
-      Studio.goTo("Data set");
       await this.store.attempt(async () => {
         if (!this.isListed) await this.list();
         this.isListed = true;

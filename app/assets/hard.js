@@ -11,7 +11,7 @@
     constructor(ask) {
       Object.assign(this, { ask, most: FEW, asked: 0, hasData: false, turn: 0, wait: 0, looks: 0 });
       this.rows = h("tbody");
-      this.table = h("div", { class: "st-scroll", tabindex: "0", role: "region", "aria-label": "Hardest images" }, h("table", { class: "st-hard" }, h("thead", {}, h("tr", {},
+      this.table = h("div", { class: "st-sideways", tabindex: "0", role: "region", "aria-label": "Hardest images" }, h("table", { class: "st-hard" }, h("thead", {}, h("tr", {},
         h("th", { scope: "col" }, "Image"), h("th", { scope: "col" }, "Hardness"), h("th", { scope: "col" }, "Over the run"), h("th", { scope: "col" }, "Seen"))), this.rows));
       this.more = h("button", { type: "button", class: "st-button st-quiet", onclick: () => { this.most = this.most === FEW ? ALL : FEW; this.load(); } });
       this.said = h("p", { class: "st-small", role: "status" });
@@ -77,8 +77,12 @@
     }
   };
 
-  /** Open the tab "Data set" at an image. */
-  Studio.showImage = (set, name) => document.dispatchEvent(new CustomEvent("studio:show-image", { detail: { set, name } }));
+  /** Open the tab "Data set" at an image; a tab that is not made yet looks for the wish when it is. */
+  Studio.showImage = (set, name) => {
+    Studio.wantedImage = { set, name };
+    Studio.goTo("Data set");
+    document.dispatchEvent(new Event("studio:show-image"));
+  };
 
   /** A small curve with the line of 1; what was not seen is passed over. */
   function spark(course, most) {

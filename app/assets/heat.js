@@ -27,7 +27,7 @@
       this.said = h("p", { class: "st-facts", role: "status" });
       this.detail = h("div", { class: "st-spectrum", hidden: true });
       this.rows = h("tbody");
-      this.numbers = h("details", { class: "st-small" }, h("summary", {}, "As numbers"), h("div", { class: "st-scroll", tabindex: "0", role: "region", "aria-label": "Effective rank by block as numbers" },
+      this.numbers = h("details", { class: "st-small" }, h("summary", {}, "As numbers"), h("div", { class: "st-sideways", tabindex: "0", role: "region", "aria-label": "Effective rank by block as numbers" },
         h("table", { class: "st-legend" }, h("thead", {}, h("tr", {}, ["Block", "First", "Newest", "Spectrum"].map((name) => h("th", { scope: "col" }, name)))), this.rows)));
       this.numbers.addEventListener("toggle", () => this.fillTable());
       this.empty = h("p", { class: "st-empty" }, "Comes with the first measurement (log.rank_every in the preset).");

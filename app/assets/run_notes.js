@@ -46,8 +46,8 @@
     }
 
     typed() {
-      this.said.textContent = "Not saved yet";
       clearTimeout(this.timer);
+      this.said.textContent = this.text.value === this.known ? "" : "Not saved yet";
       this.timer = setTimeout(() => this.flush(), PAUSE);
     }
 
