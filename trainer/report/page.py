@@ -110,8 +110,7 @@ def last_part(path: str) -> str:
     """Of a path on a disk its last part; a hub's id as it is."""
     for kind in (PurePosixPath, PureWindowsPath):
         pure: PurePath = kind(path)
-        if pure.is_absolute():
-            return pure.name
+        path = pure.name if pure.is_absolute() else path
     return path
 
 
