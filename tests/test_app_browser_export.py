@@ -43,16 +43,17 @@ def server(tmp_path_factory):
 def test_a_file_for_a_program_is_made_checked_and_downloaded(browser, server):
     with opened(browser, server.address) as page:
         page.get_by_role("tab", name="Export").click()
-        expect(page.get_by_text("For SDXL · rank 3 · 80 layers")).to_be_visible()
-        page.get_by_label("Checkpoint").first.select_option(label="step 500")
-        expect(page.get_by_label("Name of the new file").first).to_have_value("my-style-000500")
-        page.get_by_label("A1111").focus()
+        form = page.get_by_role("form", name="Export", exact=True)
+        expect(form.get_by_text("For SDXL · rank 3 · 80 layers")).to_be_visible()
+        form.get_by_label("Checkpoint").select_option(label="step 500")
+        expect(form.get_by_label("Name of the new file")).to_have_value("my-style-000500")
+        form.get_by_label("A1111").focus()
         page.keyboard.press("Space")
-        page.get_by_label("Name of the new file").first.fill("night")
-        page.get_by_text("Title, author, trigger words, cover").click()
-        expect(page.get_by_label("Trigger words")).to_have_value("ohwx style")
-        page.get_by_label("Author").fill("Ada")
-        button(page, "Export").click()
+        form.get_by_label("Name of the new file").fill("night")
+        form.get_by_text("Title, author, trigger words, cover").click()
+        expect(form.get_by_label("Trigger words")).to_have_value("ohwx style")
+        form.get_by_label("Author").fill("Ada")
+        button(form, "Export").click()
         card = page.get_by_role("region", name="night")
         expect(card.get_by_text("A1111 reads all 80 layers at full strength.")).to_be_visible(timeout=60_000)
         expect(card.get_by_role("listitem").first).to_contain_text("A1111")  # the one that was asked for
@@ -63,9 +64,9 @@ def test_a_file_for_a_program_is_made_checked_and_downloaded(browser, server):
         lora = open_lora(download.value.path())
         assert lora.metadata["modelspec.author"] == "Ada" and lora.metadata["ss_output_name"] == "night"
         assert lora.format.name == "U2" and faults(page) == []
-        button(page, "Export").click()
+        button(form, "Export").click()
         expect(page.get_by_role("region", name="night-2")).to_be_visible()  # a free name was there already
-        expect(page.get_by_label("Author")).to_have_value("Ada")  # the new file in the list resets nothing
+        expect(form.get_by_label("Author")).to_have_value("Ada")  # the new file in the list resets nothing
 
 
 def test_the_workshop_resizes_and_compares(browser, server):
