@@ -19,13 +19,13 @@ SCRIPTS = ("core.js", "help.js", "series.js", "chart.js", "panels.js", "bins.js"
            "sample_viewer.js", "samples.js", "checkpoints.js", "run_notes.js", "run_menu.js", "run_results.js",
            "run_controls.js", "run_view.js", "run_queue.js", "run_list.js", "preset_text.js", "preset_form.js",
            "preset_files.js", "preset_check.js", "preset_bases.js", "preset_editor.js",
-           "dataset_dialogs.js", "dataset_store.js",
+           "first_run.js", "dataset_dialogs.js", "dataset_store.js",
            "dataset_card.js", "dataset_chips.js", "dataset_grid.js", "dataset_mask.js", "dataset_viewer.js",
            "dataset_training.js", "dataset_bulk.js", "dataset_overview.js", "dataset_health.js",
            "dataset_captioning.js", "dataset_upload.js", "dataset_page.js",
            "export_result.js", "export_tools.js", "export_models.js", "export_try.js", "export_page.js",
            "compare_form.js", "compare_table.js", "compare_charts.js", "compare_page.js")
-STYLES = ("style.css", "run.css", "preset.css", "dataset.css", "export.css", "compare.css")
+STYLES = ("style.css", "first_run.css", "run.css", "preset.css", "dataset.css", "export.css", "compare.css")
 Answer = dict[str, Any]
 
 
@@ -74,6 +74,10 @@ class OwnComponent(gr.HTML):
 
 class Header(OwnComponent):
     SCRIPT = "header"
+
+
+class FirstRun(OwnComponent):
+    SCRIPT = "firstRun"
 
 
 class RunList(OwnComponent):

@@ -10,7 +10,7 @@ from app import components, theme
 from app.components import Header
 from app.datasets.library import Library
 from app.jobs import Jobs
-from app.tabs import compare, dataset, export, preset, train
+from app.tabs import compare, dataset, export, first_run, preset, train
 
 TITLE = "Stiefel Studio"
 USER = "studio"  # with a password there is one user
@@ -23,6 +23,7 @@ def build(jobs: Jobs) -> gr.Blocks:
     atexit.register(library.close)
     with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=True, delete_cache=CACHE_CLEANING) as page:
         Header([])
+        first_run.build(jobs, library)
         with gr.Tabs(elem_id="tabs"):
             with gr.Tab("Train", id="train"):
                 train.build(jobs, library)

@@ -9,6 +9,7 @@
     const editor = new PresetEditor(server, form);
     element.replaceChildren(editor.element);
     editor.begin();
+    document.addEventListener("studio:open-preset", (event) => editor.present(event.detail));
   };
 
   const button = (text, kind, onclick, more = {}) => h("button", { type: "button", class: `st-button ${kind}`, onclick, ...more }, text);
@@ -107,6 +108,15 @@
         if (isBack && !asSaved) await this.restore(draft, answer);
         else if (left && left.id !== this.id) this.say(`Your unsaved changes to ${left.name || "the preset"} were set aside. `, ["Bring them back", () => this.open(...splitId(left.id))]);
       });
+    }
+
+    /** Come to the front with a preset that another tab has made or found, ready to start. */
+    async present({ shelf, name, said }) {
+      Studio.goTo("Preset");
+      await this.attempt(() => this.list());
+      await this.open(shelf, name);
+      if (this.name === name && !this.isChanged()) this.say(said);
+      this.startButton.focus();
     }
 
     /** Unsaved work comes back over what the file says now. */

@@ -117,7 +117,7 @@
       }
       demo.disabled = false;
     } }, "Run the demo");
-    const own = h("button", { type: "button", class: "st-button st-large", onclick: () => Studio.ownPictures() }, "Use my own pictures");
+    const own = Studio.ownPictures();
     const points = ["A small real diffusion model learns a drawing style from 24 pictures.",
       "You see loss, effective rank and pictures as they come, and can pause or stop at any time.",
       "At the end there is a LoRA file to download, checked against the trained weights."];

@@ -49,7 +49,7 @@
       this.best = h("div", { class: "st-bestline", hidden: true });
       this.trouble = h("div", { class: "st-trouble", role: "alert" });
       this.result = h("div", { class: "st-result" });
-      this.notes = h("ol", { class: "st-notes" });
+      this.notes = h("ol", { class: "st-notes", tabindex: "0", "aria-label": "What happened, the newest first" });
       const wide = h("button", { type: "button", class: "st-button st-quiet", hidden: true, onclick: () => this.group.zoom(null) }, "Show all steps");
       this.group.onzoom = (isZoomed) => { wide.hidden = !isZoomed; };
       this.happened = h("section", { class: "st-card", "aria-label": "What happened" }, h("header", {}, h("h3", {}, "What happened")), this.notes);
