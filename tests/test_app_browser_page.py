@@ -1,4 +1,4 @@
-"""The page as such: editing presets, what it costs, contrast and names, widths from a phone to a wall."""
+"""The page as such: what it costs, contrast and names, widths from a phone to a wall."""
 
 import statistics
 import subprocess
@@ -39,75 +39,6 @@ def edit_preset(page):
     if choice.input_value() != "own/mine":
         choice.select_option("own/mine")
     expect(text_of(page)).to_have_value("# my own\n" + PRESET.format(steps=5))
-
-
-def test_form_and_text_are_in_step(browser, server):
-    with opened(browser, server.address) as page:
-        edit_preset(page)
-        rank = page.get_by_role("textbox", name="Rank")
-        rank.fill("8")
-        rank.press("Tab")
-        expect(text_of(page)).to_have_value("# my own\n" + PRESET.format(steps=5) + "\n[adapter]\nrank = 8\n")
-        expect(page.get_by_label("Alpha")).to_have_text("8")
-        text_of(page).fill(PRESET.format(steps=77))
-        expect(page.get_by_label("Steps", exact=True)).to_have_value("77")
-
-
-def test_faults_are_told_as_one_types_at_field_line_and_top(browser, server):
-    with opened(browser, server.address) as page:
-        edit_preset(page)
-        text_of(page).fill(PRESET.format(steps="-3") + "lrr = 1\n")
-        expect(page.get_by_role("button", name="mine.toml:8: train.lrr: no such key. Did you mean lr?")).to_be_visible()
-        expect(page.locator(".st-marked")).to_have_text(["7", "8"])
-        expect(page.get_by_label("Steps", exact=True)).to_have_attribute("aria-invalid", "true")
-        expect(button(page, "Start training")).to_be_disabled()
-        text_of(page).fill("x = = 1")
-        expect(page.get_by_text("The text is not valid TOML at the moment")).to_be_visible()
-        text_of(page).fill(PRESET.format(steps=3))
-        expect(button(page, "Start training")).to_be_enabled()
-        expect(page.locator(".st-marked")).to_have_count(0)
-
-
-def test_unsaved_text_survives_a_reload_and_another_preset(browser, server):
-    with opened(browser, server.address) as page:
-        edit_preset(page)
-        text_of(page).fill(PRESET.format(steps=99))
-        page.wait_for_timeout(400)
-        page.reload()
-        page.get_by_role("tab", name="Preset").click()
-        expect(text_of(page)).to_have_value(PRESET.format(steps=99))
-        page.get_by_label("Preset", exact=True).select_option("shipped/demo")
-        expect(page.get_by_text("were set aside")).to_be_visible()
-        button(page, "Bring them back").click()
-        expect(text_of(page)).to_have_value(PRESET.format(steps=99))
-
-
-def test_saving_under_a_taken_name_asks_first(browser, server):
-    with opened(browser, server.address) as page:
-        edit_preset(page)
-        text_of(page).fill(PRESET.format(steps=12))
-        button(page, "Save as…").click()
-        page.get_by_label("Name", exact=True).fill("mine")
-        button(page, "Save").last.click()
-        expect(page.get_by_text("You have a preset of that name")).to_be_visible()
-        button(page, "Cancel").last.click()
-        assert (server.workspace / "presets/mine.toml").read_text().startswith("# my own")
-        button(page, "Save as…").click()
-        page.get_by_label("Name", exact=True).fill("other")
-        page.get_by_label("Name", exact=True).press("Enter")
-        expect(page.get_by_text("Saved as other.")).to_be_visible()
-        assert (server.workspace / "presets/other.toml").read_text() == PRESET.format(steps=12)
-
-
-def test_an_edited_preset_is_trained_as_it_stands(browser, server):
-    with opened(browser, server.address) as page:
-        edit_preset(page)
-        text_of(page).fill(PRESET.format(steps=7))
-        page.get_by_label("Name of the run").fill("edited")
-        button(page, "Start training").click()
-        expect(page.get_by_role("heading", name="edited")).to_be_visible()
-        expect(page.locator(".st-run .st-badge")).to_have_text("done", timeout=30_000)
-        expect(page.get_by_text("7 of 7").first).to_be_visible()
 
 
 # What it costs

@@ -29,7 +29,7 @@ def start(page, name, steps=3):
     page.get_by_role("tab", name="Preset").click()
     expect(page.get_by_label("Preset as TOML text")).not_to_have_value("")
     page.get_by_label("Preset as TOML text").fill(PRESET.format(steps=steps))
-    page.get_by_label("Name of the run").fill(name)
+    page.get_by_role("textbox", name="Name of the run").fill(name)
     button(page, "Start training").click()
     expect(page.get_by_role("heading", name=name, exact=True)).to_be_visible()
 

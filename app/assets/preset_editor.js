@@ -20,7 +20,7 @@
       Object.assign(this, { shelf: "shipped", name: "", saved: "", tag: "", reference: "", own: [], asked: 0, timer: 0 });
       this.form = new Studio.PresetSettings(form, (change) => this.check(change), {
         folders: async () => (await Studio.ask(this.server, "list_sets")).sets,
-        chooseBase: () => this.bases.open(this.values?.model?.family),
+        chooseBase: async () => { await this.check(); this.bases.open(this.values?.model?.family); },
         back: (where) => this.takeBack(where),
       });
       this.text = new Studio.TextEditor(() => { this.draft(); clearTimeout(this.timer); this.timer = setTimeout(() => this.check(), PAUSE); });

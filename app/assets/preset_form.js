@@ -104,7 +104,13 @@
       this.where = `${this.section}.${this.key}`;
       const id = `studio-${this.section}-${this.key}`;
       let timer = 0;
-      const tell = () => { clearTimeout(timer); change({ section: this.section, key: this.key, value: this.read() }); };
+      const tell = () => {
+        clearTimeout(timer);
+        const value = this.read();
+        if (value === this.told) return; // leaving a field tells again what typing told
+        this.told = value;
+        change({ section: this.section, key: this.key, value });
+      };
       const wait = () => { clearTimeout(timer); timer = setTimeout(tell, PAUSE); };
       this.input = this.draw(id, { id, "aria-describedby": `${id}-help ${id}-fault`, autocomplete: "off", spellcheck: "false" }, tell, wait);
       this.fault = h("p", { id: `${id}-fault`, class: "st-fault" });
@@ -171,7 +177,9 @@
       if (!this.follows && this.kind !== "several") this.input.setAttribute("aria-invalid", fault ? "true" : "false");
       this.showDifference(differences.find((difference) => difference.where === this.where));
       this.input.disabled = values === null;
-      if (values !== null) this.showValue(values);
+      if (values === null) return;
+      this.showValue(values);
+      if (!this.isTyped()) this.told = this.follows ? null : this.read();
     }
 
     showDifference(difference) {
@@ -203,10 +211,11 @@
       this.rest.textContent = isTable ? `This is ${by}'s.${others.length ? ` Others: ${others.join(", ")}.` : ""}` : "";
     }
 
+    isTyped() { return document.activeElement === this.input && !["choice", "bool"].includes(this.kind); }
+
     /** What is being typed stays as it is. */
     put(text) {
-      const isTyping = document.activeElement === this.input && this.kind !== "choice";
-      if (!isTyping && this.input.value !== text) this.input.value = text;
+      if (!this.isTyped() && this.input.value !== text) this.input.value = text;
       if (this.kind === "choice" && this.input.value !== text) this.input.selectedIndex = -1; // none of the choices: the fault says so
     }
   }
