@@ -29,6 +29,7 @@
 
   function checked(row) {
     if (row.unmatched) return h("p", { class: "st-warn" }, `${row.unmatched} of its keys match nothing in the model.`);
+    if (row.worst_rel_error === null && row.readers) return h("p", { class: "st-warn" }, "Read back: it holds numbers that are not finite, and draws black or broken pictures. Use an earlier checkpoint.");
     if (!Number.isFinite(row.worst_rel_error)) return null;
     const good = h("p", { class: "st-good" }, `✓ Read back and compared with the trained weights: worst relative error ${Studio.number(row.worst_rel_error, 2)}.`);
     return row.readers ? h("div", {}, good, ...readBy(row)) : good;
