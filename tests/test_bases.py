@@ -82,7 +82,7 @@ def test_what_is_missing_is_named(comfy, tmp_path):
     (tmp_path / "ComfyUI/models/text_encoders/qwen.safetensors").unlink()
     shutil.rmtree(tmp_path / "ComfyUI/models/diffusers/sd15/vae")
     known = found(tmp_path / "ComfyUI")
-    assert known["flux1-dev"].missing == ("the VAE with 16 latent channels, for model.vae",)  # SD 3's is no such one
+    assert known["flux1-dev"].missing == ("Flux.1's VAE, such as ae.safetensors, for model.vae",)  # not SD 3's
     assert "for model.text_encoder" in known["flux-2-klein-base-4b"].missing[0]
     assert known["sd15"].missing == ("the folder vae, whole",)
 

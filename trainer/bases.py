@@ -30,7 +30,8 @@ COMPONENTS = {  # of a diffusers folder
     "flux1": ("transformer", "vae", "text_encoder", "text_encoder_2"),
     "flux2": ("transformer", "vae", "text_encoder"),
 }
-WORDS = {"vae": "its VAE", "text_encoder": "its text encoder", "text_encoder_2": "its second text encoder"}
+VAES = {4: "the VAE of SD 1.5 or SDXL", 16: "Flux.1's VAE, such as ae.safetensors",  # by channels of the latents
+        32: "Flux.2's VAE, such as flux2-vae.safetensors"}
 # Parts that have a family's shapes and are another model's, by their names
 STRANGERS = {"flux1": ("sd3", "wan", "qwen", "hidream"), "sd15": ("xl",), "sdxl": ("1-5", "1.5", "ft-mse", "ft-ema")}
 USUAL = ("ae.", "flux2-vae", "sdxl_vae", "vae-ft-mse", "clip_l.", "clip_g.", "t5xxl_fp16")  # are taken before others
@@ -189,8 +190,7 @@ def _with_parts(known: _File, program: str, parts: list[_File]) -> Found:
         if best := _best(known, need, parts):
             given[setting] = str(best.path)
         else:
-            what = (f"the VAE with {need[1]} latent channels" if need[0] == "vae"
-                    else f"the text encoder {encoder_name(*need)}")
+            what = VAES.get(need[1], "its VAE") if need[0] == "vae" else f"the text encoder {encoder_name(*need)}"
             missing.append(f"{what}, for model.{setting}")
     if known.kind == "flux1" and not missing:
         given["tokenizer_2"] = T5_TOKENIZER

@@ -8,7 +8,7 @@
   Studio.BaseDialog = class {
     /** `take` gets the id of the base that was chosen. */
     constructor(server, take) {
-      Object.assign(this, { server, take, bases: [] });
+      Object.assign(this, { server, take, bases: [], places: null });
       this.said = h("p", { class: "st-small", role: "status" });
       this.kind = h("select", { id: "studio-base-kind", onchange: () => this.show() },
         h("option", { value: "" }, "All kinds"), Object.entries(NAMES).map(([family, name]) => h("option", { value: family }, name)));
@@ -21,7 +21,7 @@
 
     async open(family) {
       this.kind.value = family in NAMES ? family : "";
-      this.bases = [];
+      Object.assign(this, { bases: [], places: null });
       this.list.replaceChildren();
       this.said.textContent = "Looking through the folders of ComfyUI, A1111, Forge, OneTrainer and the Hugging Face cache…";
       if (!this.element.open) this.element.showModal();
@@ -35,6 +35,7 @@
     }
 
     show() {
+      if (this.places === null) return; // still looking
       const chosen = this.bases.filter((base) => base.family && (!this.kind.value || base.family === this.kind.value));
       const others = this.bases.filter((base) => base.family).length - chosen.length;
       const rest = others ? ` ${others} of other kinds.` : "";
