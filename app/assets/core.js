@@ -173,10 +173,15 @@
     document.dispatchEvent(new CustomEvent("studio:run", { detail: name }));
   };
 
-  /** A short explanation that opens at a question mark. */
-  Studio.help = (what, text) => h("details", { class: "st-help" },
-    h("summary", { "aria-label": `What is ${what}?`, title: `What is ${what}?` }, "?"),
-    h("div", { class: "st-help-text" }, text.split("\n").map((line) => h("p", {}, line))));
+  /** A short explanation that opens at a question mark, moved to where the window has room for it. */
+  Studio.help = (what, text) => {
+    const box = h("div", { class: "st-help-text" }, text.split("\n").map((line) => h("p", {}, line)));
+    return h("details", { class: "st-help", ontoggle: () => {
+      box.style.left = "0";
+      const { left, right } = box.getBoundingClientRect();
+      box.style.left = `${-Math.max(0, Math.min(right + 8 - document.documentElement.clientWidth, left - 8))}px`;
+    } }, h("summary", { "aria-label": `What is ${what}?`, title: `What is ${what}?` }, "?"), box);
+  };
 
   document.addEventListener?.("click", (event) => closeHelp(event.target));
   document.addEventListener?.("keydown", (event) => event.key === "Escape" && closeHelp(null));

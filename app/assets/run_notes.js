@@ -14,6 +14,7 @@
       this.said = h("span", { class: "st-small", role: "status" });
       this.choices = h("div", { class: "st-row", hidden: true });
       this.element = h("section", { class: "st-card", "aria-label": "Notes" }, h("header", {}, h("h3", {}, h("label", { for: "studio-notes" }, "Your notes")), h("span", { class: "st-space" }), this.said), this.text, this.choices);
+      addEventListener("beforeunload", (event) => { if (!this.text.disabled && this.text.value !== this.known) event.preventDefault(); });
     }
 
     /** Another run is looked at; what was typed for the one before is saved, beside what another window wrote. */
