@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.events import EventReader, EventWriter, last_event, newest_events, rewind
+from trainer.events import EventReader, EventWriter, heal, last_event, newest_events, newest_first, rewind
 
 WRITER = """
 import random, sys
@@ -258,3 +258,20 @@ def test_every_kind_that_a_run_writes_is_explained():
     written = {kind for path in source.parent.glob("*.py")
                for kind in re.findall(r'recorder\.event\(\s*"([a-z_]+)"', path.read_text())}
     assert len(written) > 10 and written <= explained, written - explained
+
+
+def test_events_from_the_end_are_those_from_the_start_turned_round(tmp_path, monkeypatch):
+    path = tmp_path / "events.jsonl"
+    assert list(newest_first(path)) == []
+    writer = EventWriter(path)
+    for step in range(200):
+        writer.write("step", step=step, text="x" * (step % 37 * 11))
+    for block in (64, 500, 1 << 16):
+        monkeypatch.setattr("trainer.events.BLOCK", block)
+        assert list(newest_first(path)) == EventReader(path).read()[::-1]
+        with open(path, "ab") as file:
+            file.write(b'{"kind": "step", "step": 999, "torn": "' + b"y" * 300)
+        assert list(newest_first(path)) == EventReader(path).read()[::-1]
+        heal(path)
+    path.write_bytes(b'{"kind": "torn' * 100)
+    assert list(newest_first(path)) == [] and last_event(path) is None

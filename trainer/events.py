@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 Event = dict[str, Any]  # t (unix seconds), kind, and what belongs to the kind; readers pass over what they do not know
+BLOCK = 1 << 16  # bytes that are read at a time from a file's end
 
 # The kinds of a run's events. Steps count from the run's beginning; what was never measured is null or left out.
 # start         v, step, steps, pid, host, device, torch, versions, preset_sha; of a branch also from: {run, step}
@@ -116,21 +117,30 @@ def heal(path: Path) -> None:
 
 def last_event(path: Path) -> Event | None:
     """The newest whole event, from the file's end."""
+    return next(newest_first(path), None)
+
+
+def newest_first(path: Path) -> Iterator[Event]:
+    """The events from the file's end on; no more of it is read than is asked for."""
     try:
-        with open(path, "rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            for length in (65536, size):
-                file.seek(max(0, size - length))
-                block = file.read()
-                whole = block[: block.rfind(b"\n") + 1]
-                if length < size:
-                    whole = whole[whole.find(b"\n") + 1 :]
-                events = list(_parse(whole))
-                if events:
-                    return events[-1]
+        file = open(path, "rb")  # noqa: SIM115 - closed below
     except FileNotFoundError:
-        pass
-    return None
+        return
+    with file:
+        end, rest, is_whole = file.seek(0, os.SEEK_END), b"", False
+        while end > 0:
+            start = max(0, end - BLOCK)
+            file.seek(start)
+            block = file.read(end - start) + rest
+            if not is_whole:  # the last line may be torn
+                whole = block[: block.rfind(b"\n") + 1]
+                is_whole = bool(whole)
+                block = whole or block
+            first = block.find(b"\n") + 1 if start > 0 and is_whole else 0
+            rest, end = (block[:first] if is_whole else block), start
+            if is_whole:
+                for line in reversed(block[first:].splitlines()):
+                    yield from _parse(line)
 
 
 def first_event(path: Path) -> Event | None:

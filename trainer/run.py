@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from trainer.errors import UserError
-from trainer.events import Event, last_event, newest_events
+from trainer.events import Event, last_event, newest_first
 from trainer.files import write_atomic
 from trainer.workfolder import WorkFolder
 
@@ -235,7 +235,7 @@ def _progress(events: Path, last: Event | None) -> tuple[int, int]:
         return 0, 0
     step, steps = last.get("step"), last.get("steps")
     if step is None or steps is None:
-        for event in reversed(newest_events(events, "start", "step")):
+        for event in newest_first(events):
             step = event.get("step") if step is None else step
             steps = event.get("steps") if steps is None else steps
             if step is not None and steps is not None:
