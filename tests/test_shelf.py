@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests import run_folders
-from trainer import facts, files, shelf
+from trainer import facts, files, shelf, sweep
 from trainer import preset as presets
 from trainer.__main__ import main
 from trainer.errors import UserError
@@ -40,6 +40,13 @@ def test_a_renamed_runs_files_are_called_after_it(run, tmp_path) -> None:
     assert [export.file for export in facts.collect(named).exports] == ["dog.safetensors"]  # its event says cat
     assert named.exported("exports/cat-000050.safetensors") == named.export_of(50)
     assert shelf.rename(tmp_path, named, "cat").result.read_bytes() == b"lora" * 1000
+
+
+def test_a_renamed_run_stays_in_its_comparisons(run, tmp_path) -> None:
+    told = {"name": "three", "made": 1.0, "preset": "demo", "runs": ["dog", "cat"]}
+    files.write_atomic(tmp_path / "comparisons" / "three.json", json.dumps(told).encode())
+    shelf.rename(tmp_path, run, "hen")
+    assert [one.runs for one in sweep.listing(tmp_path)] == [["dog", "hen"]]
 
 
 def test_a_rename_that_was_killed_after_the_folder_is_completed_later(run, tmp_path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from trainer import run as runs
+from trainer import sweep
 from trainer.errors import UserError
 from trainer.queue import Queue
 from trainer.run import EXPORT, Run
@@ -29,7 +30,7 @@ class Trashed(NamedTuple):
 
 
 def rename(workspace: Path, run: Run, new: str) -> Run:
-    """Give a run another name; its result and its exports, which bear the name, get it too.
+    """Give a run another name; its result and its exports, which bear the name, get it too, and its comparisons.
 
     The folder moves in one step.  A kill after it leaves files with the old name, which `settle` renames when the run
     is trained or renamed again.  Raises `UserError` for a living or waiting run, and for a name that is taken.
@@ -39,6 +40,7 @@ def rename(workspace: Path, run: Run, new: str) -> Run:
     if new != run.name:
         _check_free(workspace, new)
         _move(run.path, run.path.parent / new)
+        sweep.follow(workspace, run.name, new)
     named = Run(run.path.parent / new)
     settle(named)
     return named

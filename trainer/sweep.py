@@ -119,6 +119,14 @@ def listing(workspace: Path) -> list[Comparison]:
     return sorted((one for one in found if one is not None), key=lambda one: -one.made)
 
 
+def follow(workspace: Path, old: str, new: str) -> None:
+    """A run has another name: let the comparisons that it belongs to know."""
+    for one in listing(workspace):
+        if old in one.runs:
+            named = one._replace(runs=[new if name == old else name for name in one.runs])
+            write_atomic(_file(workspace, one.name), json.dumps(named._asdict(), indent=1).encode())
+
+
 def shape(sweep: Sweep) -> str:
     """ "6 runs: 3 methods × 2 seeds"."""
     counts = {word: len({of(one.preset) for one in sweep.runs}) for word, of in VARIED}
