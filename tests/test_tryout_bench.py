@@ -1,4 +1,6 @@
-"""Pictures with a LoRA at a strength are those of a base that has it inside, for every family; without it, the base's."""
+"""Pictures with a LoRA at a strength are those of a base that has it inside, for every family; without, the base's."""
+
+import os
 
 import numpy
 import pytest
@@ -81,6 +83,17 @@ def test_one_bench_changes_strength_file_and_prompt_without_loading_again(tmp_pa
     bench.park()  # on a GPU, all of it goes to the host
     assert (picture(bench, asked[0]) == first).all() and told.count("loading the base model") == 1
     assert (picture(bench, asked[0], with_lora=False) == drawn(base, "sd15", files[0], with_lora=False)).all()
+
+
+def test_a_file_that_has_changed_is_read_again(tmp_path):
+    base = MAKERS["sd15"](tmp_path / "base")
+    file = lora(tmp_path / "a.safetensors", base, "sd15", text=True)
+    bench = Bench(Settings(family="sd15", base=str(base), device="cpu"), lambda *_: None)
+    draw = Draw(file=str(file), prompt="a red circle", steps=2)
+    before = picture(bench, draw)
+    os.utime(lora(file, base, "sd15", text=True, seed=9), ns=(1, 1))
+    after = picture(bench, draw)
+    assert (after != before).any() and (after == drawn(base, "sd15", file)).all()
 
 
 def test_blocks_in_the_hosts_memory_draw_the_same_picture(tmp_path):

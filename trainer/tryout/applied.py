@@ -39,6 +39,7 @@ class Lora:
     family: str
     changes: dict[str, Change]
     metadata: dict[str, str]
+    stamp: int  # when the file was changed, in nanoseconds
 
     @property
     def texts(self) -> list[str]:
@@ -50,6 +51,7 @@ def read(path: Path, family: str) -> Lora:
     """A LoRA of this family. Raises `UserError` for another file, as `trainer.export.reader.read` does."""
     if not path.is_file():
         raise UserError(f"there is no file {path}; give a LoRA as a .safetensors file")
+    stamp = path.stat().st_mtime_ns
     file = open_lora(path)
     if file.family != family:
         raise UserError(f"{path.name} is for {FAMILIES[file.family]} and the base model is {FAMILIES[family]}: give "
@@ -58,7 +60,7 @@ def read(path: Path, family: str) -> Lora:
     for name, (up, down, magnitude) in reader.pairs(file).items():
         changes[name] = Change(up.float().flatten(1), down.float().flatten(1).T.contiguous(),
                                None if magnitude is None else magnitude.float().flatten())
-    return Lora(path, family, changes, file.metadata)
+    return Lora(path, family, changes, file.metadata, stamp)
 
 
 class Layers:

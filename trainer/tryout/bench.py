@@ -144,7 +144,7 @@ class Bench:
     def _encode(self, text: str, lora: Lora, strength: float) -> Conditioning:
         """A prompt's embeddings; a LoRA on the text encoder changes them."""
         changes = bool(strength and lora.texts and "text_encoder" in self._names)
-        key = (text, id(lora), strength) if changes else (text,)
+        key = (text, lora.path, lora.stamp, strength) if changes else (text,)
         if key not in self._texts:
             with self._text_encoder() as (encoder, device), torch.no_grad():
                 if changes or "text_encoder" in self._layers:
@@ -224,8 +224,8 @@ class Bench:
         self._layers.pop(self.family.DENOISER, None)
 
     def _put_denoiser_away(self) -> None:
-        """Into the host's memory; one that is there in part is loaded again when it is needed."""
-        if self._offload is not None:
+        """Into the host's memory; one that is there in part, or quantised for the GPU, is loaded again when needed."""
+        if self._offload is not None or self.settings.quantize != "none":
             self._forget_denoiser()
         elif self._denoiser is not None:
             self._layers[self.family.DENOISER].put(None, 0.0, self.device, self.dtype)
