@@ -67,9 +67,7 @@ def set_up(run: Run, preset: Preset, device: torch.device, workspace: Path, reco
     cache.remove_remains()
     material = Material(preset, family.bucket_step(preset.data.resolution), lambda done, of: (
         guard(), recorder.phase("reading images", done, of)))
-    saved = checkpoint.last_progress(run)
-    if saved is not None and "plan" in saved.fresh:  # a branch that needs more memory, or less
-        saved = None
+    saved = _held_before(run)
     texts, text_encoder, quantize = _prepare_text(preset, family, base, material, cache, device, dtype, recorder, guard,
                                                   _text_modes(preset, family, base, device, saved, meter))
     latents, held = _prepare_latents(family, base, material, cache, device, recorder, guard)
@@ -84,10 +82,7 @@ def set_up(run: Run, preset: Preset, device: torch.device, workspace: Path, reco
     recorder.event("data", images=len(material.train), held_out=len(material.held), sha256=material.fingerprint())
     order = material.order(latents, preset.train.batch_size * preset.train.grad_accum)
     steps = preset.train.steps or (preset.train.epochs or 0) * order.steps_per_epoch
-    check_warm_up(preset, steps)
-    if (origin := run.origin()) and steps <= origin.step:
-        raise UserError(f"train.epochs = {preset.train.epochs}: that is {steps} steps, and the branch begins at step "
-                        f"{origin.step}; give more epochs")
+    _check_length(run, preset, steps)
     around = partial(
         Session, run=run, preset=preset, recorder=recorder, guard=guard, device=device, dtype=dtype, family=family,
         base=base, cache=cache, material=material, captions=[material.train_captions(item) for item in latents.items],
@@ -106,6 +101,20 @@ def set_up(run: Run, preset: Preset, device: torch.device, workspace: Path, reco
         _continue(session)
     _resume(session)
     return session
+
+
+def _held_before(run: Run) -> Progress | None:
+    """The last checkpoint's progress, which says how the model was held; None where that is to be chosen anew."""
+    saved = checkpoint.last_progress(run)
+    return None if saved is not None and "plan" in saved.fresh else saved
+
+
+def _check_length(run: Run, preset: Preset, steps: int) -> None:
+    """Refuse a number of steps that a warm-up fills, or a branch has behind it, when it follows from epochs."""
+    check_warm_up(preset, steps)
+    if (origin := run.origin()) and steps <= origin.step:
+        raise UserError(f"train.epochs = {preset.train.epochs}: that is {steps} steps, and the branch begins at step "
+                        f"{origin.step}; give more epochs")
 
 
 def check_warm_up(preset: Preset, steps: int) -> None:
