@@ -148,3 +148,11 @@ def test_the_command_line_branches_and_says_what_is_wrong(origin, capsys) -> Non
                         (["--branch", "cat@3", "--set", "adapter.rank=2"], "cannot change adapter.rank")):
         assert main([*words, *workspace]) == 1 and said in capsys.readouterr().err
     assert main(["--branch", "cat@3", "--check", *workspace]) == 0
+
+
+def test_epochs_that_the_branch_has_behind_it_are_refused(tiny_project, tmp_path) -> None:
+    preset = presets.load(tiny_project, [*QUIET, "train.epochs=2", "output.save_every=1"])
+    first = train(runs.create(tmp_path, "first", presets.dumps(preset)))
+    with pytest.raises(UserError, match="train.epochs = 1: that is .* steps, and the branch begins at step"):
+        train(begin(first, "train.epochs=1", step=None))
+    assert train(begin(first, "train.epochs=3", step=None, name="more")).last_step() == 3 * first.last_step() // 2
