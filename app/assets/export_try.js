@@ -22,7 +22,7 @@
       this.width = Studio.input("", { inputmode: "numeric", placeholder: "as trained" });
       this.height = Studio.input("", { inputmode: "numeric", placeholder: "as trained" });
       this.without = h("input", { type: "checkbox", checked: true, id: "studio-try-without" });
-      this.go = h("button", { type: "submit", class: "st-button st-primary" }, "Draw");
+      this.go = h("button", { type: "submit", class: "st-button st-primary", disabled: true }, "Draw");
       this.away = h("button", { type: "button", class: "st-button st-quiet", hidden: true, onclick: () => this.putAway() }, "Put the model away");
       this.text = h("p", { role: "status", class: "st-small" });
       this.bar = h("progress", { "aria-label": "Steps drawn", hidden: true });
@@ -56,6 +56,7 @@
     /** What the file's run drew with; a prompt that was typed stays. */
     async look(id) {
       this.said.textContent = "";
+      this.go.disabled = true; // until the base models are known
       try {
         const about = await Studio.ask(this.server, "about_try", { id });
         if (this.files.value !== id) return;
