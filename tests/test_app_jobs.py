@@ -11,6 +11,7 @@ import pytest
 
 from app.jobs import TRAINER, Jobs
 from app.paths import Places
+from tests.measured_run import measured
 from trainer import preset, run
 from trainer.errors import UserError
 from trainer.events import EventWriter
@@ -224,3 +225,53 @@ def test_a_resume_waits_while_another_run_is_on(places):
     jobs.order(places.run("a"), "stop", [])
     wait(lambda: state(jobs, "old").word == "done")
     wait(lambda: not jobs.queue.is_served())
+
+
+def test_a_branch_begins_waits_its_turn_and_refuses_what_it_cannot_have(places):
+    jobs, origin = Jobs(places, (*STAND_IN, "--pace", "0.001")), measured(places.workspace)
+    assert jobs.branch(origin, 100, "", ["train.steps = 105", "train.lr=5e-5"]) == "measured-2"
+    wait(lambda: state(jobs, "measured-2").word == "done")
+    branch = places.run("measured-2")
+    assert branch.origin() == ("measured", 100) and preset.load(branch.preset).train.lr == 5e-5
+    with pytest.raises(UserError, match="already a run called 'measured'"):
+        jobs.branch(origin, 100, "measured", [])
+    with pytest.raises(UserError, match="cannot change adapter.rank"):
+        jobs.branch(origin, 100, "b", ["adapter.rank = 4"])
+    with pytest.raises(UserError, match="no checkpoint at step 7"):
+        jobs.branch(origin, 7, "b", [])
+    with pytest.raises(UserError, match="train.steps"):
+        jobs.branch(origin, 100, "b", ["train.steps"])
+    assert not (places.runs / "b").exists()
+
+
+def test_a_run_is_renamed_put_into_the_trash_and_had_back(places):
+    jobs = Jobs(places, STAND_IN)
+    jobs.start(preset_file(places), "a")
+    wait(lambda: state(jobs, "a").word == "done")
+    assert [row.name for row in jobs.listing()] == ["a"]
+    assert jobs.rename(places.run("a"), "b") == "b"
+    assert [row.name for row in jobs.listing()] == ["b"] and jobs.pending("a") is None
+    entry = jobs.delete(places.run("b"))
+    assert jobs.listing() == [] and jobs.pending("b") is None
+    assert jobs.restore(entry) == "b" and state(jobs, "b").word == "done"
+    with pytest.raises(UserError):
+        jobs.restore("../../runs/b")
+
+
+def test_a_run_that_is_on_is_neither_renamed_nor_deleted(places):
+    jobs = Jobs(places, (*STAND_IN, "--pace", "0.02"))
+    jobs.start(preset_file(places, steps=10_000), "a")
+    wait(lambda: state(jobs, "a").word == "training")
+    for work in (lambda: jobs.rename(places.run("a"), "b"), lambda: jobs.delete(places.run("a"))):
+        with pytest.raises(UserError):
+            work()
+    jobs.order(places.run("a"), "stop", [])
+    wait(lambda: state(jobs, "a").word == "stopped")
+
+
+def test_prompts_wait_for_the_next_start_and_none_are_refused(places):
+    jobs, ours = Jobs(places, STAND_IN), measured(places.workspace)
+    jobs.order(ours, "prompts", ["a frog"])
+    assert (ours.control / "prompts").read_text() == '["a frog"]'
+    with pytest.raises(UserError, match="at least one prompt"):
+        jobs.order(ours, "prompts", [])

@@ -69,3 +69,26 @@ def test_the_newest_value_is_the_last_that_is_there():
 def test_intervals_that_overlap_tell_nothing_apart():
     assert node("[S.compareIntervals([1,2],[3,4]), S.compareIntervals([3,4],[1,2]), S.compareIntervals([1,3],[2,4]), "
                 "S.compareIntervals([1,2],[undefined,4])]") == ["below", "above", "overlapping", "unknown"]
+
+
+def test_a_long_curve_is_thinned_out_and_keeps_its_peaks_its_mean_and_its_count():
+    made = "S.thin({step: Array.from({length: 9000}, (_, i) => i + 1), loss: Array.from({length: 9000}, (_, i) => " \
+           "i === 4321 ? 50 : i % 7), lr: new Array(9000).fill(1), n: Array.from({length: 9000}, () => 2)}, 3000)"
+    thin = node(made)
+    assert len(thin["step"]) <= 3000 and thin["step"] == sorted(set(thin["step"])) and max(thin["loss"]) == 50
+    assert sum(thin["n"]) == 18_000
+    mean = sum(m * n for m, n in zip(thin["mean"], thin["n"])) / 18_000
+    assert mean == pytest.approx(sum(50 if i == 4321 else i % 7 for i in range(9000)) / 9000)
+    assert node("S.thin({step: [1, 2], loss: [1, null], lr: [1, 1]}, 3000)") == {
+        "step": [1, 2], "loss": [1, None], "lr": [1, 1]}
+    assert node("S.thin({}, 3000)") == {}
+    gap = node("S.thin({step: [1, 2, 3, 4], loss: [null, null, 3, 5], lr: [1, 1, 1, 1]}, 2)")
+    assert gap["loss"] == [3, 5] and gap["mean"] == [4, 4] and gap["n"] == [2, 2]
+
+
+def test_noise_levels_are_means_over_the_samples_of_the_first_and_the_newest_tenth():
+    row = "(value) => new Array(10).fill(value)"
+    made = node("((row) => S.binMeans({step: [10, 20, 500, 1000], loss: [row(1), row(4), row(9), "
+                f"[null, ...row(2).slice(1)]], count: [row(1), row(2), row(1), [0, ...row(5).slice(1)]]}}))({row})")
+    assert made["first"] == [3] * 10 and made["newest"] == [None] + [2] * 9
+    assert node("S.binMeans({})") == {"first": [None] * 10, "newest": [None] * 10}

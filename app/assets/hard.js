@@ -4,7 +4,7 @@
   const Studio = globalThis.Studio;
   const { h, number, svg } = Studio;
   const [FEW, ALL] = [8, 30];
-  const PAUSE = 15; // seconds between two looks while a run goes on
+  const PAUSE = 30; // seconds between two looks while a run goes on
 
   Studio.HardPanel = class {
     /** `ask(most)` asks the server for so many images. */

@@ -111,9 +111,6 @@
     return { first: mean((at) => at <= first + reach), newest: mean((at) => at >= last - reach) };
   };
 
-  /** The nearest of rising steps to a step. */
-  Studio.nearest = (steps, to) => steps.reduce((best, at, index) => (Math.abs(at - to) < Math.abs(steps[best] - to) ? index : best), 0);
-
   /** The last value that is there, at or before `row`. */
   Studio.latest = (column, row = column.length - 1) => {
     for (let index = Math.min(row, column.length - 1); index >= 0; index -= 1) {
