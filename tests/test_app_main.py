@@ -53,6 +53,9 @@ def test_roots_may_be_given_several_times_and_must_be_there(tmp_path, monkeypatc
     assert app.roots_of(options("--root", "a", "--root", str(tmp_path), "--root", "a/")) == (tmp_path / "a", tmp_path)
     with pytest.raises(SystemExit, match="--root: .*none is not a folder; give one that holds data sets"):
         app.roots_of(options("--root", "none"))
+    assert app.models_of(options("--models", "a", "--models", "a/")) == (tmp_path / "a",)
+    with pytest.raises(SystemExit, match="--models: .*none is not a folder; give one that holds base models"):
+        app.models_of(options("--models", "none"))
 
 
 def free_port():

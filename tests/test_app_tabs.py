@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from app import components
 from app.datasets.library import Library
-from app.jobs import Jobs
+from app.jobs import SHARED_FOR, Jobs
 from app.paths import Places
 from app.tabs import preset, train
 from trainer import run
@@ -121,6 +121,54 @@ def test_presets_are_saved_opened_and_never_replaced_by_accident(server, jobs):
     assert (jobs.places.presets / "mine.toml").read_text() == other
 
 
+def test_a_preset_that_was_changed_meanwhile_is_told_and_one_that_was_deleted_comes_back(server, jobs):
+    tag = server["save_preset"]({"text": TEXT, "name": "mine", "shelf": "own"})["tag"]
+    assert server["open_preset"]({"shelf": "own", "name": "mine"})["tag"] == tag
+    (jobs.places.presets / "mine.toml").write_text(TEXT + "batch_size = 2\n")
+    answer = server["save_preset"]({"text": TEXT, "name": "mine", "shelf": "own", "tag": tag})
+    assert answer == {"changed": "mine was changed by somebody else since you opened it"}
+    thrown = server["delete_preset"]({"name": "mine"})["thrown"]
+    assert server["list_presets"]({})["own"] == []
+    assert server["restore_preset"]({"thrown": thrown}) == {"name": "mine"}
+    assert "batch_size = 2" in (jobs.places.presets / "mine.toml").read_text()
+    assert "no preset 'demo'" in server["delete_preset"]({"name": "demo"})["error"]
+
+
+def test_a_preset_is_checked_unasked_only_while_nothing_is_trained(server, jobs):
+    asked = {"text": TEXT, "name": "mine", "shelf": "own"}
+    key = server["start_check"](asked)["key"]
+    assert server["read_check"]({"key": key})["state"] in ("running", "done")
+    assert server["stop_check"]({"key": key}) == {}
+    ours = run.create(jobs.places.workspace, "on", TEXT)
+    time.sleep(SHARED_FOR)
+    with ours.hold():
+        assert server["start_check"](asked) == {"held": preset.BUSY}
+        key = server["start_check"](asked | {"asked": True})["key"]
+        server["stop_check"]({"key": key})
+    broken = server["start_check"](asked | {"text": "x = =", "asked": True})
+    assert broken["error"].startswith("mine.toml:1: not valid TOML")
+
+
+def test_one_of_several_gpus_is_chosen_for_a_run_and_a_run_can_be_queued(server, jobs, monkeypatch):
+    known = [{"index": 0, "name": "A", "gib": 8}, {"index": 1, "name": "B", "gib": 24}]
+    monkeypatch.setattr(preset.cards, "cards", lambda: known)
+    started = []
+    monkeypatch.setattr(jobs, "start", lambda file, name, queued: started.append((file.read_text(), name, queued)))
+    asked = {"text": TEXT, "name": "", "shelf": "own", "run": "a"}
+    assert server["list_cards"]({}) == {"cards": known}
+    assert "error" not in server["start_run"](asked | {"card": 1, "queued": True})
+    assert started == [(TEXT + '\n[memory]\ndevice = "cuda:1"\n', "a", True)]
+    assert server["start_run"](asked | {"card": 2})["error"] == "there is no GPU 2 here; reload the page"
+
+
+def test_what_is_put_in_the_queue_waits_also_when_nothing_is_on(jobs, monkeypatch):
+    monkeypatch.setattr(jobs, "serve_queue", lambda: None)
+    file = jobs.places.presets / "a.toml"
+    file.parent.mkdir(parents=True)
+    file.write_text(TEXT)
+    assert jobs.start(file, "a", queued=True) and [entry.name for entry in jobs.queue.waiting()] == ["a"]
+
+
 def test_a_form_change_comes_back_as_text(server):
     change = {"section": "train", "key": "lr", "value": "2e-4"}
     answer = server["check_preset"]({"text": TEXT, "name": "p", "change": change})
@@ -148,12 +196,14 @@ FIELDS = {
     "list_runs": ["seen"], "read_run": ["run", "cursor", "word"], "order_run": ["run", "order", "prompts"],
     "resume_run": ["run"], "open_preset": ["shelf", "name"], "check_preset": ["text", "name", "change"],
     "save_preset": ["text", "name", "shelf", "replace"], "start_run": ["text", "name", "shelf", "run"],
+    "delete_preset": ["name"], "restore_preset": ["thrown"], "use_base": ["text", "base"],
     "read_hard": ["run", "most"], "read_spectrum": ["run", "block", "step"], "save_notes": ["run", "text", "before"],
     "pin_checkpoint": ["run", "step", "pinned"], "branch_run": ["run", "step", "branch", "changes"],
     "rename_run": ["run", "new"], "delete_run": ["run"], "restore_run": ["entry"],
     "list_presets": [], "start_demo": [], "order_queue": ["run", "order"], "list_sets": [],
 }
-FINE = {"seen": "", "run": "r", "cursor": "", "word": "", "order": "stop", "prompts": [], "shelf": "own", "name": "n",
+FINE = {"thrown": "x", "base": "x", "seen": "", "run": "r", "cursor": "", "word": "", "order": "stop", "prompts": [],
+        "shelf": "own", "name": "n",
         "text": TEXT, "change": None, "replace": False, "most": 5, "block": "up", "step": 5, "before": "x",
         "pinned": True, "branch": "", "changes": [], "new": "../r", "entry": "x"}
 
@@ -163,7 +213,8 @@ def test_one_hostile_field_gets_a_sentence_and_leaves_no_file(server, jobs):
     before = sorted(jobs.places.workspace.rglob("*"))
     for name, fields in FIELDS.items():
         for field, value in itertools.product(fields, HOSTILE):
-            if name in ("save_preset", "start_run", "resume_run") and value in ("", "x", True) or value in ([], None):
+            names = ("save_preset", "start_run", "resume_run", "rename_run")
+            if name in names and value in ("", "x", True) or value in ([], None):
                 continue  # a fair value there
             answer = server[name]({**{key: FINE[key] for key in fields}, field: value})
             json.dumps(answer)
