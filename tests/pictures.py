@@ -57,7 +57,24 @@ def shoot(workspace: Path, out: Path, shots: Path | None) -> None:
         assert run.state().word == "done", run.state()
         keep(browser, f"{address}?run=demo", shots, "done")
         picture(page, f"{address}?run=demo", out / "app.png")
+        export(page, address, out / "export.webp")
         browser.close()
+
+
+def export(page: Page, address: str, path: Path) -> None:
+    """The tab "Export" with the demo's result tried out."""
+    page.goto(address)
+    page.get_by_role("tab", name="Export", exact=True).click()
+    form = page.get_by_role("form", name="Try it", exact=True)
+    form.get_by_label("Prompt", exact=True).fill("openmoji style, red apple, fruit")
+    form.get_by_role("button", name="Draw", exact=True).click()
+    form.get_by_text("Drawn in").wait_for(timeout=120_000)
+    page.wait_for_timeout(500)
+    shot = path.with_suffix(".png")
+    page.screenshot(path=shot, full_page=True)
+    Image.open(shot).save(path, quality=85, method=6)
+    shot.unlink()
+    form.get_by_role("button", name="Put the model away", exact=True).click()
 
 
 @contextmanager
