@@ -62,7 +62,7 @@ def test_pause_continue_save_sample_stop_and_resume(browser, tmp_path):
             button(page, "Save now").click()
             expect(page.get_by_text("1 file of earlier steps")).to_be_visible()
             button(page, "Sample now").click()
-            page.get_by_label("Prompts").fill("a green frog\n\n a blue frog ")
+            page.get_by_label("Prompts", exact=True).fill("a green frog\n\n a blue frog ")
             button(page, "Draw samples").click()
             expect(page.get_by_role("rowheader", name="a blue frog")).to_be_visible()
             button(page, "Stop").click()

@@ -42,7 +42,8 @@ def test_images_elsewhere_are_named_and_neither_linked_nor_looked_at(details, ou
     (tmp_path / "w/datasets/cats/out.png").symlink_to(tmp_path / "secret.png")
     folder = tmp_path / "w/datasets/cats"
     strange = {str(tmp_path / "secret.png"): [9, 9.0], f"{folder}/../../../secret.png": [9, 8.0],
-               "/etc/passwd": [9, 7.0], "../x.png": [9, 6.0], str(folder / "out.png"): [9, 5.0], str(folder / "gone.png"): [9, 4.5]}
+               "/etc/passwd": [9, 7.0], "../x.png": [9, 6.0], str(folder / "out.png"): [9, 5.0],
+               str(folder / "gone.png"): [9, 4.5]}
     EventWriter(ours.events).write("image_loss", step=200, images=strange)
     rows = details.hard(ours, 6)["images"]
     assert [row["linked"] for row in rows] == [False] * 4 + [True] * 2

@@ -244,7 +244,7 @@
     async showWanted() {
       if (!Studio.wantedImage) return;
       const { set, name } = Studio.wantedImage;
-      Studio.wantedImage = null;
+      delete Studio.wantedImage;
       sessionStorage.setItem(LAST, set); // the first look at the tab opens this one, too
       await this.store.attempt(async () => {
         if (!this.isListed) await this.list();

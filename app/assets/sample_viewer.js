@@ -17,7 +17,7 @@
       this.slider = h("input", { type: "range", min: "0", max: "100", step: "1", value: "50", id: "studio-compare", oninput: () => this.slide() });
       this.choice = h("select", { id: "studio-against", onchange: () => { this.against = this.choice.value === "" ? null : Number(this.choice.value); this.show(this.row, this.step); } });
       this.caption = h("p", { class: "st-caption", "aria-live": "polite" });
-      const button = (label, text, dx, dy) => h("button", { type: "button", class: "st-button", "aria-label": label, onclick: () => this.go(dx, dy) }, text);
+      const button = (label, text, dx, dy) => h("button", { type: "button", class: "st-button", autofocus: label === "Earlier step", "aria-label": label, onclick: () => this.go(dx, dy) }, text);
       this.sliding = h("div", { class: "st-row st-sliding" }, h("label", { for: "studio-compare", class: "st-small" }, "Uncover"), this.slider);
       this.element = h("dialog", { class: "st-viewer", "aria-label": "Sample", onkeydown: (event) => this.onkey(event),
         onclick: (event) => event.target === this.element && this.element.close() },
