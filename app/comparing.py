@@ -72,11 +72,6 @@ class Comparing:
         name = title.strip() or "Comparison"
         return {"file": f"{re.sub(r'[^A-Za-z0-9 _-]+', '-', name)[:90]}.html", "html": report.make(runs, name)}
 
-    def card(self, name: str) -> Answer:
-        """The run card as one HTML file."""
-        run = self.places.run(name)
-        return {"file": f"{run.name}.html", "html": card.make(run)}
-
     def _found(self, names: Sequence[str]) -> tuple[list[Run], dict[str, str]]:
         """The runs that have a folder, and of the others why they have none."""
         found, waiting = [], {}
@@ -132,6 +127,11 @@ class Comparing:
         if self._chosen.get(preset, (-1, []))[0] != changed:
             self._chosen[preset] = changed, _choice(preset)
         return self._chosen[preset][1]
+
+
+def card_of(run: Run) -> Answer:
+    """The run card as one HTML file."""
+    return {"file": f"{run.name}.html", "html": card.make(run)}
 
 
 def _choice(preset: Path) -> list[Any]:

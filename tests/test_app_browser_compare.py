@@ -47,7 +47,8 @@ def test_chosen_runs_stand_side_by_side_and_become_a_report(browser, server):
         assert page.get_by_text("3 paired seeds").count() == 2
         for title in ("Validation loss", "Training loss, smoothed", "Effective rank"):
             expect(curve(page, title)).to_be_visible()
-        expect(page.get_by_role("img", name=re.compile("KID .* against time. On the front: stella, lora"))).to_be_visible()
+        front = re.compile("KID .* against time. On the front: stella, lora")
+        expect(page.get_by_role("img", name=front)).to_be_visible()
         shots = page.get_by_role("region", name="Samples side by side")
         expect(shots.get_by_label("Prompt")).to_contain_text("a cat <b>")
         shots.scroll_into_view_if_needed()
@@ -91,6 +92,15 @@ def test_a_comparison_from_one_preset_is_planned_started_and_followed_live(brows
         expect(curve(page, "Training loss, smoothed")).to_have_attribute("aria-label", re.compile("steps 1 to 30"))
         expect(page.get_by_role("button", name="pair 2 runs from small")).to_have_attribute("aria-pressed", "true")
         assert page.evaluate("document.documentElement.scrollWidth") <= 390 and faults(page) == []
+
+
+def test_the_run_view_saves_the_run_card_too(browser, server):
+    with opened(browser, f"{server.address}?run=first-lora-r16-s0") as page:
+        with page.expect_download() as download:
+            button(page, "Save run card").first.click()
+        html = Path(download.value.path()).read_text()
+        assert download.value.suggested_filename == "first-lora-r16-s0.html" and "sd15 · lora, rank 16" in html
+        expect(page.get_by_text("The run card is saved")).to_be_visible()
 
 
 def test_without_any_run_the_tab_says_what_to_do(browser, tmp_path):

@@ -5,7 +5,7 @@
   const { h } = Studio;
 
   Studio.RunMenu = class {
-    /** `hooks`: rename(name) and remove(); both throw what the server says. */
+    /** `hooks`: rename(name), card() and remove(); they throw what the server says. */
     constructor(hooks) {
       this.said = h("p", { class: "st-warn", role: "alert" });
       this.name = h("input", { id: "studio-new-name", autocomplete: "off", spellcheck: "false", maxlength: "100" });
@@ -22,7 +22,8 @@
         h("button", { type: "button", class: "st-button", onclick: () => this.dialog.close() }, "Cancel"))));
       this.rename = h("button", { type: "button", class: "st-button st-quiet", onclick: () => this.open() }, "Rename…");
       this.remove = h("button", { type: "button", class: "st-button st-quiet", onclick: () => hooks.remove() }, "Delete");
-      this.element = h("div", { class: "st-row st-menu" }, this.rename, this.remove, this.dialog);
+      this.card = h("button", { type: "button", class: "st-button st-quiet", onclick: () => hooks.card() }, "Save run card");
+      this.element = h("div", { class: "st-row st-menu" }, this.card, this.rename, this.remove, this.dialog);
     }
 
     show(run, isAlive, hasFolder) {

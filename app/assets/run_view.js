@@ -36,7 +36,7 @@
       this.ownNotes = new Studio.RunNotes((run, text, before) => Studio.ask(server, "save_notes", { run, text, before }));
       this.checkpoints = new Studio.Checkpoints({ pin: (step, pinned) => this.tell(() => this.ask("pin_checkpoint", { step, pinned }), ""),
         branch: (step, branch, changes) => this.branch(step, branch, changes), file: (row) => Studio.download(row, this.folder, "st-quiet", "Download") });
-      this.menu = new Studio.RunMenu({ rename: (name) => this.rename(name), remove: () => this.remove() });
+      this.menu = new Studio.RunMenu({ rename: (name) => this.rename(name), card: () => this.saveCard(), remove: () => this.remove() });
       this.controls = new Studio.RunControls((order, prompts) => this.order(order, prompts), () => this.resume(), () => this.prompts);
       this.title = h("h2", {});
       this.badge = h("span");
@@ -242,6 +242,10 @@
         h("ul", {}, skipped.map(([file, reason]) => h("li", {}, `${file}: ${reason}`))))) : null;
       this.notes.replaceChildren(...[files, ...lines].filter(Boolean));
       this.happened.hidden = this.notes.children.length === 0;
+    }
+
+    async saveCard() {
+      await this.tell(async () => Studio.saveHtml(await Studio.ask(this.server, "make_card", { run: this.run })), "The run card is saved: one HTML file to share.");
     }
 
     async order(order, prompts = []) {

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from app import shelves
-from app.comparing import MOST, Comparing
+from app.comparing import MOST, Comparing, card_of
 from app.components import Answer, Compare, Request, server_function
 from app.jobs import Jobs
 from trainer import sweep
@@ -66,7 +66,7 @@ def functions(jobs: Jobs, comparing: Comparing) -> list:
         server_function("read_compared", ReadCompared,
                         lambda asked: comparing.read(asked.runs, asked.cursors, asked.seen)),
         server_function("make_report", MakeReport, lambda asked: comparing.report(asked.runs, asked.title)),
-        server_function("make_card", MakeCard, lambda asked: comparing.card(asked.run)),
+        server_function("make_card", MakeCard, lambda asked: card_of(jobs.places.run(asked.run))),
         server_function("list_bases", Nothing, lambda asked: shelves.names(jobs.places)),
         server_function("plan_sweep", PlanSweep, lambda asked: _shown(plan(jobs, asked))),
         server_function("start_sweep", PlanSweep, lambda asked: start(jobs, asked))]

@@ -9,6 +9,7 @@ from typing import Any
 import gradio as gr
 
 from app import feed, run_details
+from app.comparing import card_of
 from app.components import Answer, RunList, RunView, server_function
 from app.datasets.library import Library
 from app.jobs import Jobs
@@ -46,6 +47,7 @@ def build(jobs: Jobs, library: Library) -> None:
                  server_function("delete_run", asks.NameRun, lambda asked: {"entry": jobs.delete(
                      places.run(asked.run))}),
                  server_function("restore_run", asks.RestoreRun, lambda asked: {"run": jobs.restore(asked.entry)}),
+                 server_function("make_card", asks.NameRun, lambda asked: card_of(places.run(asked.run))),
                  server_function("order_run", asks.OrderRun, lambda asked: order_run(jobs, asked)),
                  server_function("resume_run", asks.NameRun, lambda asked: resume_run(jobs, asked))],
                 elem_id="run")

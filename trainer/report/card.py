@@ -74,6 +74,7 @@ def _numbers(known: Facts) -> list[tuple[str, str]]:
             ("KID ×10³ (95 %)", f"{number(distance['kid'], 3)}{interval}" if distance.get("kid") is not None else ""),
             ("Effective rank", f"{number(facts.mean_rank(known), 3)} of {(known.rank or {}).get('rank', '?')}"
              if known.rank else ""),
+            ("Best checkpoint", f"step {known.best['step']}" if known.best and "step" in known.best else ""),
             ("LoRA file", size(result.bytes) if result else "")]
 
 
