@@ -241,10 +241,10 @@ def run(python: str, arguments: list[str], environment: dict[str, str]) -> None:
 
 
 def test_all(python: str, environment: dict[str, str]) -> None:
-    """The whole suite: most of it on several cores, then what drives a browser or is timed, alone."""
+    """The whole suite: most of it on several cores, then what holds a limit of time, alone."""
     environment = {**environment, "PYTHONUTF8": "1"}
     workers = ["-n", str(min(4, os.cpu_count() or 1)), "--dist", "loadfile"]
-    parts = [["not gpu and not browser and not slow", *workers], ["(browser or slow) and not gpu"]]
+    parts = [["not gpu and not timed", *workers], ["timed and not gpu"]]
     codes = [subprocess.call([python, "-m", "pytest", "-m", *part], cwd=HERE, env=environment) for part in parts]
     sys.exit(next((code for code in codes if code), 0))
 

@@ -44,6 +44,7 @@ def edit_preset(page):
 # What it costs
 
 
+@pytest.mark.timed
 def test_the_page_is_usable_within_two_seconds(browser, server):
     times = []
     for _ in range(3):
@@ -54,6 +55,7 @@ def test_the_page_is_usable_within_two_seconds(browser, server):
     assert statistics.median(times) < 2
 
 
+@pytest.mark.timed
 def test_a_live_view_of_3000_points_costs_at_most_a_kilobyte_a_second(browser, tmp_path):
     with served(tmp_path / "w", pace=1.0) as server:
         run_in(server.workspace, "long", rows=3000)

@@ -112,6 +112,7 @@ def test_a_broken_text_is_kept_and_the_form_waits(page):
     expect(page.locator(".st-marked")).to_have_count(0)
 
 
+@pytest.mark.timed
 def test_typing_is_answered_within_a_tenth_of_a_second(page):
     page.get_by_label("Preset", exact=True).select_option("shipped/demo")
     expect(text_of(page)).not_to_have_value(MINE)
@@ -136,6 +137,7 @@ def test_typing_is_answered_within_a_tenth_of_a_second(page):
     assert took < 100
 
 
+@pytest.mark.timed
 def test_the_tab_opens_at_once(browser, server):
     with opened(browser, server.address) as page:
         page.get_by_role("tab", name="Preset").wait_for()

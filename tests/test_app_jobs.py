@@ -148,6 +148,7 @@ def test_a_trainer_outlives_the_app_and_its_terminal(places):
     wait(lambda: state(jobs, "a").word == "stopped")
 
 
+@pytest.mark.timed
 def test_fifty_runs_are_listed_in_a_fifth_of_a_second_newest_first(places):
     for number in range(50):
         ours = run.create(places.workspace, f"r{number:02d}", PRESET.format(steps=100))

@@ -74,6 +74,7 @@ def start(*arguments):
         signal.signal(signal.SIGINT, before)
 
 
+@pytest.mark.timed
 def test_a_start_is_light_answers_and_ends_on_interrupt(tmp_path):
     port = free_port()
     process = start("--port", str(port), "--workspace", str(tmp_path / "w"))

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 SECONDS = 120  # the promise for two CPU cores
 METHODS = ["stella", "stiefel", "lora"]
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timed]
 
 
 @pytest.fixture(scope="module")

@@ -371,14 +371,14 @@ def test_folders_of_the_app_are_taken_from_where_the_person_stands(copy, tmp_pat
         assert folder == str(copy)
 
 
-@pytest.mark.parametrize("part", ["not browser", "browser or slow"])
+@pytest.mark.parametrize("part", ["not timed", "timed and"])
 def test_all_of_the_suite_runs_and_a_failure_of_either_part_is_passed_on(copy, part):
     (copy / "pytest.py").write_text(
         "import os, sys\nprint(os.environ['OMP_NUM_THREADS'], sys.argv[2])\n"
         f"raise SystemExit(3 if {part!r} in sys.argv[2] else 0)")
     done = start(copy, "--no-setup", "test")
     assert done.returncode == 3
-    assert done.stdout.splitlines() == ["1 not gpu and not browser and not slow", "1 (browser or slow) and not gpu"]
+    assert done.stdout.splitlines() == ["1 not gpu and not timed", "1 timed and not gpu"]
 
 
 def test_a_part_of_the_suite_is_one_call(copy):
