@@ -55,8 +55,8 @@ def wait_for(server, name, word, seconds=30.0):
 def test_the_surface_is_small(server):
     assert set(server) == {"list_runs", "start_demo", "read_run", "order_run", "resume_run", "order_queue",
                            "read_hard", "read_spectrum", "save_notes", "pin_checkpoint", "branch_run", "rename_run",
-                           "delete_run", "restore_run", "list_sets", "list_presets", "open_preset",
-                           "check_preset", "save_preset", "delete_preset",
+                           "delete_run", "restore_run", "make_card", "list_sets", "list_presets",
+                           "open_preset", "check_preset", "save_preset", "delete_preset",
                            "restore_preset", "list_bases", "use_base", "list_cards", "start_check", "read_check",
                            "stop_check", "start_run"}
 

@@ -23,7 +23,7 @@
         onclick: (event) => event.target === this.element && this.element.close() },
       this.stage, this.sliding, this.caption, h("div", { class: "st-row" }, button("Earlier step", "← Earlier", -1, 0), button("Later step", "Later →", 1, 0),
         button("Prompt above", "↑ Prompt", 0, -1), button("Prompt below", "↓ Prompt", 0, 1), h("span", { class: "st-space" }),
-        h("label", { for: "studio-against", class: "st-small" }, "Compare with"), this.choice, h("button", { type: "button", class: "st-button", onclick: () => this.element.close() }, "Close")));
+        h("span", { class: "st-row st-against" }, h("label", { for: "studio-against", class: "st-small" }, "Compare with"), this.choice), h("button", { type: "button", class: "st-button", onclick: () => this.element.close() }, "Close")));
     }
 
     open(row, step) {
