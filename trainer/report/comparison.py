@@ -99,10 +99,11 @@ def _lines(setting: Setting, by_run: dict[str, Curves], style: Style, kind: str,
 def _kid(known: Sequence[Facts], settings: Sequence[Setting], styles: dict[str, Style]) -> str:
     bars = []
     for setting in settings:
-        for number_, one in enumerate(setting.runs, 1):
+        for one in setting.runs:
             event = one.distance or {}
             if event.get("kid") is not None:
-                label = setting.name if len(setting.runs) == 1 else f"{setting.name}, {number_}"
+                seed = f", seed {_setting(one, 'train.seed')}" if len(setting.runs) > 1 else ""
+                label = f"{setting.name}{seed}"
                 bars.append(svg.Bar(label, styles[setting.name], event["kid"], event.get("kid_low"),
                                     event.get("kid_high")))
     event = next((one.distance for one in known if one.distance and one.distance.get("base_kid") is not None), {})
