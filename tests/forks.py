@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -56,8 +57,11 @@ class Server:
         self._process.stdin.close()
         self._process.wait()
 
-    def start(self, *arguments: object, death: Death | None = None) -> Forked:
-        return Forked(self, int(self.ask({"arguments": [str(item) for item in arguments], "death": death})))
+    def start(self, *arguments: object, death: Death | None = None,
+              environment: Mapping[str, str] | None = None) -> Forked:
+        """environment: what the trainer finds beside the server's own."""
+        return Forked(self, int(self.ask({"arguments": [str(item) for item in arguments], "death": death,
+                                          "environment": dict(environment or {})})))
 
     def ask(self, request: dict[str, object]) -> str:
         self._process.stdin.write(json.dumps(request) + "\n")
@@ -95,6 +99,7 @@ def serve() -> None:
             print(pid, flush=True)
             continue
         os.dup2(2, 1)  # stdout speaks to the test
+        os.environ.update(request["environment"])
         if request["death"]:
             die_at(Death(*request["death"]))
         os._exit(main(request["arguments"]))

@@ -46,7 +46,7 @@ def test_without_held_out_images_there_is_no_validation(tiny_project, tmp_path) 
     session = projects.session(tiny_project, tmp_path, "evaluate.folder=")
     assert evaluation.validate(session, 1) is None
     evaluation.measure_distance(session, 1)
-    assert {event["kind"] for event in EventReader(session.run.events).read()} == {"phase"}
+    assert {event["kind"] for event in EventReader(session.run.events).read()} == {"phase", "data"}
 
 
 def test_a_picture_says_how_it_was_made(session) -> None:

@@ -173,15 +173,16 @@ def test_help_explains_every_option(capsys) -> None:
         main(["--help"])
     shown = capsys.readouterr().out
     assert end.value.code == 0
-    options = ("--preset", "--resume", "--set", "--name", "--workspace", "--check", "--json")
+    options = ("--preset", "--resume", "--gpus", "--set", "--name", "--workspace", "--check", "--json")
     assert all(option in shown for option in options)
 
 
 @pytest.mark.parametrize("variable", ["WORLD_SIZE", "OMPI_COMM_WORLD_SIZE"])
-def test_one_of_several_processes_begins_no_run(tiny_project, tmp_path, trainer, monkeypatch, variable) -> None:
+def test_processes_that_cannot_find_one_another_begin_no_run(tiny_project, tmp_path, trainer, monkeypatch, variable) -> None:
     monkeypatch.setenv(variable, "2")
     outcome = trainer("--preset", tiny_project, "--workspace", tmp_path, *SHORT, "--set=memory.device=cpu")
     assert outcome.code == 1 and f"several processes were started ({variable}=2)" in outcome.err
+    assert "MASTER_ADDR" in outcome.err and "start them by --gpus, accelerate launch or torchrun" in outcome.err
     assert not list(tmp_path.iterdir())
     monkeypatch.setenv(variable, "1")
     assert trainer("--preset", tiny_project, "--workspace", tmp_path, *SHORT, "--check").code == 0

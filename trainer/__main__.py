@@ -11,9 +11,9 @@ import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NoReturn, TextIO
+from typing import TYPE_CHECKING, NoReturn, TextIO
 
-from trainer import branch, facts, shelf, shell, shell_bases, shell_queue, shell_shelf, shell_sweep
+from trainer import branch, facts, several, shelf, shell, shell_bases, shell_queue, shell_shelf, shell_sweep
 from trainer import preset as presets
 from trainer import run as runs
 from trainer.errors import UserError
@@ -22,8 +22,12 @@ from trainer.queue import Queue
 from trainer.run import Run
 from trainer.schema import Preset
 
+if TYPE_CHECKING:
+    from trainer.distributed import World
+
 DONE, USER_ERROR, BUG = 0, 1, 2
-LAUNCHERS = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")  # torchrun, accelerate and MPIs
+LAUNCHED = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what torchrun and accelerate say
+MPI = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -34,13 +38,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if words[:1] and words[0] in shell.VERBS:
             return _look(words)
         options = _parser().parse_args(words)
-        _check_alone()
+        processes = _processes()
+        if (options.check or processes > 1) and options.gpus:
+            raise UserError("--gpus starts the processes of a run: it does not go with --check, accelerate or torchrun")
+        if options.gpus:
+            return several.launch(several.without_choice(words), several.choose(options.gpus, os.environ), os.environ)
         if options.check:
             return _check(options)
         if options.json:
             raise UserError("--json goes with --check")
-        return _train(*(_resume(options) if options.resume else _branch(options) if options.branch
-                        else _begin(options)))
+        return _train(*_chosen(options)) if processes == 1 else _train_together(options)
     except UserError as error:
         print(error, file=sys.stderr)
     except OSError as error:  # of the run's folder or its log: all else has its own message
@@ -70,6 +77,9 @@ def _parser() -> argparse.ArgumentParser:
                         help="change a setting; may be given several times")
     parser.add_argument("--name", help="the run's name (default: the preset's, with the first free number)")
     parser.add_argument("--workspace", type=Path, default=Path("workspace"), help="where runs/ and caches are kept")
+    parser.add_argument("--gpus", metavar="N,N", help="the GPUs to train on together, such as 0,1: each takes "
+                        "train.batch_size images at a time, so that a step has as many times more. (For several "
+                        "machines: torchrun or accelerate launch, with a workspace that all of them see.)")
     parser.add_argument("--check", action="store_true", help="check everything that can be checked without training")
     parser.add_argument("--json", action="store_true", help="with --check: the report as JSON")
     return parser
@@ -90,12 +100,40 @@ def _look(words: Sequence[str]) -> int:
     return DONE
 
 
-def _check_alone() -> None:
-    """Refuse to be one of several processes: each of them would begin a run of its own."""
-    sizes = {name: os.environ[name] for name in LAUNCHERS if name in os.environ}
-    if any(size.isdecimal() and int(size) > 1 for size in sizes.values()):
-        raise UserError(f"several processes were started ({', '.join(f'{k}={v}' for k, v in sizes.items())}), and a "
-                        "run trains in one: start it without accelerate, torchrun or mpirun")
+def _processes() -> int:
+    """How many processes were started to train this run; refuses those that do not know of one another, since each
+    would begin a run of its own."""
+    sizes = {name: int(os.environ[name]) for name in ("WORLD_SIZE", *MPI) if os.environ.get(name, "").isdecimal()}
+    missing = [name for name in LAUNCHED if name not in os.environ]
+    if sizes.get("WORLD_SIZE", 1) > 1 and not missing:
+        return sizes["WORLD_SIZE"]
+    if any(size > 1 for size in sizes.values()):
+        raise UserError(f"several processes were started ({', '.join(f'{k}={v}' for k, v in sizes.items())}) that "
+                        f"cannot find one another ({', '.join(missing)} not set): start them by --gpus, accelerate "
+                        "launch or torchrun")
+    return 1
+
+
+def _chosen(options: argparse.Namespace) -> tuple[Run, Preset, Path]:
+    return _resume(options) if options.resume else _branch(options) if options.branch else _begin(options)
+
+
+def _train_together(options: argparse.Namespace) -> int:
+    """Be one of several processes; the first one alone begins the run, and speaks."""
+    os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"  # who is lost is noticed elsewhere, and there is work to save
+    from trainer import distributed  # late: it loads torch
+
+    world = distributed.join(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
+    try:
+        run, preset, workspace = world.from_first(lambda: _chosen(options))
+    except UserError:
+        if world.first:
+            raise
+        return USER_ERROR
+    code = _train(run, preset, workspace, world)
+    if code == DONE:
+        world.close()
+    return code
 
 
 def _begin(options: argparse.Namespace) -> tuple[Run, Preset, Path]:
@@ -164,21 +202,23 @@ def _check(options: argparse.Namespace) -> int:
     return USER_ERROR if report.errors else DONE
 
 
-def _train(run: Run, preset: Preset, workspace: Path) -> int:
+def _train(run: Run, preset: Preset, workspace: Path, world: World | None = None) -> int:
     with _logged(run) as stderr:
+        speaks = world is None or world.first
         try:
             if preset.train.deterministic:
                 os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read when CUDA starts
             os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(workspace / "cache" / "compiled"))  # for later runs
-            from trainer.loop import run_training  # late: torch takes seconds, and a faulty preset none
+            from trainer.distributed import ALONE  # late: torch takes seconds, and a faulty preset none
+            from trainer.loop import run_training
 
-            run_training(run, preset, workspace, stderr if stderr.isatty() else None)
-            if not stderr.isatty():  # the progress went to the log
+            run_training(run, preset, workspace, stderr if stderr.isatty() else None, world=world or ALONE)
+            if speaks and not stderr.isatty():  # the progress went to the log
                 print(f"{run.state().text}: {run.path}", file=stderr, flush=True)
         except UserError as error:
-            print(error, file=stderr, flush=True)
-            with suppress(OSError):  # the disk may be full
-                print(error, file=sys.stderr, flush=True)  # the log
+            for stream in (stderr, sys.stderr) if speaks else ():  # the terminal, and the log
+                with suppress(OSError):  # the disk may be full
+                    print(error, file=stream, flush=True)
             return USER_ERROR
         except KeyboardInterrupt:
             return DONE
@@ -211,5 +251,14 @@ def _logged(run: Run) -> Iterator[TextIO]:
             os.close(copy)
 
 
+def _leave(code: int) -> NoReturn:
+    """End; at once where a GPU may wait for a process that is lost, and would keep this one from ending."""
+    if code != DONE and os.environ.get("WORLD_SIZE", "1") != "1":
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    _leave(main())

@@ -36,13 +36,22 @@ FEATURES_AT_ONCE = 16
 
 @torch.no_grad()
 def validate(session: Session, step: int) -> float | None:
-    """Validation loss on the first held-out images at fixed timestep quantiles, with fixed noise; None without any."""
+    """Validation loss on the first held-out images at fixed timestep quantiles, with fixed noise; None without any.
+
+    Several processes share the work by batches, so that the numbers are those of one.
+    """
     chosen = session.held_latents.readable()[: session.preset.evaluate.images]
     if not chosen:
         return None
     session.use(session.shown_weights)
     quantiles = session.objective.quantile_timesteps(session.preset.evaluate.quantiles)
-    losses = torch.stack([_losses_at(session, chosen, timestep, index) for index, timestep in enumerate(quantiles)])
+    work = [(index, part) for index in range(len(quantiles)) for part in _batches(session, chosen)]
+    shares = session.world.together(lambda: [
+        (index, part, _losses_at(session, part, quantiles[index], index)) for index, part in session.world.part(work)])
+    losses = torch.zeros(len(quantiles), len(session.held_latents.items))
+    for index, part, found in (entry for share in shares for entry in share):
+        losses[index, part] = found
+    losses = losses[:, chosen]
     by_quantile = losses.double().mean(dim=1).tolist()  # losses: quantiles images
     loss = sum(by_quantile) / len(by_quantile)
     session.recorder.event("validation", step=step, loss=loss, by_quantile=[round(value, 6) for value in by_quantile])
@@ -64,29 +73,30 @@ def ground(session: Session) -> str:
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 
-def _losses_at(session: Session, chosen: Sequence[int], timestep: float, quantile: int) -> Tensor:
-    """The loss of each held-out image at one timestep, weighted by its mask as in training and by nothing else."""
+def _batches(session: Session, chosen: Sequence[int]) -> Iterator[list[int]]:
+    """Held-out images in batches of one size."""
     store, batch = session.held_latents, session.preset.train.batch_size
-    losses = torch.zeros(len(store.items))
-    by_size = groupby(sorted(chosen, key=lambda i: (store.sizes[i], i)), key=lambda i: store.sizes[i])
-    for _, same in by_size:
-        same = list(same)
-        for start in range(0, len(same), batch):
-            session.guard()
-            part = same[start : start + batch]
-            draws = [plain_draw(i) for i in part]
-            latents = store.latents(draws, session.device)
-            seeds = [stream(session.preset.train.seed, i, f"validation {quantile}") for i in part]
-            noise, drawn = session.objective.draw(seeds, latents.shape[1:], session.device, latents.dtype)
-            timesteps = torch.full_like(drawn, timestep)
-            texts = [session.material.held_caption(store.items[i]) for i in part]
-            conditioning = session.conditioning(texts) | {"framing": framing(store, draws).to(session.device)}
-            prediction = session.predict(latents, noise, timesteps, conditioning)
-            target = session.objective.target(latents, noise, timesteps)
-            loss = per_sample_loss(prediction, target, kind="mse", delta=1.0,
-                                   weights=session.pixel_weights(session.held_masks, draws))
-            losses[part] = loss.float().cpu()
-    return losses[list(chosen)]
+    for _, same in groupby(sorted(chosen, key=lambda i: (store.sizes[i], i)), key=lambda i: store.sizes[i]):
+        items = list(same)
+        yield from (items[start : start + batch] for start in range(0, len(items), batch))
+
+
+def _losses_at(session: Session, part: Sequence[int], timestep: float, quantile: int) -> Tensor:
+    """The loss of each image of a batch at one timestep, weighted by its mask as in training and by nothing else.  # b
+    """
+    session.guard()
+    store, draws = session.held_latents, [plain_draw(i) for i in part]
+    latents = store.latents(draws, session.device)
+    seeds = [stream(session.preset.train.seed, i, f"validation {quantile}") for i in part]
+    noise, drawn = session.objective.draw(seeds, latents.shape[1:], session.device, latents.dtype)
+    timesteps = torch.full_like(drawn, timestep)
+    texts = [session.material.held_caption(store.items[i]) for i in part]
+    conditioning = session.conditioning(texts) | {"framing": framing(store, draws).to(session.device)}
+    prediction = session.predict(latents, noise, timesteps, conditioning)
+    target = session.objective.target(latents, noise, timesteps)
+    loss = per_sample_loss(prediction, target, kind="mse", delta=1.0,
+                           weights=session.pixel_weights(session.held_masks, draws))
+    return loss.float().cpu()
 
 
 def draw_samples(session: Session, step: int, weights: str, prompts: Sequence[str] | None = None,
@@ -98,12 +108,15 @@ def draw_samples(session: Session, step: int, weights: str, prompts: Sequence[st
         return
     started = time.monotonic()
     session.recorder.phase("drawing samples", 0, len(texts))
-    session.encode_new(texts)
+    session.world.together(lambda: session.encode_new(texts))
     seeds = [settings.seed + index for index in range(len(texts))]
+    pictures = generate(session, texts, seeds, weights, "drawing samples")
+    if not session.world.first:
+        return
     folder = session.run.samples
     folder.mkdir(exist_ok=True)
     names, number = [], _asked_number(folder, step) if asked else None
-    for index, picture in enumerate(generate(session, texts, seeds, weights, "drawing samples")):
+    for index, picture in enumerate(pictures):
         path = folder / _name(step, index, number)
         _save_picture(path, picture, {"prompt": texts[index], "seed": seeds[index], "steps": settings.steps,
                                       "guidance": settings.guidance, "negative": settings.negative, "step": step})
@@ -115,18 +128,36 @@ def draw_samples(session: Session, step: int, weights: str, prompts: Sequence[st
 
 def generate(session: Session, texts: Sequence[str], seeds: Sequence[int], weights: str,
              phase: str) -> list[Image.Image]:
-    """One picture a prompt, with the sampler settings of the preset."""
-    settings, resolution = session.preset.sample, session.preset.data.resolution
-    width, height = settings.width or resolution, settings.height or resolution
+    """One picture a prompt, with the sampler settings of the preset.
+
+    Several processes draw a part each, by batches, so that the pictures are those of one; all get all of them.
+    """
+    resolution, world = session.preset.data.resolution, session.world
+    width, height = session.preset.sample.width or resolution, session.preset.sample.height or resolution
+    together = min(PICTURES_AT_ONCE, max(1, PIXELS_AT_ONCE // (width * height)))
+    rows = [list(range(first, min(first + together, len(texts)))) for first in range(0, len(texts), together)]
+    own = [row for batch in world.part(rows) for row in batch]
+    drawn = world.together(lambda: _draw_part(session, texts, seeds, own, weights, phase, (width, height), together))
+    shares = [iter(share) for share in drawn]
+    return [next(shares[number % world.size]) for number, batch in enumerate(rows) for _ in batch]
+
+
+def _draw_part(session: Session, texts: Sequence[str], seeds: Sequence[int], own: Sequence[int], weights: str,
+               phase: str, size: Size, together: int) -> list[Image.Image]:
+    """This process's part of the pictures: the rows `own`."""
+    if not own:
+        return []
+    settings, (width, height) = session.preset.sample, size
     session.use(weights)
+    conditioning = {name: rows[list(own)] for name, rows in session.conditioning(texts).items()}
     batches: list[Tensor] = []
     for latents in sample.draw(
-            session.family, session.denoiser, session.objective, conditioning=session.conditioning(texts),
-            negative=session.conditioning([settings.negative]), seeds=seeds, steps=settings.steps,
+            session.family, session.denoiser, session.objective, conditioning=conditioning,
+            negative=session.conditioning([settings.negative]), seeds=[seeds[row] for row in own], steps=settings.steps,
             guidance=settings.guidance, width=width, height=height, device=session.device, dtype=session.dtype,
-            batch_size=min(PICTURES_AT_ONCE, max(1, PIXELS_AT_ONCE // (width * height))), should_stop=session.guard):
+            batch_size=together, should_stop=session.guard):
         batches.append(latents)
-        session.recorder.phase(phase, sum(map(len, batches)), len(texts))
+        session.recorder.phase(phase, sum(map(len, batches)), len(own))
     with loaded(session.family.load_vae, session.base, session.device) as vae:
         return list(sample.decode(session.family, vae, batches))
 
@@ -136,15 +167,17 @@ def measure_distance(session: Session, step: int) -> None:
     evaluate, held = session.preset.evaluate, _items(session.held_latents)
     if evaluate.distance == "off" or len(held) < 4:
         return
+    texts = [session.material.held_caption(held[i % len(held)]) for i in range(evaluate.generate)]
+    seeds = [stream(session.preset.train.seed, i, "distance") & 0xFFFFFFFF for i in range(len(texts))]
     extractor = load_extractor(evaluate.distance, evaluate.inception_weights, session.device)
     if extractor.note:
         session.recorder.note(step, extractor.note)
-    texts = [session.material.held_caption(held[i % len(held)]) for i in range(evaluate.generate)]
-    seeds = [stream(session.preset.train.seed, i, "distance") & 0xFFFFFFFF for i in range(len(texts))]
-    reference = _features_of_files(session, extractor, held)
-    training = _features_of_files(session, extractor, [item for item in _items(session.latents) if not item.prior])
     base = _base_features(session, extractor, texts, seeds)
     pictures = generate(session, texts, seeds, session.shown_weights, "generating images for KID and FID")
+    if not session.world.first:
+        return
+    reference = _features_of_files(session, extractor, held)
+    training = _features_of_files(session, extractor, [item for item in _items(session.latents) if not item.prior])
     result = distances.measure(reference, _features(extractor, pictures), training, extractor=extractor)
     before = distances.measure(reference, base, extractor=extractor)
     session.recorder.event("distance", step=step, **result, base_kid=before["kid"], base_kid_low=before["kid_low"],
@@ -153,15 +186,18 @@ def measure_distance(session: Session, step: int) -> None:
 
 
 def _base_features(session: Session, extractor: Extractor, texts: Sequence[str], seeds: Sequence[int]) -> Tensor:
-    """Features of the base model's own pictures: the same for every run, so computed once."""
+    """Features of the base model's own pictures: the same for every run, so computed once; the first process's alone.
+    """
     settings, data = session.preset.sample, session.preset.data
     key = session.cache.key("base pictures", quantised_id(session.base.denoiser_id, session.plan.quantize),
                             session.base.vae_id, quantised_id(session.base.text_id, session.text_quantize),
                             extractor.name, extractor.resize, json.dumps([list(texts), list(seeds)]),
                             json.dumps(settings.model_dump(exclude={"prompts", "every", "before", "seed"})),
                             data.resolution, str(session.dtype), session.device.type)
-    if (stored := session.cache.get(key)) is None:
+    if (stored := session.world.from_first(lambda: session.cache.get(key))) is None:
         pictures = generate(session, texts, seeds, "off", "generating the base model's own images")
+        if not session.world.first:
+            return torch.zeros(0)
         stored = {"features": _features(extractor, pictures)}
         session.cache.put(key, stored)
     return stored["features"]

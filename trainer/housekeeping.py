@@ -8,12 +8,14 @@ import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
-from trainer import checkpoint, evaluation, gpu, prompts
+from trainer import averaging, checkpoint, evaluation, gpu, prompts
 from trainer.adapters import effective_rank
 from trainer.best import Best, choose, steps_without_gain
 from trainer.control import Requests, Stopped
+from trainer.distributed import ALONE, Elsewhere, Lost
 from trainer.events import EventReader, rewind
 from trainer.faults import describe, out_of_memory
+from trainer.memory.hold import graphs_recorded
 from trainer.publish import publish
 from trainer.session import Session
 
@@ -25,28 +27,37 @@ PAUSE_POLL = 0.2  # seconds between two looks while paused
 def before(session: Session) -> None:
     """What is measured on the untrained model, once; or what a kill kept from following the last checkpoint."""
     _change_prompts(session)
-    step, preset = session.progress.step, session.preset
+    step, preset, world = session.progress.step, session.preset, session.world
     if step == 0:
         _tell_scaling(session)
         _measure(session, {"rank", "validation"})
         if preset.sample.before:
             attempt(session, "drawing samples", lambda: evaluation.draw_samples(session, 0, "off"))
         return
-    if not session.run.export_of(step).exists():
-        attempt(session, "exporting", lambda: publish(session, session.run.export_of(step)))
-    tell_best(session)
-    _prune(session)
-    _renew_patience(session)
+    if world.first:
+        _make_up_for_kill(session)
+    session.progress = world.from_first(lambda: session.progress)
     if step == session.steps or session.progress.early:
         return  # `_finish` does the rest
     rhythm = {"rank": preset.log.rank_every, "validation": preset.evaluate.every, "sample": preset.sample.every,
               "distance": preset.evaluate.distance_every}
-    missed = {kind for kind, every in rhythm.items() if every and step % every == 0} - told(session)
+    missed = {kind for kind, every in rhythm.items() if every and step % every == 0}
+    missed -= world.from_first(lambda: told(session))
     _measure(session, missed)
     if "sample" in missed:
         attempt(session, "drawing samples", lambda: evaluation.draw_samples(session, step, session.shown_weights))
     if "distance" in missed:
         attempt(session, "measuring KID and FID", lambda: evaluation.measure_distance(session, step))
+
+
+def _make_up_for_kill(session: Session) -> None:
+    """What comes after a checkpoint and may be missing."""
+    path = session.run.export_of(session.progress.step)
+    if not path.exists():
+        attempt(session, "exporting", lambda: publish(session, path), alone=True)
+    tell_best(session)
+    _prune(session)
+    _renew_patience(session)
 
 
 def _tell_scaling(session: Session) -> None:
@@ -81,14 +92,15 @@ def keep_house(session: Session, due: set[str], requests: Requests) -> None:
     if "validation" in due:
         session.progress.early = _why_over(session)
     if "save" in due:
-        save(session)
+        _save_for_all(session)
     if "sample" in due and step != session.steps:
         attempt(session, "drawing samples", lambda: evaluation.draw_samples(session, step, session.shown_weights))
     if "distance" in due and step != session.steps:
         attempt(session, "measuring KID and FID", lambda: evaluation.measure_distance(session, step))
-        tell_best(session)
+        if session.world.first:
+            tell_best(session)
     _answer(session)
-    if run.asked("pause"):
+    if session.world.from_first(lambda: run.asked("pause")):
         _pause(session, requests)
 
 
@@ -96,9 +108,9 @@ def _answer(session: Session) -> bool:
     """Do what was asked for once: save now, sample now; whether anything was."""
     run, step = session.run, session.progress.step
     _change_prompts(session)
-    wants_file, wish = run.take("save") is not None, run.take("sample")
-    if wants_file and save(session):
-        attempt(session, "exporting", lambda: publish(session, run.result))
+    wants_file, wish = session.world.from_first(lambda: (run.take("save") is not None, run.take("sample")))
+    if wants_file and _save_for_all(session) and session.world.first:
+        attempt(session, "exporting", lambda: publish(session, run.result), alone=True)
     if wish is not None:
         prompts = wish.get("prompts")
         texts = [str(text) for text in prompts] if isinstance(prompts, list) and prompts else None
@@ -108,21 +120,27 @@ def _answer(session: Session) -> bool:
 
 
 def _change_prompts(session: Session) -> None:
-    if (wish := session.run.take_text("prompts")) is not None:
+    if (wish := session.world.from_first(lambda: session.run.take_text("prompts"))) is not None:
         attempt(session, "changing the prompts", lambda: prompts.change(session, wish))
 
 
 def _pause(session: Session, requests: Requests) -> None:
     """Wait while `control/pause` exists; the model stays loaded, and samples can be drawn."""
-    step = session.progress.step
+    step, run = session.progress.step, requests.run
     collect_rank(session)
     session.recorder.event("paused", step=step, text="paused")
-    session.recorder.say(f"paused at step {step}; it goes on when {requests.run.control / 'pause'} is deleted")
-    while requests.run.asked("pause") and not requests.stop_asked():
+    session.recorder.say(f"paused at step {step}; it goes on when {run.control / 'pause'} is deleted")
+    while not session.world.union({"go on"} if requests.stop_asked() or not run.asked("pause") else set()):
         if _answer(session):
             session.recorder.event("paused", step=step, text="paused")  # still: the last event tells the state
         time.sleep(PAUSE_POLL)
     session.recorder.event("resumed", step=step, text="resumed")
+
+
+def _save_for_all(session: Session) -> bool:
+    """Save in the first process; the others go on with what it saved, as they would after a resume."""
+    averaging.align(session)
+    return session.world.from_first(lambda: save(session))
 
 
 def save(session: Session) -> bool:
@@ -144,7 +162,7 @@ def save(session: Session) -> bool:
         return False
     recorder.event("checkpoint", step=progress.step, path=str(run.checkpoint(progress.step).relative_to(run.path)),
                    bytes=size, sec=round(time.perf_counter() - started, 3))
-    attempt(session, "exporting", lambda: publish(session, run.export_of(progress.step)))
+    attempt(session, "exporting", lambda: publish(session, run.export_of(progress.step)), alone=True)
     tell_best(session)
     _prune(session)
     return True
@@ -214,7 +232,7 @@ def _measure(session: Session, due: set[str]) -> None:
 
 def _measure_rank(session: Session) -> None:
     """Take what the spectra follow from; another thread computes them while training goes on."""
-    if session.preset.log.rank_every == 0:
+    if session.preset.log.rank_every == 0 or not session.world.first:
         return
     collect_rank(session)
     sample = effective_rank.take(session.adapter)
@@ -232,26 +250,35 @@ def collect_rank(session: Session, wait: bool = True) -> None:
         session.recorder.event("rank", step=step, rank=session.preset.adapter.rank, **facts)
         session.recorder.scalars(step, {f"rank/{group}": value for group, value in facts["erank"].items()})
 
-    attempt(session, "measuring the effective rank", write)
+    attempt(session, "measuring the effective rank", write, alone=True)
 
 
-def attempt(session: Session, what: str, act: Callable[[], object]) -> None:
-    """Do something that must never end a run: a failing picture or measure is a note."""
-    try:
+def attempt(session: Session, what: str, act: Callable[[], object], alone: bool = False) -> None:
+    """Do something that must never end a run: a failing picture or measure is a note.
+
+    alone: by this process, where there are others; else all of them do it, and it fails in all or in none.
+    """
+    world = ALONE if alone else session.world
+
+    def do() -> None:
         act()
+
+    try:
+        world.together(do)
         return
-    except Stopped:
+    except (Stopped, Lost, Elsewhere):
         raise
     except Exception as error:
-        crowded = out_of_memory(error) and session.graphs is not None and bool(session.graphs.captured)
-        if not crowded:
+        crowded = out_of_memory(error)
+        if not (crowded and graphs_recorded(session)):
             traceback.print_exc()
         text = describe(error)
         if out_of_memory(error):
             text = "it did not fit into the GPU's memory beside the model that is trained"
-    if crowded:
-        session.graphs.stop(f"CUDA graphs are not used from here on: {what} needs the memory that they keep")
-        attempt(session, what, act)
+    if crowded and any(world.together(lambda: graphs_recorded(session))):
+        if session.graphs is not None:
+            session.graphs.stop(f"CUDA graphs are not used from here on: {what} needs the memory that they keep")
+        attempt(session, what, act, alone)
         return
     session.recorder.note(session.progress.step, f"{what} failed, training goes on: {text}")
     gpu.free_memory()  # only here, since the error held on to what was in use

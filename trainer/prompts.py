@@ -18,9 +18,10 @@ def change(session: Session, wish: str) -> None:
     They are encoded first, so that a failure leaves the old ones.  Raises `UserError` for a list that is none.
     """
     prompts = parse(wish)
-    session.encode_new(prompts)
+    session.world.together(lambda: session.encode_new(prompts))
     file = session.run.preset
-    presets.save(file, presets.update_text(presets.read_text(file), {"sample": {"prompts": prompts}}))
+    if session.world.first:
+        presets.save(file, presets.update_text(presets.read_text(file), {"sample": {"prompts": prompts}}))
     sample = session.preset.sample.model_copy(update={"prompts": prompts})
     session.preset = session.preset.model_copy(update={"sample": sample})
     session.recorder.event("prompts", step=session.progress.step, prompts=prompts)

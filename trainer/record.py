@@ -22,6 +22,8 @@ LINE_INTERVAL = 10.0  # seconds between two lines where no terminal redraws one
 class Recorder:
     """Writes events (always), TensorBoard files (by choice) and a progress line."""
 
+    writes = True
+
     def __init__(self, run: Run, *, tensorboard: bool, terminal: TextIO | None = None) -> None:
         self.run, self.terminal = run, terminal
         self._events = EventWriter(run.events)
@@ -105,6 +107,30 @@ class Recorder:
         width = os.get_terminal_size(self.terminal.fileno()).columns or 80  # 0: a terminal that does not know
         self.terminal.write("\r\x1b[K" + text[: max(20, width - 1)])
         self.terminal.flush()
+
+
+class Silent(Recorder):
+    """Of a process that is not its run's first: it says nothing, since the first says it."""
+
+    writes = False
+
+    def __init__(self, run: Run) -> None:
+        self.run, self.terminal = run, None
+        self._seconds: deque[float] = deque(maxlen=50)
+
+    def event(self, kind: str, **fields: Any) -> None: ...
+
+    def phase(self, name: str, done: int = 0, of: int = 0, detail: str = "") -> None: ...
+
+    def step(self, step: int, steps: int, **numbers: Any) -> None: ...
+
+    def scalars(self, step: int, values: dict[str, float]) -> None: ...
+
+    def image(self, tag: str, path: Path, width: int, height: int, step: int) -> None: ...
+
+    def say(self, text: str) -> None: ...
+
+    def close(self) -> None: ...
 
 
 def clock(seconds: float) -> str:

@@ -7,7 +7,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,8 @@ from trainer.data.cache import Cache
 from trainer.data.mask_store import MaskStore
 from trainer.data.order import Draw, Order, share
 from trainer.data.store import LatentStore, TextStore
+from trainer.distributed import ALONE, World
+from trainer.errors import UserError
 from trainer.export import reader
 from trainer.families.base import quantised_id
 from trainer.fast.graphs import StepGraphs
@@ -35,6 +37,9 @@ from trainer.objective import Objective, per_sample_loss, pixel_weights
 from trainer.record import Recorder
 from trainer.run import Run
 from trainer.schema import FAMILY_MODEL, FLOW_FAMILIES, Preset
+
+if TYPE_CHECKING:
+    from trainer.averaging import Averager
 
 ENCODE_BATCH = 8  # images or prompts encoded at a time while caching
 LATENT_DTYPE = torch.float32  # noise is added to them at full precision
@@ -90,6 +95,8 @@ class Session:
     limit: int = 0  # bytes of GPU memory that tensors may take; 0: nobody measured
     prefetch: Prefetcher | None = None  # reads micro-batches ahead while the run trains
     graphs: StepGraphs | None = None  # runs a micro-batch's passes as CUDA graphs
+    world: World = ALONE  # the processes that train this run
+    averager: Averager | None = None  # of their gradients, where there are several
     latest: Tensor = field(init=False)  # 2 b: each sample's plain loss and timestep, of the last micro-batch
     seen: Tensor = field(init=False)  # n 2 b: the same of all micro-batches of a step
 
@@ -144,14 +151,17 @@ class Session:
         return ["" if draw.caption < 0 else self.captions[draw.item][draw.caption] for draw in draws]
 
     def gradients(self, draws: Sequence[Draw], rounds: int | None = None, coming: Sequence[Draw] = ()) -> Tensor:
-        """Add up the gradients of a global batch's micro-batches (only of the first `rounds`); returns the mean loss.
+        """Add up the gradients of this process's part of a global batch, by micro-batches (only of the first `rounds`);
+        returns their mean loss.
 
         Micro-batches are of equal size, so their means can be averaged. coming: the next step's draws, which can be
         read meanwhile.
         """
         count, loss = self.preset.train.grad_accum, torch.zeros((), device=self.device)
-        parts = [share(draws, 0, 1, number, count) for number in range(count if rounds is None else min(rounds, count))]
-        after = [share(coming, 0, 1, number, count) for number in range(count)] if coming else []
+        rank, size = self.world.rank, self.world.size
+        parts = [share(draws, rank, size, number, count)
+                 for number in range(count if rounds is None else min(rounds, count))]
+        after = [share(coming, rank, size, number, count) for number in range(count)] if coming else []
         for number, part in enumerate(parts):
             inputs = self.inputs(part)
             if self.prefetch:
@@ -220,6 +230,8 @@ class Session:
         if self.texts is None:
             return
         new = TextStore(texts, self.cache, quantised_id(self.base.text_id, self.text_quantize), self.dtype)
+        if not self.world.first:  # the first process encodes them for all: they are few
+            return
         try:
             fill_texts(new, self.family, self.base, self.device, self.text_quantize, self.recorder, self.guard)
             return
@@ -319,9 +331,15 @@ def open_base(preset: Preset) -> Any:
         model.base, **{key: getattr(model, key) for key in FAMILY_MODEL[model.family]})
 
 
-def pick_device(preset: Preset) -> torch.device:
-    """The device of `memory.device`; `UserError` when it is not there."""
-    return gpu.pick_device(preset.memory.device, "memory.device")
+def pick_device(preset: Preset, world: World = ALONE) -> torch.device:
+    """The device of `memory.device`, and each of several processes' own; `UserError` when it is not there."""
+    name = preset.memory.device
+    if world.size > 1 and name not in ("auto", "cpu"):
+        raise UserError(f"memory.device = {name!r} names one device, and this run has {world.size} processes; choose "
+                        "'auto', and the GPUs where the run is started")
+    if world.size > 1 and name == "auto" and torch.cuda.is_available():
+        name = f"cuda:{world.local_rank}"
+    return gpu.pick_device(name, "memory.device")
 
 
 def pick_dtype(preset: Preset, device: torch.device) -> torch.dtype:
@@ -342,9 +360,9 @@ def loaded(load: Callable[..., Any], base: Any, device: torch.device, dtype: tor
 
 
 def fill_texts(texts: TextStore, family: ModuleType, base: Any, device: torch.device, quantize: str,
-               recorder: Recorder, guard: Guard) -> None:
-    """Encode the prompts that the cache lacks; the text encoder is in memory only meanwhile."""
-    if not texts.missing():
+               recorder: Recorder, guard: Guard, world: World = ALONE) -> None:
+    """Encode the prompts that the cache lacks, each process its part; the text encoder is in memory only meanwhile."""
+    if not any(world.together(lambda: bool(texts.missing()))):
         return
     recorder.phase("loading the text encoder")
     with loaded(family.load_text_encoder, base, device, family.TEXT_DTYPE, quantize) as encoder:
@@ -356,4 +374,4 @@ def fill_texts(texts: TextStore, family: ModuleType, base: Any, device: torch.de
 
         texts.fill(encode, ENCODE_BATCH, lambda done, of: recorder.phase("caching captions", done, of),
                    should_stop=lambda: False,  # `encode` looks for a stop itself
-                   length=lambda text: family.prompt_chunks(encoder, text))
+                   length=lambda text: family.prompt_chunks(encoder, text), world=world)

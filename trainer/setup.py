@@ -18,15 +18,18 @@ from trainer.checkpoint import Progress
 from trainer.data.cache import Cache
 from trainer.data.mask_store import MaskStore
 from trainer.data.store import LatentStore, TextStore
+from trainer.distributed import ALONE, World
 from trainer.errors import UserError
 from trainer.export import reader
 from trainer.export.stacked import together
 from trainer.families.base import quantised_id
 from trainer.faults import out_of_memory
 from trainer.material import Material
+from trainer.memory.blocks import repeated_blocks
 from trainer.memory.choice import choose
+from trainer.memory.hold import change
 from trainer.memory.meter import Meter
-from trainer.memory.plan import WORDS, Plan, text_rungs
+from trainer.memory.plan import WORDS, Plan, rungs, text_rungs
 from trainer.memory.probe import FULL
 from trainer.memory.weights import bytes_of
 from trainer.metrics.features import find_weights
@@ -50,11 +53,13 @@ from trainer.session import (
 
 
 def set_up(run: Run, preset: Preset, device: torch.device, workspace: Path, recorder: Recorder, guard: Guard,
-           meter: Meter | None = None) -> Session:
+           meter: Meter | None = None, world: World = ALONE) -> Session:
     """Load, cache and build everything, resuming from the run's last checkpoint if there is one.
 
-    With a `meter`, which knows the GPU's memory, the model is held in the fastest way that fits.
+    With a `meter`, which knows the GPU's memory, the model is held in the fastest way that fits.  Several processes
+    (`world`) share the encoding, and hold their models alike.
     """
+    preset = share_batch(preset, checkpoint.last_progress(run), world, recorder)
     family, dtype = families.get(preset.model.family), pick_dtype(preset, device)
     torch.use_deterministic_algorithms(preset.train.deterministic)
     recorder.phase("opening the base model")
@@ -68,19 +73,21 @@ def set_up(run: Run, preset: Preset, device: torch.device, workspace: Path, reco
     material = Material(preset, family.bucket_step(preset.data.resolution), lambda done, of: (
         guard(), recorder.phase("reading images", done, of)))
     saved = _held_before(run)
+    modes = _text_modes(preset, family, base, device, saved, meter)
     texts, text_encoder, quantize = _prepare_text(preset, family, base, material, cache, device, dtype, recorder, guard,
-                                                  _text_modes(preset, family, base, device, saved, meter))
-    latents, held = _prepare_latents(family, base, material, cache, device, recorder, guard)
+                                                  min(world.together(lambda: modes), key=len), world)
+    latents, held = _prepare_latents(family, base, material, cache, device, recorder, guard, world)
     masks, held_masks = MaskStore(latents), MaskStore(held)
     for store in (masks, held_masks):
-        store.fill(lambda done, of: recorder.phase("caching masks", done, of), guard)
+        world.from_first(lambda store=store: store.fill(
+            lambda done, of: recorder.phase("caching masks", done, of), guard))
     for remark in material.remarks:
         recorder.note(run.last_step(), remark)
     for skipped in material.skipped:
         recorder.event("skipped", file=str(skipped.file), reason=skipped.reason)
         recorder.say(f"skipped {skipped.file}: {skipped.reason}")
     recorder.event("data", images=len(material.train), held_out=len(material.held), sha256=material.fingerprint())
-    order = material.order(latents, preset.train.batch_size * preset.train.grad_accum)
+    order = material.order(latents, preset.train.batch_size * preset.train.grad_accum * world.size)
     steps = preset.train.steps or (preset.train.epochs or 0) * order.steps_per_epoch
     _check_length(run, preset, steps)
     around = partial(
@@ -89,7 +96,7 @@ def set_up(run: Run, preset: Preset, device: torch.device, workspace: Path, reco
         latents=latents, held_latents=held, masks=masks, held_masks=held_masks, texts=texts, text_encoder=text_encoder,
         objective=find_objective(preset, base).to(device), order=order, steps=steps, progress=Progress(),
         schedule=optim.build_schedule(preset.train.lr_scheduler, steps, preset.train.warmup_steps),
-        text_quantize=quantize, limit=meter.limit if meter else 0)
+        text_quantize=quantize, limit=meter.limit if meter else 0, world=world)
 
     def build(plan: Plan) -> Session:
         recorder.phase("loading the denoiser")
@@ -97,10 +104,46 @@ def set_up(run: Run, preset: Preset, device: torch.device, workspace: Path, reco
         return around(**load_model(preset, family, base, text_encoder, device, dtype, plan)._asdict())
 
     session = choose(build, preset, base, device, saved, meter, recorder, workspace)
+    agree(session)
     if preset.adapter.start_from and run.last_step() == 0:
         _continue(session)
     _resume(session)
     return session
+
+
+def share_batch(preset: Preset, saved: Progress | None, world: World, recorder: Recorder) -> Preset:
+    """A preset whose train.grad_accum keeps the global batch of a run that goes on with another number of processes.
+
+    Raises `UserError` where they cannot share it evenly.
+    """
+    train = preset.train
+    each = train.batch_size * world.size
+    if saved is None or not saved.global_batch or saved.global_batch == each * train.grad_accum:
+        return preset
+    rounds, rest = divmod(saved.global_batch, each)
+    if rest:
+        fitting = [str(size) for size in range(1, saved.global_batch + 1)
+                   if saved.global_batch % (train.batch_size * size) == 0]
+        raise UserError(f"this run trains with {saved.global_batch} images a step (train.batch_size = "
+                        f"{train.batch_size}), which {_processes(world.size)} cannot share evenly; resume it on "
+                        f"{' or '.join(fitting)}")
+    recorder.note(saved.step, f"{_processes(world.size)} from here on, with train.grad_accum = {rounds}, so that a "
+                  f"step still has {saved.global_batch} images")
+    return preset.model_copy(update={"train": train.model_copy(update={"grad_accum": rounds})})
+
+
+def _processes(count: int) -> str:
+    return "one process" if count == 1 else f"{count} processes"
+
+
+def agree(session: Session) -> None:
+    """Hold the model alike in all processes: as in the one that has the least room for it."""
+    blocks = len(repeated_blocks(session.denoiser))
+    plans = [Plan(**plan) for plan in session.world.together(lambda: asdict(session.plan))]
+    ladder = rungs(session.preset, blocks)
+    chosen = max(plans, key=lambda plan: ladder.index(plan) if plan in ladder else -1)
+    if chosen != session.plan:
+        change(session, chosen)
 
 
 def _held_before(run: Run) -> Progress | None:
@@ -140,14 +183,15 @@ def _text_modes(preset: Preset, family: ModuleType, base: Any, device: torch.dev
 
 def _prepare_text(preset: Preset, family: ModuleType, base: Any, material: Material, cache: Cache, device: torch.device,
                   dtype: torch.dtype, recorder: Recorder, guard: Guard,
-                  modes: Sequence[str]) -> tuple[TextStore | None, Any, str]:
+                  modes: Sequence[str], world: World) -> tuple[TextStore | None, Any, str]:
     """The cached embeddings, or the encoder that is trained; and how the encoder was held."""
     if "text_encoder" in preset.adapter.targets:
         return None, family.load_text_encoder(base, device, dtype), "none"
     for mode in modes:
         texts = TextStore(material.prompts(), cache, quantised_id(base.text_id, mode), dtype)
         try:
-            fill_texts(texts, family, base, device, mode, recorder, guard)
+            world.together(lambda mode=mode, texts=texts: fill_texts(texts, family, base, device, mode, recorder,
+                                                                     guard, world))
         except Exception as error:
             if not out_of_memory(error) or mode == modes[-1]:
                 raise
@@ -160,10 +204,11 @@ def _prepare_text(preset: Preset, family: ModuleType, base: Any, material: Mater
 
 
 def _prepare_latents(family: ModuleType, base: Any, material: Material, cache: Cache, device: torch.device,
-                     recorder: Recorder, guard: Guard) -> tuple[LatentStore, LatentStore]:
+                     recorder: Recorder, guard: Guard, world: World) -> tuple[LatentStore, LatentStore]:
     stores = (material.latent_store(material.trained, cache, base.vae_id, LATENT_DTYPE, training=True),
               material.latent_store(material.held, cache, base.vae_id, LATENT_DTYPE, training=False))
-    if any(store.missing() for store in stores):
+    if any(world.together(lambda: any(store.missing() for store in stores))):
+        known = len(material.skipped)
         recorder.phase("loading the VAE")
         with loaded(family.load_vae, base, device) as vae:
 
@@ -174,7 +219,9 @@ def _prepare_latents(family: ModuleType, base: Any, material: Material, cache: C
 
             for store, name in zip(stores, ("caching latents", "caching held-out latents")):
                 store.fill(encode, ENCODE_BATCH, lambda done, of, name=name: recorder.phase(name, done, of),
-                           should_stop=lambda: False, on_skip=material.skip)
+                           should_stop=lambda: False, on_skip=material.skip, world=world)
+        found = world.together(lambda: material.skipped[known:])
+        material.skipped[known:] = [skipped for part in found for skipped in part]
     return stores
 
 
@@ -216,10 +263,11 @@ def _check_ground(session: Session) -> None:
 
 def _resume(session: Session) -> None:
     """Take the last checkpoint's state, if there is one."""
-    run, preset = session.run, session.preset
-    session.progress.global_batch = preset.train.batch_size * preset.train.grad_accum
+    run = session.run
+    session.progress.global_batch = session.order.global_batch
     session.progress.data = session.material.fingerprint()
-    checkpoint.remove_remains(run)
+    if session.world.first:
+        checkpoint.remove_remains(run)
     step = run.last_step()
     if step:
         progress, state, optimizer = checkpoint.load(run.checkpoint(step))

@@ -18,6 +18,7 @@ from trainer.data.cache import Cache
 from trainer.data.dataset import READERS, Item, cover_image, crop_pixels
 from trainer.data.images import ImageError
 from trainer.data.order import Draw
+from trainer.distributed import ALONE, World
 from trainer.errors import UserError
 
 FORMAT = 1  # of the entries: raise it when what is stored, or how pixels are made, changes
@@ -102,13 +103,15 @@ class LatentStore:
         return [0 if item.sha256 in self.broken else item.repeats for item in self.items]
 
     def fill(self, encode: Callable[[Tensor], Tensor], batch_size: int, progress: Progress,
-             should_stop: Callable[[], bool], on_skip: Callable[[str, str], None]) -> bool:
+             should_stop: Callable[[], bool], on_skip: Callable[[str, str], None], world: World = ALONE) -> bool:
         """Encode what is missing, at most `batch_size` images at a time; False when `should_stop` ended it early.
+
+        Each process of `world` does its part, all into the one cache.
 
         `encode` takes pixels in [-1, 1]  # b 3 h w  and gives latents  # b c h' w'.  An image that breaks
         while decoding is told to `on_skip(file, reason)` and left out.  Raises `UserError` when all are.
         """
-        batches, done, total = _todo(self.cache, self._batches(batch_size))
+        batches, done, total = _todo(self.cache, world.part(list(self._batches(batch_size))))
         progress(done, total)
         for batch, (jobs, pixels) in zip(batches, self._decoded(batches, on_skip)):
             if should_stop():
@@ -119,6 +122,7 @@ class LatentStore:
                     self.cache.put(job.key, {"latents": latent})
             done += len(batch.absent)
             progress(done, total)
+        self.broken.update(*world.together(lambda: self.broken))  # all are done now
         if self.items and not any(self.repeats()):
             raise UserError("data.folder: none of the images can be decoded")
         return True
@@ -201,13 +205,14 @@ class TextStore:
         return [text for text in self.texts if not self.cache.has(self._key(text))]
 
     def fill(self, encode: Callable[[list[str]], dict[str, Tensor]], batch_size: int, progress: Progress,
-             should_stop: Callable[[], bool], length: Callable[[str], int] = lambda text: 1) -> bool:
-        """Encode what is missing; False when `should_stop` ended it early.
+             should_stop: Callable[[], bool], length: Callable[[str], int] = lambda text: 1,
+             world: World = ALONE) -> bool:
+        """Encode what is missing, each process of `world` its part; False when `should_stop` ended it early.
 
         `encode` takes b texts and gives tensors by name, each with b first.  Texts of one `length` (CLIP:
         chunks of 77 tokens) are encoded together, so that none becomes as long as its longest neighbour.
         """
-        batches, done, total = _todo(self.cache, self._batches(batch_size, length))
+        batches, done, total = _todo(self.cache, world.part(list(self._batches(batch_size, length))))
         progress(done, total)
         for batch in batches:
             if should_stop():

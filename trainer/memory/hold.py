@@ -29,6 +29,11 @@ def change(session: Session, plan: Plan) -> None:
     session.plan, session.progress.plan = plan, asdict(plan)
 
 
+def graphs_recorded(session: Session) -> bool:
+    """Whether CUDA graphs keep memory that something else could have."""
+    return session.graphs is not None and bool(session.graphs.captured)
+
+
 def step_down(session: Session) -> None:
     """After a step that did not fit: hold the model in the next more sparing way, so that the step can be done again.
 
@@ -37,9 +42,10 @@ def step_down(session: Session) -> None:
     """
     gpu.free_memory()
     session.adapter.zero_grad()
-    if session.graphs is not None and session.graphs.captured:
-        session.graphs.stop(f"CUDA graphs are not used any more: step {session.progress.step + 1} did not fit into the "
-                            "GPU's memory beside them, and is done again without")
+    if any(session.world.together(lambda: graphs_recorded(session))):
+        if session.graphs is not None:
+            session.graphs.stop(f"CUDA graphs are not used any more: step {session.progress.step + 1} did not fit into "
+                                "the GPU's memory beside them, and is done again without")
         return
     session.graphs = None  # there is no room for them
     block_compiler.remove(session.denoiser)
@@ -64,7 +70,7 @@ def step_down(session: Session) -> None:
 def _can(session: Session, plan: Plan) -> bool:
     """Whether there is memory enough to change to the plan."""
     try:
-        change(session, plan)
+        session.world.together(lambda: change(session, plan))
         return True
     except Exception as error:
         if not out_of_memory(error):

@@ -1,0 +1,237 @@
+"""Two processes train one run, over gloo: they do what one would, agree on everything, and lose nothing with a kill."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.forks import Forked, Server
+from tests.test_kill import wait_for_step
+from trainer import several
+from trainer.control import Stopped
+from trainer.distributed import ALONE, World, rebuilt, told
+from trainer.errors import UserError
+from trainer.events import Event, EventReader
+from trainer.run import Run
+
+LOSSES, WEIGHTS = 1e-5, 1e-4  # relative differences that rounding makes
+METHODS = ["lora", "stella", "stiefel"]
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    with Server() as started:
+        yield started
+
+
+def start(server: Server, processes: int, *arguments: object) -> list[Forked]:
+    """A run of one process or several."""
+    if processes == 1:
+        return [server.start(*arguments)]
+    return [server.start(*arguments, environment=each) for each in several.environments(processes, {})]
+
+
+def train(server: Server, preset: Path, workspace: Path, name: str, processes: int, *changes: str) -> Run:
+    """A run to its end."""
+    words = ["--preset", preset, "--workspace", workspace, "--name", name, *(f"--set={change}" for change in changes)]
+    codes = [process.wait() for process in start(server, processes, *words)]
+    run = Run(workspace / "runs" / name)
+    assert codes == [0] * processes, run.log_tail()
+    return run
+
+
+def events(run: Run, kind: str) -> list[Event]:
+    return [event for event in EventReader(run.events).read() if event["kind"] == kind]
+
+
+def assert_alike(one: Run, other: Run, step: int) -> None:
+    """The same losses and validation losses, and the same adapter after a step, within rounding."""
+    for kind in ("step", "validation"):
+        first, second = events(one, kind), events(other, kind)
+        assert [event["step"] for event in first] == [event["step"] for event in second] != []
+        for mine, theirs in zip(first, second):
+            assert mine["loss"] == pytest.approx(theirs["loss"], rel=LOSSES)
+    ours, others = (load_file(run.checkpoint(step) / "adapter.safetensors") for run in (one, other))
+    assert ours.keys() == others.keys()
+    for key, tensor in ours.items():
+        if key.startswith(("leaf.", "ema.")):
+            torch.testing.assert_close(tensor, others[key], rtol=WEIGHTS, atol=1e-6, msg=key)
+        elif key == "steps":
+            assert torch.equal(tensor, others[key])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_two_processes_do_what_one_does_with_the_same_global_batch(server, tiny_project, tmp_path, method) -> None:
+    chosen = [f"adapter.method={method}", "sample.every=3", 'sample.prompts=["a red circle", "a dog", "x"]',
+              "sample.width=512", "sample.height=256", "sample.steps=1", "train.grad_accum=2"]
+    one = train(server, tiny_project, tmp_path / "one", "run", 1, *chosen)
+    two = train(server, tiny_project, tmp_path / "two", "run", 2, *chosen[:-1])
+    assert_alike(one, two, 6)
+    assert events(two, "start")[0]["processes"] == 2 and len(events(two, "start")) == 1
+    assert [event["images"] for event in events(two, "sample")] == [event["images"] for event in events(one, "sample")]
+    assert events(two, "image_loss")[0]["images"].keys() == events(one, "image_loss")[0]["images"].keys()
+    assert {path.name for path in two.path.iterdir()} == {path.name for path in one.path.iterdir()}
+    cached = [sorted(path.name for path in (run.path.parents[1] / "cache").rglob("??/*")) for run in (one, two)]
+    assert cached[0] == cached[1] != []
+
+
+def test_kid_is_that_of_one_process(server, tiny_project, tmp_path) -> None:
+    chosen = ["evaluate.distance=efflite0", "train.steps=1", "evaluate.generate=9", "sample.prompts=[]",
+              "train.batch_size=1"]
+    one = train(server, tiny_project, tmp_path / "one", "run", 1, *chosen, "train.grad_accum=2")
+    two = train(server, tiny_project, tmp_path / "two", "run", 2, *chosen)
+    [first], [second] = events(one, "distance"), events(two, "distance")
+    assert first["kid"] == pytest.approx(second["kid"], rel=1e-3, abs=1e-6)
+    assert first["base_kid"] == pytest.approx(second["base_kid"], rel=1e-6)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_lost_process_ends_the_run_and_it_goes_on_with_one(server, tiny_project, tmp_path, victim) -> None:
+    words = ["--preset", tiny_project, "--workspace", tmp_path, "--name", "run", "--set=train.steps=100000",
+             "--set=output.save_every=7", "--set=evaluate.every=0", "--set=log.rank_every=0"]
+    processes = start(server, 2, *words)
+    run = Run(tmp_path / "runs" / "run")
+    wait_for_step(run, 9)
+    processes[victim].kill()
+    assert processes[1 - victim].wait() == 1, run.log_tail()
+    state, last = run.state(), run.last_step()
+    if victim == 0:
+        assert state.word == "crashed" and state.text == f"crashed; last saved at step {last}" and last % 7 == 0
+    else:
+        steps = [event["step"] for event in events(run, "step")]
+        assert state.word == "failed" and last >= steps[-1]
+        assert "another process of this run is gone" in state.text and f"saved up to step {last}" in state.text
+        assert f"--resume {run.path}" in state.text
+    [again] = start(server, 1, "--resume", run.path, f"--set=train.steps={last + 2}")
+    assert again.wait() == 0, run.log_tail()
+    assert run.state().word == "done" and run.last_step() == last + 2
+    assert any("one process from here on, with train.grad_accum = 2" in event["text"] for event in events(run, "note"))
+
+
+def test_a_stop_is_for_all_and_two_go_on_as_one_would_have(server, tiny_project, tmp_path) -> None:
+    whole = train(server, tiny_project, tmp_path / "whole", "run", 1, "train.grad_accum=2", "train.steps=14")
+    words = ["--preset", tiny_project, "--workspace", tmp_path / "broken", "--name", "run", "--set=train.steps=14"]
+    processes = start(server, 2, *words)
+    run = Run(tmp_path / "broken" / "runs" / "run")
+    wait_for_step(run, 3)
+    run.request("stop")
+    assert [process.wait() for process in processes] == [0, 0], run.log_tail()
+    assert run.state().word == "stopped" and 3 <= run.last_step() < 14
+    [again] = start(server, 1, "--resume", run.path)
+    assert again.wait() == 0, run.log_tail()
+    assert run.state().word == "done"
+    theirs = load_file(whole.checkpoint(14) / "adapter.safetensors")
+    for key, tensor in load_file(run.checkpoint(14) / "adapter.safetensors").items():
+        if key.startswith("leaf."):
+            torch.testing.assert_close(tensor, theirs[key], rtol=1e-3, atol=1e-5, msg=key)
+
+
+def test_three_processes_cannot_share_a_batch_of_four(server, tiny_project, tmp_path) -> None:
+    run = train(server, tiny_project, tmp_path, "run", 2, "train.steps=1", "evaluate.every=0")
+    codes = [process.wait() for process in start(server, 3, "--resume", run.path, "--set=train.steps=2")]
+    assert 0 not in codes
+    assert "4 images a step" in run.state().text and "resume it on 1 or 2" in run.state().text
+
+
+# Agreement, by threads in place of processes.
+
+
+class Table:
+    """Where the members of a small world exchange what they say; each exchange is a round."""
+
+    def __init__(self, size: int) -> None:
+        self.barrier, self.said = threading.Barrier(size, timeout=10), [None] * size
+
+    def gather(self, rank: int, word: object) -> list[object]:
+        self.said[rank] = word
+        self.barrier.wait()
+        found = list(self.said)
+        self.barrier.wait()
+        return found
+
+
+class Member(World):
+    """A world's member that speaks over a table."""
+
+    def __init__(self, rank: int, size: int, table: Table) -> None:
+        super().__init__()
+        self.rank, self.size, self.first, self.table = rank, size, rank == 0, table
+
+    def _gather(self, depth, error, result, group) -> list:  # noqa: ANN001
+        return self.table.gather(self.rank, (depth, None if error is None else told(error), result))
+
+
+def outcomes(size: int, work) -> list[object]:  # noqa: ANN001
+    """What `work(member)` gives or raises in each member."""
+    table, found = Table(size), [None] * size
+
+    def be(rank: int) -> None:
+        try:
+            found[rank] = work(Member(rank, size, table))
+        except Exception as error:
+            found[rank] = error
+
+    threads = [threading.Thread(target=be, args=(rank,)) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    return found
+
+
+def test_results_come_by_rank_and_parts_make_the_whole() -> None:
+    assert outcomes(3, lambda member: member.together(lambda: member.part(list(range(7))))) == [
+        [[0, 3, 6], [1, 4], [2, 5]]] * 3
+    assert outcomes(2, lambda member: member.from_first(lambda: member.rank + 5)) == [5, 5]
+    assert outcomes(2, lambda member: sorted(member.union({f"r{member.rank}"}))) == [["r0", "r1"]] * 2
+    assert ALONE.together(lambda: 3) == [3] and ALONE.part([1, 2]) == [1, 2]
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_a_fault_at_any_depth_ends_the_same_work_in_all(depth: int) -> None:
+    """The last member fails before it comes to the deeper calls in which the others wait."""
+
+    def work(member: World) -> str:
+        def level(number: int) -> None:
+            if member.rank == member.size - 1 and number == depth:
+                raise UserError(f"no room at level {number}")
+            if number < 3:
+                member.together(lambda: level(number + 1))
+
+        try:
+            member.together(lambda: level(1))
+        except UserError as error:
+            return f"{error}, then {member.together(lambda: member.rank)}"  # they are in step again
+        return "nothing happened"
+
+    assert outcomes(3, work) == [f"no room at level {depth}, then [0, 1, 2]"] * 3
+
+
+def test_a_fault_is_caught_where_work_may_fail_and_the_rest_goes_on() -> None:
+    def work(member: World) -> list[str]:
+        seen = []
+
+        def outer() -> None:
+            try:
+                member.together(lambda: 1 / member.rank)  # the first one fails, inside
+            except (ZeroDivisionError, RuntimeError) as error:
+                seen.append(type(error).__name__)
+            seen.append(str(member.together(lambda: member.rank)))
+
+        member.together(outer)
+        return seen
+
+    assert outcomes(2, work) == [["ZeroDivisionError", "[0, 1]"], ["RuntimeError", "[0, 1]"]]
+
+
+def test_what_is_told_of_a_fault_is_what_it_was() -> None:
+    assert isinstance(rebuilt(told(Stopped())), Stopped)
+    assert isinstance(rebuilt(told(torch.OutOfMemoryError("full"))), torch.OutOfMemoryError)
+    assert isinstance(rebuilt(told(UserError("do this"))), UserError) and str(rebuilt(told(UserError("do this")))) == \
+        "do this"
+    assert str(rebuilt(told(ValueError("odd")))) == "ValueError: odd"
