@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import expect
 
-from tests.app_browser import button, chromium, faults, opened, served  # noqa: F401 - a fixture
+from tests.app_browser import chromium, faults, opened  # noqa: F401 - a fixture
 from tests.data_sets import draw
 
-pytestmark = pytest.mark.browser
+pytestmark = [pytest.mark.browser, pytest.mark.slow]
 ROOT = Path(__file__).parent.parent
 FEWEST = 10  # clicks that would be too many
 STEPS = 11  # one more than the warm-up
@@ -100,8 +100,8 @@ def test_ten_pictures_become_a_lora_in_less_than_ten_clicks(browser, tmp_path):
         assert faults(page) == []
         file = tmp_path / "my pictures.safetensors"
         download.value.save_as(file)
-    verified = subprocess.run([sys.executable, "-m", "trainer.export", "verify", str(file), "--json"], cwd=ROOT,
-                              capture_output=True, text=True)
+    verified = subprocess.run([sys.executable, "-m", "trainer.export", "verify", str(file), "--base",
+                               str(ROOT / "presets/demo/base"), "--json"], cwd=ROOT, capture_output=True, text=True)
     assert verified.returncode == 0, verified.stderr
     report = json.loads(verified.stdout)
     assert report["family"] == "sd15" and report["layers"] and not report["faults"]

@@ -7,12 +7,15 @@ import time
 import urllib.request
 from pathlib import Path
 
+import pytest
+
 from app.jobs import Jobs
 from app.paths import Places
 from app.tabs import train
 from app.tabs.train_requests import ListRuns
 from tests.run_folders import finished
 
+pytestmark = pytest.mark.timed
 ROOT = Path(__file__).parent.parent
 BEYOND_GRADIO = 2.0  # seconds
 LISTING = 0.2  # seconds for fifty runs

@@ -38,7 +38,7 @@
       Object.assign(this, { server, facts: null });
       this.list = h("ol", {});
       this.hint = h("p", { class: "st-small" });
-      this.strip = h("nav", { class: "st-steps", "aria-label": "Your first LoRA, in five steps", hidden: true }, this.list, this.hint,
+      this.strip = h("nav", { class: "st-guide", "aria-label": "Your first LoRA, in five steps", hidden: true }, this.list, this.hint,
         h("button", { type: "button", class: "st-button st-quiet", onclick: () => this.keep("hidden") }, "Hide the steps"));
       this.back = h("button", { type: "button", class: "st-button st-quiet", hidden: true, onclick: () => this.keep("shown") }, "First steps");
       element.replaceChildren(this.strip);
@@ -99,9 +99,9 @@
 
     step({ key, label, tab }, index, isDone, isCurrent) {
       const way = key === "use" && this.facts.trained ? () => Studio.chooseRun(this.facts.trained) : () => {};
-      return h("li", { class: isDone ? "st-done" : "" }, h("button", { type: "button", class: "st-button st-quiet", "data-step": key, "aria-current": isCurrent ? "step" : null,
-        onclick: () => { way(); Studio.goTo(tab); } }, h("span", { class: "st-step", "aria-hidden": "true" }, isDone ? "✓" : String(index + 1)),
-      h("span", { class: "st-step-name" }, label), isDone ? h("span", { class: "st-unseen" }, " (done)") : null));
+      return h("li", { class: isDone ? "st-guide-done" : "" }, h("button", { type: "button", class: "st-button st-quiet", "data-step": key, "aria-current": isCurrent ? "step" : null,
+        onclick: () => { way(); Studio.goTo(tab); } }, h("span", { class: "st-guide-step", "aria-hidden": "true" }, isDone ? "✓" : String(index + 1)),
+      h("span", { class: "st-guide-name" }, label), isDone ? h("span", { class: "st-unseen" }, " (done)") : null));
     }
 
     words(current) {
