@@ -88,7 +88,7 @@ def test_gradient_accumulation_equals_one_large_batch(tiny_project: Path, tmp_pa
     small = start(tiny_project, tmp_path, "small", *plain, "train.batch_size=2", "train.grad_accum=2")
     first, second = load_file(large.result), load_file(small.result)
     for key in first:
-        torch.testing.assert_close(first[key], second[key], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(first[key], second[key], rtol=1e-4, atol=3e-6)
 
 
 def test_a_run_tells_what_it_did(tiny_project: Path, tmp_path: Path) -> None:
