@@ -178,7 +178,7 @@ def test_help_explains_every_option(capsys) -> None:
 
 
 @pytest.mark.parametrize("variable", ["WORLD_SIZE", "OMPI_COMM_WORLD_SIZE"])
-def test_processes_that_cannot_find_one_another_begin_no_run(tiny_project, tmp_path, trainer, monkeypatch, variable) -> None:
+def test_processes_that_are_strangers_begin_no_run(tiny_project, tmp_path, trainer, monkeypatch, variable) -> None:
     monkeypatch.setenv(variable, "2")
     outcome = trainer("--preset", tiny_project, "--workspace", tmp_path, *SHORT, "--set=memory.device=cpu")
     assert outcome.code == 1 and f"several processes were started ({variable}=2)" in outcome.err
