@@ -84,10 +84,8 @@ def queue_and_compare(page: Page, out: Path, workspace: Path) -> None:
     shot(page, out / "guide_5_result.webp")
     page.get_by_role("tab", name="Compare").click()
     page.wait_for_timeout(3000)
-    for name in ("my emoji", "my emoji lora"):
-        box = page.get_by_role("checkbox", name=name, exact=True)
-        if box.count() and not box.first.is_checked():
-            box.first.check()
+    for box in page.locator(".st-cmp-side input[type=checkbox]").all():
+        box.check()
     page.wait_for_timeout(4000)
     shot(page, out / "guide_compare.webp")
 
