@@ -68,8 +68,8 @@
       return h("section", { class: "st-card st-top", "aria-label": "Data set" },
         h("div", { class: "st-row st-bottom" }, h("div", { class: "st-field st-set" }, h("label", { for: "studio-dataset" }, "Data set"), this.choice),
           this.button("New…", "", () => this.create()), this.button("Open a folder…", "", () => Studio.browse(this.server, this.roots, (id) => this.use(id))),
-          h("span", { class: "st-space" }), this.own, this.train),
-        this.facts, this.status);
+          h("span", { class: "st-space" }), this.own),
+        h("div", { class: "st-row" }, this.facts, this.train), this.status);
     }
 
     welcome() {
