@@ -1,0 +1,72 @@
+"""Two GPUs train one run, over NCCL: as one does with the same global batch, and without one of them too."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.test_distributed import assert_alike, events
+from tests.test_kill import PATIENCE, ROOT, wait_for_step
+from trainer import several
+from trainer.run import Run
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs")]
+EXACT = ["--set=train.precision=fp32", "--set=memory.cuda_graphs=off"]
+
+
+def command(preset: Path, workspace: Path, *words: str) -> list[str]:
+    return [sys.executable, "-m", "trainer", "--preset", str(preset), "--workspace", str(workspace), "--name", "run",
+            *words]
+
+
+@pytest.mark.parametrize("method", ["lora", "stella", "stiefel"])
+def test_two_gpus_do_what_one_does(tiny_project: Path, tmp_path: Path, method: str) -> None:
+    runs = []
+    for name, words in (("one", ["--set=train.grad_accum=2"]), ("two", ["--gpus", "0,1"])):
+        done = subprocess.run(command(tiny_project, tmp_path / name, f"--set=adapter.method={method}", *EXACT, *words),
+                              cwd=ROOT, capture_output=True, text=True, timeout=300)
+        runs.append(Run(tmp_path / name / "runs" / "run"))
+        assert done.returncode == 0, done.stderr + runs[-1].log_tail()
+    assert events(runs[1], "start")[0]["processes"] == 2
+    assert_alike(*runs, step=6)
+
+
+@pytest.mark.parametrize("launcher", [["-m", "torch.distributed.run"], ["-m", "accelerate.commands.launch"]],
+                         ids=["torchrun", "accelerate"])
+def test_other_launchers_do(tiny_project: Path, tmp_path: Path, launcher: list[str]) -> None:
+    count = "--nproc_per_node=2" if "torch" in launcher[1] else "--num_processes=2"
+    words = command(tiny_project, tmp_path)[1:]
+    done = subprocess.run([sys.executable, *launcher, count, *words], cwd=ROOT, capture_output=True, text=True,
+                          timeout=300)
+    run = Run(tmp_path / "runs" / "run")
+    assert done.returncode == 0, done.stderr + run.log_tail()
+    assert run.state().word == "done" and events(run, "start")[0]["processes"] == 2
+
+
+@pytest.mark.parametrize("graphs", ["off", "on"])
+def test_a_killed_process_leaves_a_whole_checkpoint_that_one_gpu_goes_on_from(tiny_project, tmp_path, graphs) -> None:
+    """The survivor's GPU waits for the dead one for ever, with the update of a step behind that."""
+    words = command(tiny_project, tmp_path, "--set=train.steps=100000", "--set=output.save_every=0",
+                    "--set=evaluate.every=0", "--set=log.rank_every=0", f"--set=memory.cuda_graphs={graphs}")
+    processes = [subprocess.Popen(words, cwd=ROOT, env=each) for each in several.environments(2, os.environ)]
+    run = Run(tmp_path / "runs" / "run")
+    try:
+        wait_for_step(run, 60)
+        processes[1].send_signal(signal.SIGKILL)
+        assert processes[0].wait(60) == 1, run.log_tail()
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait(PATIENCE)
+    last = run.last_step()
+    assert last >= events(run, "step")[-1]["step"] and f"saved up to step {last}" in run.state().text
+    words = [sys.executable, "-m", "trainer", "--resume", str(run.path), f"--set=train.steps={last + 2}"]
+    again = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert again.returncode == 0, again.stderr + run.log_tail()
+    assert run.state().word == "done" and all(event["loss"] for event in events(run, "step")[-2:])
