@@ -91,7 +91,7 @@ def run(options: argparse.Namespace, model: str, count: int) -> dict[str, float]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gpus", nargs="+", type=int, default=[1, 2], help="numbers of GPUs; the first is compared with")
+    parser.add_argument("--gpus", nargs="+", type=int, default=[1, 2], help="numbers of GPUs, beginning with the base")
     parser.add_argument("--model", nargs="+", default=["sd15", "klein-4b"], choices=SIZES)
     parser.add_argument("--method", default="stella")
     parser.add_argument("--batch", type=int, default=0, help="images of a GPU at a time; 0: the model's usual number")
