@@ -23,6 +23,7 @@ from trainer.errors import UserError
 
 FORMAT = 1  # of the entries: raise it when what is stored, or how pixels are made, changes
 MEMORY = 2 << 30  # bytes a store keeps in memory; what is beyond is read from the disk each time
+UNWRITTEN = 64  # entries that may wait for the disk
 PIXELS = 2 * 512 * 512  # that go through an encoder together: in fp32 a VAE takes about 2 GiB for them
 
 Progress = Callable[[int, int], None]
@@ -76,6 +77,29 @@ class Shelf:
         return entry
 
 
+class Writer:
+    """Puts entries into a cache behind the encoder's back, so that it does not wait for the disk."""
+
+    def __init__(self, cache: Cache) -> None:
+        self.cache, self.thread = cache, ThreadPoolExecutor(1, "cache")
+        self.waiting: deque[Future[None]] = deque()
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        """Wait for all entries; what went wrong with one is raised, unless something else is."""
+        self.thread.shutdown()
+        while kind is None and self.waiting:
+            self.waiting.popleft().result()
+
+    def put(self, key: str, tensors: dict[str, Tensor]) -> None:
+        """Store tensors soon; raises what went wrong with an earlier entry."""
+        self.waiting.append(self.thread.submit(self.cache.put, key, tensors))
+        if len(self.waiting) > UNWRITTEN:
+            self.waiting.popleft().result()
+
+
 class LatentStore:
     """Latents of every crop (and its mirror: the latent of a mirrored image is not the mirrored latent).
 
@@ -113,15 +137,16 @@ class LatentStore:
         """
         batches, done, total = _todo(self.cache, world.part(list(self._batches(batch_size))))
         progress(done, total)
-        for batch, (jobs, pixels) in zip(batches, self._decoded(batches, on_skip)):
-            if should_stop():
-                return False
-            latents = encode(torch.stack(pixels)).to(self.dtype) if pixels else ()  # b c h w
-            for job, latent in zip(jobs, latents):
-                if job.key in batch.absent:
-                    self.cache.put(job.key, {"latents": latent})
-            done += len(batch.absent)
-            progress(done, total)
+        with Writer(self.cache) as writer:
+            for batch, (jobs, pixels) in zip(batches, self._decoded(batches, on_skip)):
+                if should_stop():
+                    return False
+                latents = encode(torch.stack(pixels)).to("cpu", self.dtype) if pixels else ()  # b c h w
+                for job, latent in zip(jobs, latents):
+                    if job.key in batch.absent:
+                        writer.put(job.key, {"latents": latent})
+                done += len(batch.absent)
+                progress(done, total)
         self.broken.update(*world.together(lambda: self.broken))  # all are done now
         if self.items and not any(self.repeats()):
             raise UserError("data.folder: none of the images can be decoded")
