@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -218,11 +219,24 @@ def _prepare_latents(family: ModuleType, base: Any, material: Material, cache: C
                     return family.encode_images(vae, pixels.to(device))
 
             for store, name in zip(stores, ("caching latents", "caching held-out latents")):
-                store.fill(encode, ENCODE_BATCH, lambda done, of, name=name: recorder.phase(name, done, of),
+                store.fill(encode, ENCODE_BATCH, with_rate(recorder, name),
                            should_stop=lambda: False, on_skip=material.skip, world=world)
         found = world.together(lambda: material.skipped[known:])
         material.skipped[known:] = [skipped for part in found for skipped in part]
     return stores
+
+
+def with_rate(recorder: Recorder, name: str) -> Callable[[int, int], None]:
+    """Tells how far a phase is, and how many images a second it takes, counted from its first call."""
+    began: tuple[float, int] | None = None
+
+    def tell(done: int, of: int) -> None:
+        nonlocal began
+        began = began or (time.monotonic(), done)
+        rate = (done - began[1]) / max(time.monotonic() - began[0], 1e-9)
+        recorder.phase(name, done, of, f"{done} of {of}, {rate:.3g} images/s" if done > began[1] else "")
+
+    return tell
 
 
 def _continue(session: Session) -> None:
