@@ -10,7 +10,7 @@ from typing import Any
 from app.columns import as_dict, as_list, number, short, step_of
 from app.datasets.library import Library
 from app.datasets.thumbnails import SOON
-from app.hardest import Hardest
+from app.hardest import Hard, Hardest
 from app.paths import inside
 from trainer import notes, preset
 from trainer.data.folders import is_image
@@ -30,17 +30,18 @@ class RunDetails:
         self._hardest = Hardest()
 
     def hard(self, run: Run, most: int) -> Answer:
-        """The hardest images with their small pictures, and the data set of the app in which they lie."""
+        """The hardest images with their small pictures, and the data sets of the app in which they lie."""
         images, count = self._hardest.of(run, most)
-        folder = _data_folder(run)
-        set_id = self._library.id_of(folder) if folder and images else ""
-        rows = []
-        for image in images:
-            name = _name_in(folder, image.file)
-            thumb = self._thumb(folder, name) if set_id and folder and name else ""
-            rows.append({"file": name or image.file, "times": image.times, "ratio": image.ratio,
-                         "course": image.course, "thumb": thumb, "linked": bool(set_id and name)})
-        return {"images": rows, "of": count, "set": set_id}
+        sets = {folder: self._library.id_of(folder) for folder in _data_folders(run)} if images else {}
+        return {"images": [self._row(image, sets) for image in images], "of": count, "may_open": any(sets.values())}
+
+    def _row(self, image: Hard, sets: dict[Path, str]) -> dict[str, Any]:
+        """One image; `set` is "" where it cannot be opened."""
+        folder, name = next(((folder, name) for folder in sets if (name := _name_in(folder, image.file))), (None, ""))
+        set_id = sets[folder] if folder else ""
+        thumb = self._thumb(folder, name) if folder and set_id else ""
+        return {"file": name or image.file, "times": image.times, "ratio": image.ratio, "course": image.course,
+                "thumb": thumb, "set": set_id}
 
     def _thumb(self, folder: Path, name: str) -> str:
         """Where the small picture of an image stands; "" while it is being made."""
@@ -110,15 +111,14 @@ def _preset(run: Run) -> Preset | None:
     return None
 
 
-def _data_folder(run: Run) -> Path | None:
+def _data_folders(run: Run) -> list[Path]:
     known = _preset(run)
-    return Path(known.data.folder) if known and known.data.folder else None
+    folders = known.data.folder if known else []
+    return [Path(folder) for folder in ([folders] if isinstance(folders, str) else folders) if folder]
 
 
-def _name_in(folder: Path | None, file: str) -> str:
+def _name_in(folder: Path, file: str) -> str:
     """The name of a file in its data set; "" when it lies elsewhere."""
-    if folder is None:
-        return ""
     path = Path(file)
     if not path.is_absolute():
         path = folder / path

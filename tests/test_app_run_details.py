@@ -32,8 +32,8 @@ def test_hard_images_have_a_name_in_their_data_set_and_a_small_picture_soon(deta
         assert time.monotonic() < end
         time.sleep(0.05)
     [worst, *_] = answer["images"]
-    assert (worst["file"], worst["linked"], worst["ratio"], worst["times"]) == ("cat07.png", True, 3.0, 16)
-    assert answer["of"] == 12 and len(answer["images"]) == 3 and answer["set"].endswith(":cats")
+    assert (worst["file"], worst["ratio"], worst["times"]) == ("cat07.png", 3.0, 16)
+    assert answer["of"] == 12 and len(answer["images"]) == 3 and worst["set"].endswith(":cats")
     assert "/thumbnails/" in worst["thumb"]
 
 
@@ -46,7 +46,7 @@ def test_images_elsewhere_are_named_and_neither_linked_nor_looked_at(details, ou
                str(folder / "gone.png"): [9, 4.5]}
     EventWriter(ours.events).write("image_loss", step=200, images=strange)
     rows = details.hard(ours, 6)["images"]
-    assert [row["linked"] for row in rows] == [False] * 4 + [True] * 2
+    assert [bool(row["set"]) for row in rows] == [False] * 4 + [True] * 2
     assert [row["thumb"] for row in rows] == [""] * 6
     time.sleep(0.3)
     assert [row["thumb"] for row in details.hard(ours, 6)["images"]] == [""] * 6
@@ -55,9 +55,21 @@ def test_images_elsewhere_are_named_and_neither_linked_nor_looked_at(details, ou
 def test_a_data_set_that_the_app_may_not_open_has_no_links(tmp_path, ours):
     library = Library(Places(tmp_path / "another"))
     answer = RunDetails(library).hard(ours, 5)
-    assert answer["set"] == "" and not any(row["linked"] or row["thumb"] for row in answer["images"])
+    assert not answer["may_open"] and not any(row["set"] or row["thumb"] for row in answer["images"])
     assert answer["images"][0]["file"] == "cat07.png"
     library.close()
+
+
+def test_each_of_several_folders_is_a_data_set_of_its_own(details, ours, tmp_path):
+    dogs = tmp_path / "w/datasets/dogs"
+    draw(dogs / "dog.png")
+    cats = (tmp_path / "w/datasets/cats").as_posix()
+    text = ours.preset.read_text()
+    assert f'folder = "{cats}"' in text
+    ours.preset.write_text(text.replace(f'folder = "{cats}"', f'folder = ["{cats}", "{dogs.as_posix()}"]'))
+    EventWriter(ours.events).write("image_loss", step=200, images={str(dogs / "dog.png"): [9, 50.0]})
+    rows = details.hard(ours, 2)["images"]
+    assert [(row["file"], row["set"].partition(":")[2]) for row in rows] == [("dog.png", "dogs"), ("cat07.png", "cats")]
 
 
 def test_a_spectrum_is_that_of_the_nearest_measurement_beside_the_first(ours):

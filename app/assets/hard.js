@@ -49,29 +49,29 @@
         const answer = await this.ask(this.most);
         if (turn !== this.turn) return;
         this.show(answer);
-        if (answer.set && answer.images.some(({ thumb, linked }) => linked && !thumb)) this.look(); // pictures are being made
+        if (answer.images.some(({ thumb, set }) => set && !thumb)) this.look(); // pictures are being made
       } catch (error) {
         if (turn === this.turn) this.said.textContent = error.message;
       }
     }
 
-    show({ images, of, set }) {
+    show({ images, of, may_open: mayOpen }) {
       this.hasData = images.length > 0;
       this.empty.hidden = this.hasData;
       this.table.hidden = !this.hasData;
       this.more.hidden = of <= FEW;
       this.more.textContent = this.most === FEW ? `Show ${Math.min(of, ALL)}` : `Show ${FEW}`;
-      this.said.textContent = this.hasData ? `${Studio.count(of, "image")} measured. ${set ? "" : "Their data set is not one that this page may open. "}` : "";
+      this.said.textContent = this.hasData ? `${Studio.count(of, "image")} measured. ${mayOpen ? "" : "Their data set is not one that this page may open. "}` : "";
       const focused = document.activeElement?.dataset?.hard;
       const most = Math.max(2, ...images.flatMap(({ course }) => course.map((value) => value ?? 0)));
-      this.rows.replaceChildren(...images.map((image) => this.row(image, set, most)));
+      this.rows.replaceChildren(...images.map((image) => this.row(image, most)));
       if (focused) this.rows.querySelector(`[data-hard="${CSS.escape(focused)}"]`)?.focus();
     }
 
-    row({ file, times, ratio, course, thumb, linked }, set, most) {
+    row({ file, times, ratio, course, thumb, set }, most) {
       const name = file.split("/").at(-1);
       const picture = thumb ? h("img", { src: Studio.fileUrl(thumb), alt: "", loading: "lazy", width: "44", height: "44" }) : h("span", { class: "st-nothumb", "aria-hidden": "true" });
-      const title = linked ? h("button", { type: "button", class: "st-link", "data-hard": file, title: `Open ${file} with its caption`, onclick: () => Studio.showImage(set, file) }, name) : h("span", { title: file }, name);
+      const title = set ? h("button", { type: "button", class: "st-link", "data-hard": file, title: `Open ${file} with its caption`, onclick: () => Studio.showImage(set, file) }, name) : h("span", { title: file }, name);
       return h("tr", {}, h("th", { scope: "row" }, h("span", { class: "st-hard-name" }, picture, title)), h("td", {}, `${number(ratio, 3)} ×`),
         h("td", {}, spark(course, most)), h("td", {}, times === 1 ? "once" : `${times} times`));
     }
