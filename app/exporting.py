@@ -22,11 +22,13 @@ from trainer import run as runs
 from trainer.errors import UserError
 from trainer.export import formats, header, texts
 from trainer.export.recognise import family_of, find_family
+from trainer.files import replacing
 from trainer.run import Run
 
 TOOLS = (sys.executable, "-m", "trainer.export")
 Answer = dict[str, Any]
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._-]{0,99}")
+DRAFT = re.compile(r"[a-z0-9_]{8}|\d+\.partial")  # what is half written is called so, behind the name that it will have
 LARGEST = 4e9  # bytes; what is larger is a base model
 MOST_FILES = 500  # of one folder that are listed
 MOST_LOOKED_AT = 50_000
@@ -70,7 +72,8 @@ class Exporting:
         found = [{"run": run.name, "files": files} for run in runs.list_runs(self.places.workspace)
                  if (files := [_row(f"run:{run.name}/{path.relative_to(run.path).as_posix()}", path, _when(run, path))
                                for path in _files_of(run)])]
-        made = sorted(self.places.exports.glob("*.safetensors"), key=lambda path: -path.stat().st_mtime)
+        made = sorted(filter(_is_listed, self.places.exports.glob("*.safetensors")),
+                      key=lambda path: -path.stat().st_mtime)
         with self._lock:
             if time.monotonic() - self._walked[0] > WALKED_FOR:
                 others = [_row(f"{number}:{path.relative_to(root).as_posix()}", path, path.relative_to(root).as_posix())
@@ -130,7 +133,9 @@ class Exporting:
             raise UserError(str(error).replace(str(path), name[:100])) from None
         self.places.exports.mkdir(parents=True, exist_ok=True)
         target = self.places.exports / f"{self.free_name(Path(name).stem)}.safetensors"
-        shutil.move(path, target)
+        with replacing(target) as file, path.open("rb") as source:  # a full disk leaves nothing half-written
+            shutil.copyfileobj(source, file)
+        path.unlink()
         return f"made:{target.name}"
 
     def cover(self, id: str, name: str) -> Path:
@@ -159,7 +164,7 @@ class Exporting:
         if not NAME.fullmatch(name):
             raise UserError(BAD_NAME)
         path = inside(self.places.exports, f"{name}.safetensors")
-        if path.exists():
+        if path.exists() or self._is_being_written(path):
             raise UserError(f"there is already a file called {name}; choose another name")
         return path
 
@@ -169,13 +174,19 @@ class Exporting:
         if not NAME.fullmatch(name):
             raise UserError(BAD_NAME)
         file, whole = (inside(self.places.models, name + ending) for ending in (".safetensors", ""))
-        if file.exists() or whole.exists():
+        if file.exists() or whole.exists() or self._is_being_written(file) or self._is_being_written(whole):
             raise UserError(f"there is already a base model called {name}; choose another name")
         return whole if folder else file
+
+    def _is_being_written(self, path: Path) -> bool:
+        """Whether a tool, perhaps of another tab, will give a file that name."""
+        return any(task.out == path and task.launch.is_running for task in list(self._tasks.values()))
 
     def start(self, arguments: Sequence[str], out: Path | None = None) -> str:
         """Run a tool as `python -m trainer.export` does; the name of its task."""
         with self._lock:
+            if out is not None and self._is_being_written(out):  # asked for by two tabs in the same moment
+                raise UserError(f"{out.name} is being written already; choose another name")
             number = str(len(self._tasks) + 1)
             for folder in (self.places.exports, self.places.models):
                 folder.mkdir(parents=True, exist_ok=True)
@@ -198,7 +209,8 @@ class Exporting:
             task.launch.process.wait()
         if task.out is not None and not task.out.exists():
             for draft in task.out.parent.glob(f".{glob.escape(task.out.name[:60])}.*"):
-                shutil.rmtree(draft) if draft.is_dir() else draft.unlink(missing_ok=True)
+                if DRAFT.fullmatch(draft.name[len(task.out.name[:60]) + 2 :]):  # not one of a name that goes on so
+                    shutil.rmtree(draft) if draft.is_dir() else draft.unlink(missing_ok=True)
 
     def _task(self, name: str) -> Task:
         task = self._tasks.get(name)
@@ -285,11 +297,20 @@ def _walk(root: Path) -> Iterator[Path]:
         for name in sorted(names):
             path = Path(folder, name)
             if name.endswith(".safetensors") and not name.startswith(".") and not path.is_symlink() and (
-                    path.stat().st_size < LARGEST):
+                    _is_listed(path) and path.stat().st_size < LARGEST):
                 found += 1
                 yield path
         if looked_at > MOST_LOOKED_AT or found > MOST_FILES:
             return
+
+
+def _is_listed(path: Path) -> bool:
+    """Whether it is a file, and no link to nowhere, whose name can be sent to the page."""
+    try:
+        path.as_posix().encode()
+    except UnicodeEncodeError:
+        return False
+    return path.is_file()
 
 
 def _row(id: str, path: Path, label: str) -> Answer:

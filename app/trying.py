@@ -17,7 +17,7 @@ from trainer.export import header, texts
 from trainer.export.formats import FAMILIES
 from trainer.export.recognise import family_of
 from trainer.tryout import origin, task
-from trainer.tryout.task import Draw, Settings, Task
+from trainer.tryout.task import PUT_AWAY, Draw, Settings, Task
 
 TRYOUT = (sys.executable, "-m", "trainer.tryout")
 Answer = dict[str, Any]
@@ -93,6 +93,9 @@ class Trying:
         launch = self._launches.get(name)
         if state.word == "starting" and not found.is_held() and launch is not None and not launch.is_running:
             return {"word": "failed", "text": launch.last_words()}
+        if state.text == PUT_AWAY and launch is not None and not launch.is_running and launch.process.returncode:
+            return {"word": "failed", "text": "the program that draws broke off (code "
+                    f"{launch.process.returncode}); perhaps the machine ran out of memory. Its log is {found.log}"}
         answer: Answer = {"word": state.word, "text": state.text, "done": state.done, "of": state.of}
         if state.pictures is not None:
             self.places.hand_out_pictures(found.pictures)

@@ -231,6 +231,64 @@ def test_a_tool_is_cancelled_and_leaves_nothing(exporting):
     exporting.cancel(task)  # once more does no harm
 
 
+def test_a_cancel_takes_its_own_draft_alone(exporting):
+    program = ("import pathlib, sys, time; out = pathlib.Path(sys.argv[-2]);"
+               "out.with_name(f'.{out.name[:60]}.77.partial').write_text('half');"
+               "print('{\"done\": 1, \"of\": 9}', flush=True); time.sleep(60)")
+    exporting = Exporting(exporting.places, (sys.executable, "-c", program))
+    out = exporting.out("long" * 20)
+    task = exporting.start([], out)
+    end = time.monotonic() + 30
+    while exporting.progress(task)["done"] != 1:
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    other = out.with_name(f".{out.name[:60]}.more.safetensors.abcdefgh")
+    other.write_text("of another tool")
+    exporting.cancel(task)
+    assert list(out.parent.iterdir()) == [other]
+
+
+def test_two_tabs_cannot_write_one_name(exporting):
+    exporting = Exporting(exporting.places, (sys.executable, "-c", "import time; time.sleep(60)"))
+    file, model = exporting.out("same"), exporting.model_out("same", folder=True)
+    tasks = [exporting.start([], file), exporting.start([], model)]
+    for again in (lambda: exporting.out("same"), lambda: exporting.model_out("same", folder=False)):
+        with pytest.raises(UserError, match="there is already"):
+            again()
+    with pytest.raises(UserError, match="is being written already"):
+        exporting.start([], file)
+    for task in tasks:
+        exporting.cancel(task)
+    assert exporting.out("same") == file and exporting.model_out("same", folder=True) == model
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+def test_a_strange_entry_of_a_folder_does_not_hide_the_others(exporting):
+    for folder in (exporting.places.exports, exporting.places.roots[0] / "inner"):
+        folder.mkdir(parents=True, exist_ok=True)
+        os.symlink("/nowhere", folder / "gone.safetensors")
+        (folder / "folder.safetensors").mkdir()
+        (folder / os.fsdecode(b"\xff.safetensors")).write_bytes(b"x")
+    shutil.copy(exporting.path("run:cats/cats.safetensors"), exporting.places.exports / "own.safetensors")
+    found = exporting.sources()
+    assert [row["id"] for row in found["made"]] == ["made:own.safetensors"]
+    assert [row["id"] for row in found["others"]] == ["0:inner/klein.safetensors"]
+
+
+def test_a_full_disk_leaves_no_half_of_an_upload(exporting, tmp_path, monkeypatch):
+    upload = tmp_path / "upload.safetensors"
+    shutil.copy(exporting.path("run:cats/cats.safetensors"), upload)
+
+    def full(source, target):
+        target.write(source.read(100))
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("shutil.copyfileobj", full)
+    with pytest.raises(OSError, match="No space left"):
+        exporting.add("a.safetensors", upload)
+    assert list(exporting.places.exports.iterdir()) == [] and upload.exists()
+
+
 def test_an_uploaded_lora_is_taken_in_and_nothing_else(exporting, tmp_path):
     upload = tmp_path / "upload.safetensors"
     shutil.copy(exporting.path("run:cats/cats.safetensors"), upload)

@@ -89,6 +89,24 @@ def test_a_process_that_cannot_begin_is_told(trying):
     assert answer == {"word": "failed", "text": "no torch here"}
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="sends a signal")
+def test_a_process_that_is_killed_while_it_draws_is_told(trying):
+    program = ("import pathlib, sys, time; folder = pathlib.Path(sys.argv[-1]);"
+               "(folder / 'events.jsonl').write_text('{\"kind\": \"phase\", \"request\": 1, \"name\": \"x\"}\\n');"
+               "[path.unlink() for path in (folder / 'control').glob('draw-*')]; time.sleep(30)")
+    trying._command = (sys.executable, "-c", program)
+    asked = trying.ask(RUN, "run:cats", {"prompt": "x"})
+    [found], end = task.list_tasks(trying.places.workspace), time.monotonic() + 20
+    while found.newer_waits():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    process = trying._launches[asked["task"]].process
+    process.kill()
+    process.wait()
+    answer = trying.read(asked["task"], 1)
+    assert answer["word"] == "failed" and "broke off (code -9); perhaps the machine ran out of memory" in answer["text"]
+
+
 def test_a_base_of_another_family_is_refused_before_anything_is_loaded(trying):
     rows = trying._bases.listing()["bases"]
     sdxl = next(row["id"] for row in rows if row["family"] == "sdxl")

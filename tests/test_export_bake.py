@@ -1,8 +1,10 @@
 """LoRAs in base models: equal to diffusers' fuse_lora for every family, in every layout, in bounded memory."""
 
 import json
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -212,3 +214,45 @@ def test_the_command_line_says_what_it_did(tmp_path, capsys):
     assert json.loads(said.out)["changed"] == 20
     progress = [json.loads(line) for line in said.err.splitlines()]
     assert progress[-1]["done"] == progress[-1]["of"] > 10
+
+
+def test_numbers_beyond_the_bases_precision_are_refused(tmp_path):
+    base = lora_bases.file(tmp_path / "base.safetensors", lora_bases.folder(tmp_path / "f", "klein"), "klein")
+    save_file({name: tensor.half() for name, tensor in load_file(base).items()}, base)
+    lora = lora_bases.lora(tmp_path / "a.safetensors", "klein", ("attention",))
+    with pytest.raises(UserError, match="not finite: the base is damaged, or the weights of the LoRAs are too large"):
+        bake(base, [lora], [1e7], tmp_path / "out.safetensors")
+    assert not list(tmp_path.glob("*out*"))
+
+
+def test_a_column_of_zeros_stays_with_dora(tmp_path):
+    base = lora_bases.folder(tmp_path / "base", "klein")
+    [file] = (base / "transformer").glob("*.safetensors")
+    weights, key = load_file(file), "transformer_blocks.0.attn.to_out.0"
+    weights[f"{key}.weight"][:, 3] = 0.0
+    save_file(weights, file, {"format": "pt"})
+    down = torch.ones(1, 32).index_fill(1, torch.tensor([3]), 0.0)
+    save_file({f"transformer.{key}.lora_A.weight": down, f"transformer.{key}.lora_B.weight": torch.ones(32, 1),
+               f"transformer.{key}.dora_scale": torch.ones(1, 32)}, tmp_path / "a.safetensors",
+              {"ss_base_model_version": "flux2"})
+    bake(base, [tmp_path / "a.safetensors"], [], tmp_path / "out")
+    found = lora_bases.stored(tmp_path / "out" / "transformer")[f"{key}.weight"]
+    assert not found[:, 3].any() and torch.allclose(found.norm(dim=0)[:3], torch.ones(3))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends a signal")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_kill_in_the_middle_leaves_nothing(tmp_path, number):
+    base = lora_bases.file(tmp_path / "base.safetensors", lora_bases.folder(tmp_path / "f", "klein"), "klein")
+    large = {f"first_stage_model.{i}": torch.empty(2**25) for i in range(4)}  # half a GB takes a while
+    save_file(load_file(base) | large, base)
+    lora = lora_bases.lora(tmp_path / "a.safetensors", "klein", ("attention",))
+    out = tmp_path / "out" / "x.safetensors"
+    command = [sys.executable, "-m", "trainer.export", "bake", str(base), str(lora), "--out", str(out)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        while process.poll() is None and not (out.parent.is_dir() and list(out.parent.iterdir())):
+            time.sleep(0.002)
+        process.send_signal(number)
+        said = process.communicate(timeout=60)[1]
+    assert "stopped; nothing half-written was left behind" in said and process.returncode == 1
+    assert list(out.parent.iterdir()) == []

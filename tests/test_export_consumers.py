@@ -305,3 +305,11 @@ def test_a_program_without_the_family_reads_nothing(tmp_path):
     write(tmp_path / "a.safetensors", pairs("klein"), family="flux2", dtype="fp32", metadata={})
     reading = read_as("a1111", open_lora(tmp_path / "a.safetensors"))
     assert not reading.whole and not any(reading.strengths.values())
+
+
+@pytest.mark.parametrize("text", ["[" * 5000, '{"transformer.r":' + "9" * 400 + "}", "5", '{"transformer.r":[]}'])
+def test_metadata_of_diffusers_that_cannot_be_read_are_told(tmp_path, text):
+    write(tmp_path / "a.safetensors", pairs("klein"), family="flux2", dtype="fp32",
+          metadata={"lora_adapter_metadata": text})
+    reading = read_as("diffusers", open_lora(tmp_path / "a.safetensors"))
+    assert [fault.text for fault in reading.faults] == ["cannot read lora_adapter_metadata"]

@@ -108,6 +108,9 @@ def test_precision_can_be_chosen(tmp_path):
 FAULTS = {
     "another family's format": ({}, "F5", "b", "F5 is no format for SD 1.5 files: choose one of U1, U2"),
     "over itself": ({}, "U2", "a", "is one of the files to read: give another --out"),
+    "over a folder": ({}, "U2", "..", "is there already, as a folder: give another --out"),
+    "a pickle's name": ({}, "U2", "b.ckpt", "take a .ckpt file for a pickle"),
+    "alpha is no number": ({"lora_unet_conv_in.alpha": torch.tensor(torch.inf)}, "U2", "b", "are not finite numbers"),
     "unknown keys": ({"alien.weight": torch.ones(2)}, "U2", "b", "cannot be read whole: nothing is known of alien"),
 }
 
@@ -119,7 +122,7 @@ def test_what_cannot_be_converted_is_told(tmp_path, extra, form, out, message):
     save_file(load_file(tmp_path / "a.safetensors") | extra, tmp_path / "a.safetensors")
     before = (tmp_path / "a.safetensors").read_bytes()
     with pytest.raises(UserError, match=message):
-        convert(tmp_path / "a.safetensors", form, tmp_path / f"{out}.safetensors")
+        convert(tmp_path / "a.safetensors", form, tmp_path / (out if "." in out else f"{out}.safetensors"))
     assert (tmp_path / "a.safetensors").read_bytes() == before and len(list(tmp_path.iterdir())) == 1
 
 
@@ -144,3 +147,17 @@ def test_dora_of_the_input_axis_is_kept(tmp_path, form):
     convert(tmp_path / "a.safetensors", form, tmp_path / "b.safetensors")
     place = names.naming("sdxl", formats.find("sdxl", form).style).of("unet.mid_block.attentions.0.proj_in")
     assert torch.equal(load_file(tmp_path / "b.safetensors")[f"{place.key}.dora_scale"], magnitude)
+
+
+def test_magnitudes_change_places_with_the_halves_of_their_rows(tmp_path):
+    """Of the output axis, in a layer whose scale and shift stand the other way round in the file."""
+    key, up = "final_layer.adaLN_modulation.1", torch.randn(64, 2)
+    magnitude = torch.arange(1.0, 65.0)[:, None]
+    save_file({f"diffusion_model.{key}.lora_A.weight": torch.randn(2, 32), f"diffusion_model.{key}.lora_B.weight": up,
+               f"diffusion_model.{key}.dora_scale": magnitude}, tmp_path / "a.safetensors")
+    convert(tmp_path / "a.safetensors", "F1", tmp_path / "b.safetensors")
+    convert(tmp_path / "b.safetensors", "F6", tmp_path / "c.safetensors")
+    found = load_file(tmp_path / "b.safetensors")
+    assert torch.equal(found["transformer.norm_out.linear.lora_B.weight"], torch.cat([up[32:], up[:32]]))
+    assert found["transformer.norm_out.linear.dora_scale"].flatten().tolist() == [*range(33, 65), *range(1, 33)]
+    assert torch.equal(load_file(tmp_path / "c.safetensors")[f"diffusion_model.{key}.dora_scale"], magnitude)

@@ -1,8 +1,11 @@
 """What a file says of itself, for people and for programs."""
 
 import json
+import math
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from tests import lora_bases
 from trainer.export.__main__ import main
@@ -47,3 +50,13 @@ def test_every_command_explains_itself(capsys):
         assert ended.value.code == 0 and f"trainer.export {command}" in capsys.readouterr().out
         assert main([command]) == 1
         assert "are required" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("step", ['{"what":"a","from":5}', '{"what":"a","from":[{"name":"b","weight":"abc"},7]}',
+                                  '{"what":5,"from":[{"weight":[1]}]}', '{"from":null}', '5'])
+def test_a_strange_history_and_alpha_are_described(tmp_path, step, capsys):
+    source = lora_bases.lora(tmp_path / "a.safetensors", "sd15", ("attention",))
+    alpha = {key: torch.tensor(math.nan) for key in load_file(source) if key.endswith(".alpha")}
+    save_file(load_file(source) | alpha, source, {"stiefel_studio_history": f"[{step}]"})
+    assert main(["inspect", str(source)]) == 0 and main(["inspect", str(source), "--json"]) == 0
+    assert "NaN" not in capsys.readouterr().out.splitlines()[-1]

@@ -79,7 +79,8 @@ MALFORMED = {
     "a list": container(b"[]"), "no end": container(b'{"a":'), "not JSON": container(b"{hello}"),
     "NaN": container(b'{"a":NaN}'), "not UTF-8": container(b'{"\xff\xfe":1}'),
     "deep": container(b'{"a":' + b"[" * 90000), "many": container(b'{"a":[' + b"[]," * 1_000_001),
-    "surrogates": container(b'{"\\ud800":1}'),
+    "surrogates": container(b'{"\\ud800":1}'), "half a letter in the metadata": container(
+        b'{"__metadata__":{"modelspec.title":"\\ud800"},' + json.dumps({DOWN: entry()}).encode()[1:], b"\0" * 16),
     "no tensors": container({}), "only metadata": container({"__metadata__": {"a": "b"}}),
     "a zip of pickles": zipped(), **{f"pickle {number}": pickle.dumps({"a": 1}, number) for number in range(6)},
     "a zip": b"PK\x03\x04" + b"\0" * 40, "a web page": b"<!DOCTYPE html><html></html>",

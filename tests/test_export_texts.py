@@ -89,7 +89,14 @@ def test_a_presets_folders_go_too():
     said = texts.kept({metadata.PRESET_KEY: preset.dumps(whole), "x": "1"})
     left = preset.parse(said[metadata.PRESET_KEY], "b.toml")
     assert left == metadata.without_paths(whole) and left.train == whole.train
-    assert texts.kept({metadata.PRESET_KEY: "no preset"}) == {}
+    assert texts.kept({metadata.PRESET_KEY: "no preset"}) == texts.kept({metadata.PRESET_KEY: "a=" + "[" * 5000}) == {}
+
+
+def test_of_very_many_tags_the_most_frequent_stay():
+    """They would make the header larger than ComfyUI reads."""
+    counts = {f"tag {i}": i for i in range(1, 40_000)}
+    kept = json.loads(texts.kept({"ss_tag_frequency": json.dumps({"cats": counts})})["ss_tag_frequency"])["cats"]
+    assert 1000 < len(kept) < 39_999 and kept == {tag: counts[tag] for tag in list(counts)[-len(kept):]}
 
 
 def test_several_files_keep_what_they_agree_on():

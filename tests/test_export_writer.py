@@ -312,3 +312,13 @@ def test_a_file_larger_than_the_disk_is_refused_before_writing(tmp_path):
     with pytest.raises(UserError, match="it needs 4503599627.4 MB and the disk has"):
         save(tmp_path / "a.safetensors", {"a": vast}, {})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_draft_of_another_process_stays(tmp_path):
+    """Two may write one name at once: what gets that name is whole."""
+    for name in (".a.safetensors.partial", ".a.safetensors.1.partial"):
+        (tmp_path / name).write_bytes(b"half")
+    export(tmp_path / "a.safetensors", [pair(TO_Q)])
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        ".a.safetensors.1.partial", ".a.safetensors.partial", "a.safetensors"]
+    export(tmp_path / f"{'x' * 240}.safetensors", [pair(TO_Q)])

@@ -5,6 +5,7 @@ import os
 import numpy
 import pytest
 import torch
+from torch import nn
 
 from tests.family_runs import MAKERS
 from trainer import adapters, families
@@ -12,6 +13,7 @@ from trainer.errors import UserError
 from trainer.export.bake import bake
 from trainer.export.metadata import BASES
 from trainer.export.writer import write
+from trainer.tryout import applied
 from trainer.tryout import bench as benches
 from trainer.tryout.bench import Bench
 from trainer.tryout.task import Draw, Settings
@@ -138,3 +140,14 @@ def test_memory_that_runs_out_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr(benches.sample, "draw", full)
     with pytest.raises(UserError, match="choose a smaller picture"):
         drawn(base, "sd15", file)
+
+
+@torch.no_grad()
+def test_a_column_of_zeros_without_magnitude_stays_so():
+    linear = nn.Linear(4, 3, bias=False)
+    linear.weight[:, 1] = 0.0
+    change = applied.Change(torch.zeros(3, 1), torch.zeros(4, 1), torch.tensor([1.0, 0.0, 1.0, 1.0]))
+    layers = applied.Layers(families.get("sd15"), "unet", nn.Sequential(linear))
+    read = applied.Lora(benches.Path("a"), "sd15", {"unet.0": change}, {}, 0)
+    layers.put(read, 1.0, torch.device("cpu"), torch.float32)
+    assert layers._model(torch.ones(1, 4)).isfinite().all()

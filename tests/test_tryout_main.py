@@ -55,4 +55,5 @@ def test_the_side_that_a_file_was_trained_at_is_read():
     assert task.trained_side({"modelspec.resolution": "768x512"}) == 768
     assert task.trained_side({"ss_resolution": "(512, 512)"}) == 512
     assert task.trained_side({"ss_resolution": "(a, b)"}) == task.trained_side({}) == 0
-    assert origin.said_base({"stiefel_studio_preset": "[model", "ss_sd_model_name": "x"}) == "x"
+    for preset in ("[model", "model = 1", "[model]\nbase = 5", "a = " + "[" * 5000):
+        assert origin.said_base({"stiefel_studio_preset": preset, "ss_sd_model_name": "x"}) == "x"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -30,7 +32,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
     except OSError as error:
         print(f"{error.filename or 'a file'} cannot be read or written: {error.strerror}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("stopped; nothing half-written was left behind", file=sys.stderr)
     return USER_ERROR
+
+
+def end_as_by_keyboard() -> None:
+    """A kill and a closed terminal take away what is half written, as Ctrl+C does: it may be as large as a model."""
+    def interrupt(number: int, frame: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        if number is not None and signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores it
+            signal.signal(number, interrupt)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -69,7 +84,8 @@ def _inspect(options: argparse.Namespace) -> int:
     from trainer.export import describe  # late, as all below: it loads torch
 
     about = describe.describe(options.file)
-    print(json.dumps(about) if options.json else describe.as_text(about))
+    plain = about | {"alphas": [alpha if math.isfinite(alpha) else None for alpha in about["alphas"]]}
+    print(json.dumps(plain) if options.json else describe.as_text(about))
     return DONE
 
 
@@ -297,4 +313,5 @@ def _losses(resized: Resized) -> str:
 
 
 if __name__ == "__main__":
+    end_as_by_keyboard()
     sys.exit(main())

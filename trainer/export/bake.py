@@ -113,7 +113,11 @@ class _Work:
             for file, change in zip(self.files, changes):
                 if module in change:
                     _apply(piece, change[module], file.weight)
-        return (swap_halves(weight) if slot.place.swapped else weight).to(DTYPES[info.dtype])
+        weight = (swap_halves(weight) if slot.place.swapped else weight).to(DTYPES[info.dtype])
+        if not weight.isfinite().all():
+            raise UserError(f"{info.name} of {info.file} would hold numbers that are not finite: the base is damaged, "
+                            f"or the weights of the LoRAs are too large for {info.dtype}")
+        return weight
 
 
 def _apply(weight: Tensor, pair: Pair, strength: float) -> None:
@@ -126,6 +130,7 @@ def _apply(weight: Tensor, pair: Pair, strength: float) -> None:
         return
     moved = torch.addmm(flat, up, down).view(weight.shape)
     norms = moved.transpose(0, 1).flatten(1).norm(dim=1).view(1, -1, *(1,) * (moved.ndim - 2))
+    norms.clamp_min_(torch.finfo(norms.dtype).tiny ** 0.5)  # as in training: columns of zeros stay
     weight.lerp_(moved * (magnitude.float().view(norms.shape) / norms), strength)
 
 

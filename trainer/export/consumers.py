@@ -262,7 +262,7 @@ def _adapter_metadata(lora: LoraFile, consumer: str, blocks: Collection[str]) ->
         return
     try:
         config = {key: float(value) for key, value in json.loads(text).items() if key.endswith((".r", ".lora_alpha"))}
-    except (ValueError, TypeError, AttributeError):
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
         yield Fault("cannot read lora_adapter_metadata", tuple(lora.entries) if consumer == "diffusers" else ())
         return
     for name, alpha in config.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from trainer.export import formats, writer
@@ -36,9 +37,10 @@ def convert(path: Path, to: str, out: Path, *, dtype: str = "auto", labels: Labe
 
 
 def _common_alpha(lora: LoraFile) -> float | None:
-    """The file's one alpha, if it has one and one rank; None: it must be folded in."""
+    """The file's one alpha, if it has one and one rank; None: it must be folded in, where NaN is found."""
     values = set(lora.alphas.values())
-    if len(values) != 1 or len(lora.alphas) != len(lora.entries) or len(lora.ranks) != 1:
+    if len(values) != 1 or len(lora.alphas) != len(lora.entries) or len(lora.ranks) != 1 or (
+            not all(map(math.isfinite, values))):
         return None
     if any(len(entry.place.modules) > 1 for entry in lora.entries.values()):
         return None

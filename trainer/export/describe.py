@@ -60,10 +60,16 @@ def as_text(about: dict[str, Any]) -> str:
 
 
 def _step(step: dict[str, Any]) -> str:
-    sources = [f"{one.get('name')}{' x ' + format(one['weight'], 'g') if 'weight' in one else ''}"
-               for one in step.get("from", ()) if isinstance(one, dict)]
+    made_of = step.get("from")
+    sources = [f"{one.get('name')}{_times(one)}"
+               for one in (made_of if isinstance(made_of, list) else ()) if isinstance(one, dict)]
     rest = [f"{key} {value}" for key, value in step.items() if key not in ("what", "from")]
     return "; ".join(filter(None, [", ".join(rest), "of " + ", ".join(sources) if sources else ""]))
+
+
+def _times(source: dict[str, Any]) -> str:
+    weight = source.get("weight", "")
+    return f" x {weight:g}" if isinstance(weight, int | float) else f" x {weight}" if weight else ""
 
 
 def _listed(numbers: list[float]) -> str:

@@ -45,6 +45,8 @@ def read(path: Path) -> Header:
     text, size = _text(path)
     try:
         entries = json.loads(text, object_pairs_hook=lambda pairs: _once(path, pairs), parse_constant=_no_number)
+        if b"\\u" in text:
+            json.dumps(entries, ensure_ascii=False).encode()  # a ValueError for half a letter, which nothing can write
     except (ValueError, RecursionError):
         raise _broken(path, "its header is no JSON") from None
     if not isinstance(entries, dict):

@@ -12,6 +12,8 @@ from trainer.export import formats, names
 from trainer.export.lora_file import LoraFile, open_lora
 from trainer.export.stacked import Pair
 
+PICKLES = (".ckpt", ".pt", ".pth", ".bin")
+
 
 def open_whole(path: Path) -> LoraFile:
     """A LoRA of which every tensor is known. Raises UserError for another: a tool would lose the rest of it."""
@@ -71,6 +73,10 @@ def source(lora: LoraFile, weight: float | None = None) -> dict[str, Any]:
 
 
 def check_out(out: Path, *inputs: Path) -> None:
-    """Refuse to write over what is read."""
+    """Refuse a place where the result cannot go, before hours of work: over what is read, a folder, another kind."""
+    if out.is_dir():
+        raise UserError(f"{out} is there already, as a folder: give another --out")
+    if out.suffix in PICKLES:
+        raise UserError(f"{out}: programs take a {out.suffix} file for a pickle. Give --out a name with .safetensors")
     if any(out.resolve() == path.resolve() for path in inputs):
         raise UserError(f"{out} is one of the files to read: give another --out")

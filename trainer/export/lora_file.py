@@ -117,6 +117,7 @@ class LoraFile:
                                 "reads and no other format holds")
             if entry.place.swapped:
                 up = swap_halves(up)
+                magnitude = swap_halves(magnitude) if magnitude is not None and len(magnitude) > 1 else magnitude
             if len(entry.place.modules) == 1:
                 yield entry.place.modules[0], up, down, magnitude
                 continue

@@ -43,8 +43,13 @@ class Labels:
 
 
 def kept(texts: Mapping[str, str], *, paths: bool = False) -> Texts:
-    """A file's texts without those that are of its very tensors. paths: folders of somebody's computer stay."""
+    """A file's texts without those that are of its very tensors, and the most frequent of very many tags.
+
+    paths: folders of somebody's computer stay.
+    """
     found = {key: text for key, text in texts.items() if not key.startswith(OLD_TEXTS)}
+    if len(found.get("ss_tag_frequency", "")) > metadata.TAG_BYTES:
+        found["ss_tag_frequency"] = _json(metadata.capped(_tags(found), metadata.TAG_BYTES))
     return found if paths else without_paths(found)
 
 
@@ -126,7 +131,7 @@ def _without_paths(key: str, text: str) -> str:
     if key == metadata.PRESET_KEY:
         try:
             return preset.dumps(metadata.without_paths(preset.parse(text, "preset.toml")))
-        except UserError:
+        except (UserError, RecursionError):
             return ""
     parsed = _parsed(text) if text[:1] in ("{", "[") else None
     if parsed is None:

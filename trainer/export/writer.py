@@ -103,7 +103,7 @@ def save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str])
     header = _header(ordered, texts | {"sshs_model_hash": digest.hexdigest(),
                                        "sshs_legacy_hash": _legacy_hash(ordered, texts),
                                        "modelspec.hash_sha256": f"0x{digest.hexdigest()}"})
-    temporary = path.with_name(f".{path.name}.partial")
+    temporary = path.with_name(f".{path.name[:60]}.{os.getpid()}.partial")  # another process may write the same name
     try:
         with open(temporary, "wb") as file:
             file.write(header)
@@ -168,7 +168,10 @@ def _keyed(modules: Mapping[str, Parts], family: str, form: Format, path: Path) 
             if len(parts) == 4 and parts[3] is None:
                 rows[3] = FLUX1_MLP * width
             up, down, _ = fuse(parts, rows, even=True)
-        keyed[place.key] = (swap_halves(up) if place.swapped else up), down, magnitude
+        if place.swapped:
+            up = swap_halves(up)
+            magnitude = swap_halves(magnitude) if magnitude is not None and len(magnitude) > 1 else magnitude
+        keyed[place.key] = up, down, magnitude
     return keyed
 
 

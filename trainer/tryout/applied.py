@@ -152,7 +152,8 @@ def _gain(target: Target, change: Change) -> Tensor:
     """magnitude / ‖W + up down‖, by input feature or channel (DoRA, arXiv:2402.09353, equation 5, by columns)."""
     weight = base_matrix(target)
     moved = torch.addmm(weight, change.up.to(weight), change.down.T.to(weight))  # m n
-    norms = moved.square().sum(0).view(len(change.magnitude), -1).sum(1).sqrt()
+    squares = moved.square().sum(0).view(len(change.magnitude), -1).sum(1)
+    norms = squares.clamp_min(torch.finfo(squares.dtype).tiny).sqrt()  # as in training: columns of zeros stay
     return change.magnitude / norms.cpu()
 
 

@@ -31,9 +31,10 @@ def model_settings(preset: Preset) -> dict[str, Any]:
 def said_base(said: dict[str, str]) -> str:
     """The name of the base in a file's metadata; "" when they do not tell."""
     try:
-        told = tomllib.loads(said.get(metadata.PRESET_KEY, "")).get("model", {}).get("base", "")
-    except tomllib.TOMLDecodeError:
-        told = ""
+        model = tomllib.loads(said.get(metadata.PRESET_KEY, "")).get("model")
+    except (tomllib.TOMLDecodeError, RecursionError):
+        model = None
+    told = model.get("base") if isinstance(model, dict) else ""
     return told if isinstance(told, str) and told else said.get("ss_sd_model_name", "")
 
 

@@ -18,6 +18,7 @@ from trainer.files import write_atomic
 from trainer.schema import Model, Section, setting
 from trainer.workfolder import WorkFolder
 
+PUT_AWAY = "the model was put away; ask again"
 KEPT = 3  # folders of earlier try-outs
 Asked = TypeVar("Asked", bound=Section)
 
@@ -116,7 +117,7 @@ class Task(WorkFolder):
         if not held:
             text = next((str(event["error"]) for event in reversed(events) if event.get("error")), "")
             word = "failed" if text else "starting" if waits and not events else "ended"
-            return State(word, text or ("starting" if word == "starting" else "the model was put away; ask again"))
+            return State(word, text or ("starting" if word == "starting" else PUT_AWAY))
         if not waits and any(event.get("request", 0) > request for event in events):
             return State("ended", "a newer request took its place")
         if last.get("kind") == "waiting":
