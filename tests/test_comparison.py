@@ -129,6 +129,16 @@ def test_a_run_that_goes_on_is_not_held_against_one_that_is_done(tmp_path):
     assert finding.verdict == "unknown" and "not all of their runs are done" in finding.why
 
 
+def test_a_kid_measured_earlier_is_not_held_against_that_of_a_run_that_is_done(tmp_path):
+    early = finished(tmp_path, "early", "adapter.rank=4", kid=(20.0, 19.0, 21.0), steps=50)
+    whole = finished(tmp_path, "whole", "adapter.rank=8", kid=(90.0, 89.0, 91.0))
+    [finding] = comparison.compare([facts.collect(early), facts.collect(whole)])
+    assert finding.verdict == "significant"  # both ended as they were meant to
+    early.events.write_bytes(b"\n".join(early.events.read_bytes().split(b"\n")[:-2]) + b"\n")  # no end
+    [finding] = comparison.compare([facts.collect(early), facts.collect(whole)])
+    assert finding.verdict == "unknown" and "not all of their runs are done" in finding.why
+
+
 def test_the_pareto_front_is_what_nothing_beats_in_both():
     points = [(1.0, 9.0), (2.0, 2.0), (3.0, 3.0), (9.0, 1.0), (2.0, 2.0)]
     assert comparison.front(points) == [True, True, False, True, True]

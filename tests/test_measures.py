@@ -30,6 +30,17 @@ def test_runs_of_a_setting_share_a_row_with_their_mean_and_its_interval(tmp_path
         "4 GB", "4 kB", "60 s", "0.5", "4"]
 
 
+def test_a_seed_counts_once_and_a_run_that_broke_off_not_beside_those_that_are_over(tmp_path):
+    again = ("again", ["adapter.rank=4", "train.seed=0"], {"validation": 0.10})
+    broken = finished(tmp_path, "broken", "adapter.rank=4", "train.seed=2", validation=0.9, steps=50)
+    broken.events.write_bytes(b"\n".join(broken.events.read_bytes().split(b"\n")[:-2]) + b"\n")  # no end
+    known = [facts.collect(finished(tmp_path, name, *overrides, **measured))
+             for name, overrides, measured in [*seeds(4, [0.10, 0.12]), again]]
+    [row] = measures.table([facts.collect(broken), *known], [])
+    assert len(row.runs) == 4 and row.cells["validation"].value == pytest.approx(0.11)
+    assert row.cells["validation"].spread.endswith("(2 seeds)")
+
+
 def test_what_is_no_difference_or_unknown_is_said_so(tmp_path):
     rows = rows_of(tmp_path, *seeds(4, [0.10, 0.12], (20, 30)), *seeds(8, [0.11, 0.10], (21, 22)))
     assert rows[0].cells["validation"].verdict == "no difference shown"  # 0.11 against 0.105

@@ -25,6 +25,7 @@ MEASURED_WITH = {  # what must be the same before two numbers may be compared at
     "distance": (("model", ("family", "base")), ("data", ("resolution",)), ("evaluate", ("folder", "holdout")),
                  ("sample", ("steps", "guidance", "negative", "width", "height"))),
 }
+OVER = ("done", "early")  # states of runs whose numbers are their last
 COUNTED = ("extractor", "resize", "n_ref", "n_gen")
 
 Measured = Literal["validation loss", "KID"]
@@ -147,7 +148,7 @@ def _by_pairs(measure: Measured, best: Setting, other: Setting, mine: Mapping[in
     one, another = best.runs[0], other.runs[0]
     if reason := _other_ground(one, another, kind) or _other_counts(best, other, kind):
         return found("not comparable", reason)
-    if going := _unfinished(best, other, kind):
+    if going := _unfinished([*best.runs, *other.runs], kind):
         return found("unknown", going)
     shared = sorted(mine.keys() & its.keys())
     if not shared:
@@ -167,6 +168,8 @@ def _by_intervals(best: Setting, other: Setting, comparisons: int) -> Finding:
     mine, its, names = one.distance or {}, another.distance or {}, (name[id(one)], name[id(another)])
     if reason := _other_ground(one, another, "distance") or _other_count(mine, its):
         return Finding("KID", *names, "not comparable", reason)
+    if going := _unfinished([one, another], "distance"):
+        return Finding("KID", *names, "unknown", going)
     gap, wide = its["kid"] - mine["kid"], NormalDist().inv_cdf
     # Both runs are held against the same reference, whose share of the noise cancels: the interval is too wide
     spread = sqrt(sum(((item["kid_high"] - item["kid_low"]) / (2 * wide((1 + CONFIDENCE) / 2))) ** 2
@@ -186,11 +189,10 @@ def _jointly(comparisons: int) -> str:
     return f", one of {comparisons} comparisons" if comparisons > 1 else ""
 
 
-def _unfinished(best: Setting, other: Setting, kind: str) -> str:
+def _unfinished(runs: Sequence[Facts], kind: str) -> str:
     """Why numbers of runs that are still going are not to be held against each other."""
-    runs = [*best.runs, *other.runs]
     steps = {(getattr(facts, kind) or {}).get("step") for facts in runs}
-    is_over = all(facts.overview.state in ("done", "early") for facts in runs)
+    is_over = all(facts.overview.state in OVER for facts in runs)
     return "" if is_over or len(steps) == 1 else "not all of their runs are done, so that they stand at other steps"
 
 

@@ -25,7 +25,7 @@ class Measure(NamedTuple):
 
 
 class Cell(NamedTuple):
-    """The mean over a setting's runs as text, how sure it is ("" when nobody knows), and the verdict in words."""
+    """The mean over a setting's seeds as text, how sure it is ("" when nobody knows), and the verdict in words."""
 
     value: float | None
     text: str
@@ -108,11 +108,17 @@ def as_plain(row: Row) -> dict[str, Any]:
 
 
 def _cell(setting: Setting, measure: Measure, findings: Sequence[Finding]) -> Cell:
-    values = [value for one in setting.runs if (value := measure.of(one)) is not None]
+    values = [value for one in _counted(setting) if (value := measure.of(one)) is not None]
     if not values:
         return Cell(None, "–")
     mean = fmean(values)
     return Cell(mean, measure.text(mean), _spread(setting, measure, values), *_verdict(setting, measure, findings))
+
+
+def _counted(setting: Setting) -> list[Facts]:
+    """The runs that stand for a setting: those that are over, where any is; of one seed the later one in the list."""
+    over = [one for one in setting.runs if one.overview.state in comparison.OVER]
+    return list({one.preset["train"]["seed"]: one for one in over or setting.runs}.values())
 
 
 def _spread(setting: Setting, measure: Measure, values: Sequence[float]) -> str:
@@ -122,7 +128,7 @@ def _spread(setting: Setting, measure: Measure, values: Sequence[float]) -> str:
     if len(values) > 1 and stdev(values) > 0:
         interval: Interval = comparison.paired(values)
         return f"± {number(interval.high - interval.mean, 2)} ({len(values)} seeds)"
-    event = setting.runs[0].distance or {}
+    event = _counted(setting)[0].distance or {}
     low, high = event.get("kid_low"), event.get("kid_high")
     if measure.key == "kid" and isinstance(low, (int, float)) and isinstance(high, (int, float)):
         return f"{number(low, 3)} to {number(high, 3)}"
