@@ -87,6 +87,22 @@ def test_apart_and_fused_names_reach_the_same_rows(size):
             assert (part or [0, 0, 0])[1] == sum(shapes[other][0] for other in before), path
 
 
+@pytest.mark.parametrize("size", MODELS)
+def test_every_format_reaches_the_same_weight(size):
+    """A layer's keys of all formats change one weight, and no two layers the same rows of it."""
+    family = MODELS[size][0]
+    forms = [names.naming(family, find(family, form).style) for form in WRITTEN[family]]
+    owners: dict[str, set[str]] = {}
+    for path in layers(size):
+        places = [naming.of(path) for naming in forms]
+        weights = {accepted(size)[place.key][0] for place in places if place.key in accepted(size)}
+        assert len(weights) == 1, path
+        fused = max((place.modules for place in places), key=len)
+        owners.setdefault(weights.pop(), set()).update(fused if len(fused) > 1 else [path])
+    parts = {1} if family in ("sd15", "sdxl") else {1, 3, 4} if family == "flux1" else {1, 3}
+    assert {len(paths) for paths in owners.values()} == parts
+
+
 def test_the_modules_that_kohya_trains_reach_as_many_weights():
     for size, count in (("sd15", 192), ("sdxl", 722)):
         paths = [path for path in layers(size) if ".attentions." in path]
