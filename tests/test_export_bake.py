@@ -15,6 +15,7 @@ from tests import lora_bases, lora_models
 from trainer.errors import UserError
 from trainer.export import texts
 from trainer.export.bake import bake
+from trainer.export.extract import extract
 
 GROUPS = {"sd15": ("all", "text_encoder"), "sdxl": ("all", "text_encoder"), "flux1": ("all",), "klein": ("all",),
           "dev": ("all",)}
@@ -64,6 +65,26 @@ def test_a_single_file_keeps_its_authors_layout(case, tmp_path, prefix):
     [step] = texts.history(said)
     assert step["base"] == "base.safetensors" and [one["weight"] for one in step["from"]] == [0.7, -1.5]
     assert all(len(one["hash"]) == 64 for one in step["from"])
+
+
+@pytest.mark.parametrize("model", ["flux1", "klein"])
+def test_the_last_norms_halves_lie_as_in_the_file(tmp_path, model):
+    """diffusers' scale and shift are the authors' shift and scale, going in by `bake` and coming out by `extract`."""
+    base = lora_bases.folder(tmp_path / "base", model)
+    single = lora_bases.file(tmp_path / "single.safetensors", base, model)
+    key, generator = "transformer.norm_out.linear", torch.Generator().manual_seed(0)
+    m, n = lora_models.weights(model)[f"{key}.weight"].shape
+    up, down = torch.randn(m, 2, generator=generator), torch.randn(2, n, generator=generator)
+    save_file({f"{key}.lora_A.weight": down, f"{key}.lora_B.weight": up}, tmp_path / "a.safetensors",
+              {"ss_base_model_version": lora_models.SIZES[model]})
+    for source, out in ((base, "out"), (single, "out.safetensors")):
+        bake(source, [tmp_path / "a.safetensors"], [], tmp_path / out)
+    wanted = lora_bases.file(tmp_path / "wanted.safetensors", tmp_path / "out", model)
+    assert_alike(load_file(tmp_path / "out.safetensors"), load_file(wanted), load_file(single))
+    extract(single, tmp_path / "out.safetensors", tmp_path / "b.safetensors", rank=2, dtype="fp32")
+    found = load_file(tmp_path / "b.safetensors")
+    torch.testing.assert_close(found[f"{key}.lora_B.weight"] @ found[f"{key}.lora_A.weight"], up @ down, rtol=1e-4,
+                               atol=1e-5)
 
 
 def test_shards_stay_shards_and_other_copies_of_the_weights_go(tmp_path):
