@@ -123,3 +123,9 @@ def test_the_command_line_merges(tmp_path, capsys):
     assert main(["merge", *files, "--out", out, "--dtype", "bf16", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["report"]["dtype"] == "bf16"
     assert lora_models.SIZES["klein"] == open_lora(tmp_path / "c.safetensors").family
+
+
+def test_what_is_wrong_with_the_new_file_is_told(tmp_path, capsys):
+    files = [str(file) for file in two(tmp_path, "sd15")]
+    assert main(["merge", *files, "--weights", "0", "0", "--out", str(tmp_path / "c.safetensors")]) == 0
+    assert "all layers are zero" in capsys.readouterr().out

@@ -296,9 +296,11 @@ def _say(options: argparse.Namespace, written: Written, resized: Resized | None 
           f"{written.bytes / 1e6:.1f} MB")
     if resized and resized.cuts:
         print(_losses(resized))
+    for told in (*report.faults, *report.notes):
+        print(told)
     for reading in report.asked:
-        if not reading.whole:
-            print(f"{reports.CONSUMERS[reading.consumer]} {reading.faults[0].text}")
+        for fault in reading.faults:
+            print(f"{reports.CONSUMERS[reading.consumer]} {fault.text}")
     return DONE
 
 
