@@ -141,7 +141,7 @@ def _choice(preset: Path) -> list[Any]:
         method = str(adapter.get("method", "stella"))
         return [method, _whole(adapter.get("rank")), _rate(train.get("lr", METHOD_LR.get(method))),
                 _whole(train.get("seed"))]
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         return ["", None, None, None]
 
 

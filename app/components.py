@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
@@ -27,6 +28,8 @@ SCRIPTS = ("core.js", "help.js", "series.js", "chart.js", "panels.js", "bins.js"
            "compare_form.js", "compare_table.js", "compare_charts.js", "compare_page.js")
 STYLES = ("style.css", "first_run.css", "run.css", "preset.css", "dataset.css", "export.css", "compare.css")
 Answer = dict[str, Any]
+FAULT = "The app has a fault here"
+LOG = logging.getLogger(__name__)
 
 
 class Request(BaseModel):
@@ -41,7 +44,8 @@ Asked = TypeVar("Asked", bound=Request)
 def server_function(name: str, request: type[Asked], work: Callable[[Asked], Answer]) -> Callable[[Any], Answer]:
     """A function that a page may call as `server.<name>(object)`; anybody may call it with any JSON.
 
-    What a user can cause comes back as `{"error": sentence}`.
+    What a user can cause comes back as `{"error": sentence}`.  So does a fault of ours, whose trace goes to the
+    terminal: an answer that failed would be taken by the page for a server that is gone.
     """
 
     def function(data: Any) -> Answer:
@@ -53,6 +57,9 @@ def server_function(name: str, request: type[Asked], work: Callable[[Asked], Ans
             return {"error": str(error)}
         except OSError as error:
             return {"error": f"{error.filename or 'the disk'}: {error.strerror or error}"}
+        except Exception as error:
+            LOG.exception("%s failed", name)
+            return {"error": f"{FAULT} ({name}: {type(error).__name__}); its terminal says more. Training goes on"}
 
     function.__name__ = name
     function.request = request  # type: ignore[attr-defined] - so that what may be asked can be read off the page

@@ -53,7 +53,7 @@ def values_of(text: str) -> Values | None:
     """The values that a text gives, section by section; None while it is not TOML."""
     try:
         data = tomllib.loads(text)
-    except tomllib.TOMLDecodeError:
+    except (tomllib.TOMLDecodeError, RecursionError):
         return None
     sections = {name: section for name, section in data.items() if isinstance(section, dict)}
     return {name: {key: _plain(value) for key, value in section.items()} for name, section in sections.items()}

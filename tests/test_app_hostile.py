@@ -19,7 +19,7 @@ import pytest
 from pydantic import ValidationError
 
 from app import ui
-from app.components import Answer, OwnComponent, Request
+from app.components import FAULT, Answer, OwnComponent, Request
 from app.jobs import Jobs
 from app.paths import Places
 from tests.data_sets import draw, tree
@@ -34,6 +34,7 @@ NESTED: Any = "x"
 for _ in range(200):
     NESTED = [NESTED]
 JUNK.append(NESTED)
+JUNK.append("a = " + "[" * 50_000)  # TOML, too deep to be read
 
 
 class World(NamedTuple):
@@ -146,7 +147,7 @@ def ask(name: str, function: Callable[[Any], Answer], request: Any) -> Answer:
     answer = function(request)
     assert isinstance(answer, dict), (name, request)
     text = json.dumps(answer, allow_nan=False, default=lambda value: pytest.fail(f"{name}: {value!r} is not JSON"))
-    assert SECRET not in text and "Traceback" not in text, (name, request)
+    assert SECRET not in text and "Traceback" not in text and FAULT not in text, (name, request, text[:300])
     if "error" in answer:
         assert isinstance(answer["error"], str) and 0 < len(answer["error"]) < 3000, (name, request)
     return answer

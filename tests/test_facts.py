@@ -79,3 +79,11 @@ def test_hundreds_of_runs_are_listed_without_reading_their_events_whole(tmp_path
     for _ in range(20):
         facts.overview(run)
     assert time.perf_counter() - begun < 1.0
+
+
+def test_a_run_that_cannot_be_read_stands_in_the_list_beside_the_others(tmp_path):
+    broken = finished(tmp_path, "broken")
+    broken.events.unlink()
+    broken.events.mkdir()
+    row = facts.overview(broken)
+    assert row.state == "failed" and "cannot be read" in row.text and facts.best_of(broken) is None

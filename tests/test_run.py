@@ -140,6 +140,12 @@ GONE = {
 }
 
 
+def test_files_that_cannot_be_read_are_a_state_and_no_fault(run):
+    run.events.mkdir()  # root may read whatever has no rights, but not this
+    state = run.state()
+    assert (state.word, state.text) == ("failed", f"{run.events}: cannot be read: Is a directory")
+
+
 @pytest.mark.parametrize("events, state", GONE.values(), ids=GONE)
 def test_state_when_no_trainer_lives(run, events, state):
     if events:

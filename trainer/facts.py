@@ -104,15 +104,21 @@ def find_run(workspace: Path, text: str) -> Run:
 def overview(run: Run) -> Overview:
     """A run in short: its event file is not read whole, so that hundreds of runs are listed at once."""
     state = run.state()
-    first = first_event(run.events) or {}
-    steps = [event for event in rewind(newest_events(run.events, "step")) if event["kind"] == "step"][-RECENT:]
+    try:
+        first, newest = first_event(run.events) or {}, newest_events(run.events, "step")
+    except OSError:  # the state says so
+        first, newest = {}, []
+    steps = [event for event in rewind(newest) if event["kind"] == "step"][-RECENT:]
     return Overview(run.name, state.word, state.text, state.step, state.steps, _mean(steps, "loss"),
                     _median(steps, "sec"), _method(run.preset), _number(first.get("t")) or run.preset.stat().st_mtime)
 
 
 def best_of(run: Run) -> Event | None:
-    """Which checkpoint is the best, as its `best` event; None when nothing was measured."""
-    bests = rewind(EventReader(run.events, kinds=("start", "best")).read())
+    """Which checkpoint is the best, as its `best` event; None when nothing was measured, or can be read."""
+    try:
+        bests = rewind(EventReader(run.events, kinds=("start", "best")).read())
+    except OSError:
+        return None
     return _last([event for event in bests if event["kind"] == "best"])
 
 

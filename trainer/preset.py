@@ -241,6 +241,9 @@ def read_text(path: Path) -> str:
 def _toml(text: str, name: str) -> dict[str, Any]:
     try:
         return tomllib.loads(text)
+    except RecursionError:
+        raise UserError(f"{name}: its values lie too deep inside each other to be read; a preset needs two levels"
+                        ) from None
     except tomllib.TOMLDecodeError as error:
         match = re.search(r"\(at line (\d+), column \d+\)|at end of document", str(error))
         line = match.group(1) if match and match.group(1) else str(text.count("\n") + 1)
@@ -257,7 +260,7 @@ def _override(item: str) -> tuple[tuple[str, str], Any]:
         raise UserError(f"--set {item}: write it as section.key=value, for example --set train.lr=1e-4")
     try:
         return (section, key), tomllib.loads(f"v = {literal}")["v"]
-    except tomllib.TOMLDecodeError:
+    except (tomllib.TOMLDecodeError, RecursionError):
         return (section, key), literal.strip()
 
 

@@ -70,7 +70,16 @@ class Run(WorkFolder):
                 and not files and not self.is_held())
 
     def state(self, now: float | None = None) -> State:
-        """The state after the table of the architecture page: is the lock held, and what was said last?"""
+        """The state after the table of the architecture page: is the lock held, and what was said last?
+
+        Files that cannot be read make it "failed", so that one such folder does not hide the other runs.
+        """
+        try:
+            return self._state(now)
+        except OSError as error:
+            return State("failed", f"{error.filename or self.path}: cannot be read: {error.strerror}")
+
+    def _state(self, now: float | None) -> State:
         last = last_event(self.events)
         held = self.is_held()
         step, steps = _progress(self.events, last)

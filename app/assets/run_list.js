@@ -24,8 +24,9 @@
       await refresh();
     });
     const said = h("p", { class: "st-asked", role: "status" });
+    const fault = h("p", { class: "st-warn", role: "alert" });
     const panel = h("nav", { class: "st-runlist", "aria-label": "Runs" },
-      h("div", { class: "st-row" }, h("h2", {}, "Runs ", count), h("span", { class: "st-space" }), fresh), said, list, queue.element);
+      h("div", { class: "st-row" }, h("h2", {}, "Runs ", count), h("span", { class: "st-space" }), fresh), said, fault, list, queue.element);
     element.replaceChildren(panel, Studio.welcome(hasDemo, startDemo));
     const welcome = element.lastElementChild;
 
@@ -35,7 +36,11 @@
     }
 
     async function refresh() {
-      const answer = await Studio.ask(server, "list_runs", { seen: tag });
+      const answer = await Studio.ask(server, "list_runs", { seen: tag }).catch((error) => {
+        if (!(error instanceof Studio.Lost)) fault.textContent = `The list is not up to date: ${error.message}`;
+        throw error;
+      });
+      fault.textContent = "";
       live = answer.live;
       if (answer.rows) {
         ({ tag, rows } = answer);

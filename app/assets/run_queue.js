@@ -13,7 +13,7 @@
       this.list = h("ol", { class: "st-queue" });
       this.failures = h("ul", { class: "st-queue" });
       this.said = h("p", { class: "st-asked", role: "status" });
-      this.element = h("section", { "aria-label": "Queue", hidden: true }, h("h2", {}, "Waiting"), this.list, this.failures, this.said);
+      this.element = h("section", { "aria-label": "Queue", hidden: true }, h("h2", {}, "Queue"), this.list, this.failures, this.said);
     }
 
     show({ waiting, failed }) {
