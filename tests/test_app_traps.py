@@ -15,7 +15,8 @@ from trainer import run
 # What everybody may see: the login and who is signed in, scripts and styles of the library, the names of its routes
 PUBLIC = ("/", "/login", "/logout", "/static/", "/assets/", "/svelte/", "/favicon.ico", "/theme.css", "/robots.txt",
           "/pwa_icon", "/manifest.json", "/openapi.json", "/gradio_api/login", "/gradio_api/user", "/gradio_api/token",
-          "/gradio_api/app_id", "/gradio_api/runs")
+          "/gradio_api/app_id", "/gradio_api/runs", "/gradio_api/theme.css", "/gradio_api/startup-events",
+          "/gradio_api/heartbeat/")  # the heartbeat never ends, and says only that the server lives
 REFUSED = (401, 403, 404, 422)
 DRAWN = {"html", "tabs", "tabitem", "row", "column", "form", "group"}
 
@@ -53,8 +54,8 @@ def test_without_the_password_every_route_is_shut(closed):
 
 def test_what_everybody_may_see_tells_nothing_of_the_workspace(closed):
     page, address = closed
-    for path in ("/", "/openapi.json", "/manifest.json", "/theme.css", "/gradio_api/runs",
-                 "/gradio_api/token", "/gradio_api/app_id"):
+    for path in ("/", "/openapi.json", "/manifest.json", "/theme.css", "/gradio_api/runs", "/gradio_api/token",
+                 "/gradio_api/app_id", "/gradio_api/startup-events"):
         status, body = fetch(f"{address}{path}")
         assert status == 200 and b"secret-run" not in body and str(page.temp_file_sets).encode() not in body
 
