@@ -56,6 +56,7 @@ class Jobs:
             waits = queued or bool(self.queue.names()) or any(row.state.alive for row in self._list())
             if waits:
                 self.queue.add(presets.load(preset), name)
+                self._launches.pop(name, None)  # one of this name may have failed before
                 self._listing = (0.0, [])
             else:
                 self._launch(name, ["--preset", str(preset), "--name", name, "--workspace", str(self.places.workspace)])
@@ -239,9 +240,11 @@ class Jobs:
             return rows
 
     def _list(self) -> list[Row]:
+        begun = {entry.name: _seconds(entry.path) for entry in self.queue.begun()}  # first: what ends now has a folder
         rows = [Row(run.name, self.state(run), _seconds(run.preset)) for run in runs.list_runs(self.places.workspace)]
         there = {row.name for row in rows}
-        waiting = [Row(name, state, launch.at) for name, launch in self._launches.items()
+        told = begun | {name: launch.at for name, launch in self._launches.items()}
+        waiting = [Row(name, state, at) for name, at in told.items()
                    if name not in there and (state := self.pending(name))]
         return sorted(waiting, key=lambda row: -row.started) + rows
 

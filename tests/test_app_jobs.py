@@ -196,6 +196,26 @@ def test_a_run_of_the_queue_that_is_stopped_in_the_app_stays_stopped(places):
     assert jobs.queue.names() == set() and jobs.queue.failures() == []
 
 
+def test_a_run_that_left_the_queue_and_has_no_preset_yet_stays_in_the_list(places):
+    jobs = Jobs(places, STAND_IN)
+    jobs.queue.add(preset.load(preset_file(places)), "a")
+    with jobs.queue.claim():
+        assert state(jobs, "a").word == "starting" and state(jobs, "a").alive
+        (places.runs / "a").mkdir(parents=True)
+        assert state(jobs, "a").word == "starting"
+        (places.runs / "a" / "preset.toml").write_text(PRESET.format(steps=5))
+        assert [row.name for row in jobs._list()] == ["a"]
+
+
+def test_a_run_that_waits_after_a_failed_start_of_its_name_is_not_called_failed(places):
+    jobs = Jobs(places, STAND_IN)
+    jobs.start(preset_file(places, folder="missing"), "a")
+    wait(lambda: state(jobs, "a").word == "failed")
+    jobs.serve_queue = lambda: None  # it shall wait
+    assert jobs.start(preset_file(places), "a", queued=True)
+    assert jobs.pending("a").word == "waiting" and jobs.early_end("a") == ""
+
+
 def test_a_runner_that_was_killed_is_started_again_by_the_app_that_runs_or_the_next_one(places):
     jobs = Jobs(places, (*STAND_IN, "--pace", "0.02"))
     jobs.queue.add(preset.load(preset_file(places, steps=3)), "a")
