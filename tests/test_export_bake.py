@@ -270,7 +270,12 @@ def test_a_kill_in_the_middle_leaves_nothing(tmp_path, number):
     lora = lora_bases.lora(tmp_path / "a.safetensors", "klein", ("attention",))
     out = tmp_path / "out" / "x.safetensors"
     command = [sys.executable, "-m", "trainer.export", "bake", str(base), str(lora), "--out", str(out)]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # what is ignored here would be ignored there
+    try:
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    with process:
         while process.poll() is None and not (out.parent.is_dir() and list(out.parent.iterdir())):
             time.sleep(0.002)
         process.send_signal(number)

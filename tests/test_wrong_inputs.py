@@ -274,7 +274,7 @@ RESUMES = {
     "another share held out": (["--set=evaluate.folder=", "--set=evaluate.holdout=0.3"], r"not evaluate\.holdout;"),
     "changed images": (["--set=data.folder=/nowhere"], r"not data\.folder; start a new run"),
     "fewer steps than made": (["--set=train.steps=2"], r"train\.steps=2: this run is already at step 3; give as many"),
-    "a new name": (["--name=dog"], r"--name goes with --preset; a resumed run keeps its name"),
+    "a new name": (["--name=dog"], r"--name goes with --preset and --branch; a resumed run keeps its name"),
     "a damaged checkpoint": ([], r"step_000003 is damaged .*delete that folder to resume from the one before"),
 }
 
@@ -356,7 +356,7 @@ def test_a_disk_without_room_for_the_cache_is_told(tiny_project, tmp_path, train
 # The command line itself
 
 LINES = {
-    "nothing": ([], r"one of the arguments --preset --resume is required; .*--help"),
+    "nothing": ([], r"one of the arguments --preset --resume --branch is required; .*--help"),
     "both": (["--preset=a", "--resume=b"], r"not allowed with argument"),
     "an option misspelt": (["--preset=a", "--stes=5"], r"unrecognized arguments: --stes=5; .*--help"),
     "--json alone": (["--preset=a", "--json"], r"--json goes with --check"),
