@@ -14,6 +14,7 @@ MOST = 30  # images that are told
 KEPT = 8  # runs in memory
 PARTS = 20  # of an image's course, as many as its small picture shows
 HISTORY = 64  # pieces of an image's course in memory
+HARDER = 1.005  # the lowest ratio that is shown as more than 1
 DOUBT = 3.0  # looks of an ordinary image that are added to each, so that one unlucky look is not the worst
 
 
@@ -48,6 +49,10 @@ class _Image:
         if len(self.pieces) > HISTORY:
             self.span *= 2
             self.pieces = [_joined(*self.pieces[at : at + 2]) for at in range(0, HISTORY, 2)] + self.pieces[HISTORY:]
+
+    @property
+    def ratio(self) -> float:
+        return self.total / self.times
 
     def course(self, last: int) -> list[float | None]:
         """The mean ratio in each part of the steps so far; None where it was not seen."""
@@ -99,17 +104,21 @@ class Hardest:
         self._runs: dict[str, _Losses] = {}
         self._lock = threading.Lock()
 
-    def of(self, run: Run, most: int) -> tuple[list[Hard], int]:
-        """The hardest images first, and how many images there are; images seen few times count for less."""
+    def of(self, run: Run, most: int) -> tuple[list[Hard], int, int]:
+        """Those harder than the usual image, the hardest first; how many these are, and how many were measured.
+
+        Images that were seen few times count for less.
+        """
         with self._lock:
             losses = self._runs.pop(run.name, None) or _Losses(run)
             self._runs[run.name] = losses  # the last one used is the last in order
             while len(self._runs) > KEPT:
                 del self._runs[next(iter(self._runs))]
             losses.read_on()
-            ordered = sorted(losses.images.items(), key=lambda item: (-_doubted(item[1]), item[0]))[:min(most, MOST)]
-            return [Hard(file, image.times, short(image.total / image.times), image.course(losses.last))
-                    for file, image in ordered], len(losses.images)
+            harder = [(file, image) for file, image in losses.images.items() if image.ratio >= HARDER]
+            ordered = sorted(harder, key=lambda item: (-_doubted(item[1]), item[0]))[:min(most, MOST)]
+            rows = [Hard(file, image.times, short(image.ratio), image.course(losses.last)) for file, image in ordered]
+            return rows, len(harder), len(losses.images)
 
 
 def _doubted(image: _Image) -> float:

@@ -31,15 +31,15 @@ class RunDetails:
 
     def hard(self, run: Run, most: int) -> Answer:
         """The hardest images with their small pictures, and the data sets of the app in which they lie."""
-        images, count = self._hardest.of(run, most)
+        images, harder, measured = self._hardest.of(run, most)
         sets = {folder: self._library.id_of(folder) for folder in _data_folders(run)} if images else {}
-        return {"images": [self._row(image, sets) for image in images], "of": count, "may_open": any(sets.values())}
+        return {"images": [self._row(image, sets) for image in images], "harder": harder, "measured": measured}
 
     def _row(self, image: Hard, sets: dict[Path, str]) -> dict[str, Any]:
-        """One image; `set` is "" where it cannot be opened."""
+        """One image; `set` is "" where it cannot be opened, `thumb` None where it may not be shown either."""
         folder, name = next(((folder, name) for folder in sets if (name := _name_in(folder, image.file))), (None, ""))
         set_id = sets[folder] if folder else ""
-        thumb = self._thumb(folder, name) if folder and set_id else ""
+        thumb = self._thumb(folder, name) if folder and (set_id or _is_shipped(folder)) else None
         return {"file": name or image.file, "times": image.times, "ratio": image.ratio, "course": image.course,
                 "thumb": thumb, "set": set_id}
 
@@ -115,6 +115,13 @@ def _data_folders(run: Run) -> list[Path]:
     known = _preset(run)
     folders = known.data.folder if known else []
     return [Path(folder) for folder in ([folders] if isinstance(folders, str) else folders) if folder]
+
+
+def _is_shipped(folder: Path) -> bool:
+    """Whether a folder came with the app, as the demo's images did: everybody may see those."""
+    with suppress(OSError, RuntimeError):  # a loop of links
+        return preset.SHIPPED in folder.resolve().parents
+    return False
 
 
 def _name_in(folder: Path, file: str) -> str:

@@ -60,7 +60,7 @@ def measure(events: EventWriter, folder: Path, step: int, steps: int) -> None:
     events.write("timesteps", step=step, loss=[0.02 * (place + 1) * (1 - share / 2) for place in range(10)],
                  count=[10] * 10)
     events.write("image_loss", step=step, images={
-        str(folder / f"cat{number:02d}.png"): [2, 3.0 if number == 7 else 0.5 + number / 20] for number in range(12)})
+        str(folder / f"cat{number:02d}.png"): [2, 3.0 if number == 7 else 0.9 + number / 20] for number in range(12)})
 
 
 def save(run: Run, events: EventWriter, step: int, steps: int) -> None:

@@ -36,7 +36,7 @@ def server(tmp_path_factory):
 def test_chosen_runs_stand_side_by_side_and_become_a_report(browser, server):
     with opened(browser, server.address) as page:
         page.get_by_role("tab", name="Compare").click()
-        expect(page.get_by_text("Choose runs on the left")).to_be_visible()
+        expect(page.get_by_text("Choose runs from the list")).to_be_visible()
         for seed in (0, 1, 2):
             for method in ("lora", "stella"):
                 page.get_by_role("checkbox", name=f"first-{method}-r16-s{seed}").check()

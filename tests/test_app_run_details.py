@@ -10,6 +10,7 @@ from app.paths import Places
 from app.run_details import RunDetails
 from tests.data_sets import draw
 from tests.measured_run import PROMPTS, measured
+from trainer import preset
 from trainer.errors import UserError
 from trainer.events import EventWriter
 
@@ -33,7 +34,8 @@ def test_hard_images_have_a_name_in_their_data_set_and_a_small_picture_soon(deta
         time.sleep(0.05)
     [worst, *_] = answer["images"]
     assert (worst["file"], worst["ratio"], worst["times"]) == ("cat07.png", 3.0, 16)
-    assert answer["of"] == 12 and len(answer["images"]) == 3 and worst["set"].endswith(":cats")
+    assert (answer["harder"], answer["measured"]) == (9, 12)
+    assert len(answer["images"]) == 3 and worst["set"].endswith(":cats")
     assert "/thumbnails/" in worst["thumb"]
 
 
@@ -47,17 +49,30 @@ def test_images_elsewhere_are_named_and_neither_linked_nor_looked_at(details, ou
     EventWriter(ours.events).write("image_loss", step=200, images=strange)
     rows = details.hard(ours, 6)["images"]
     assert [bool(row["set"]) for row in rows] == [False] * 4 + [True] * 2
-    assert [row["thumb"] for row in rows] == [""] * 6
+    assert [row["thumb"] for row in rows] == [None] * 4 + [""] * 2
     time.sleep(0.3)
-    assert [row["thumb"] for row in details.hard(ours, 6)["images"]] == [""] * 6
+    assert [row["thumb"] for row in details.hard(ours, 6)["images"]] == [None] * 4 + [""] * 2
 
 
 def test_a_data_set_that_the_app_may_not_open_has_no_links(tmp_path, ours):
     library = Library(Places(tmp_path / "another"))
     answer = RunDetails(library).hard(ours, 5)
-    assert not answer["may_open"] and not any(row["set"] or row["thumb"] for row in answer["images"])
+    assert all(row["set"] == "" and row["thumb"] is None for row in answer["images"])
     assert answer["images"][0]["file"] == "cat07.png"
     library.close()
+
+
+def test_the_images_that_came_with_the_app_are_shown_though_they_are_no_data_set_of_it(details, ours):
+    concept = preset.SHIPPED / "demo" / "concept"
+    known = preset.load(ours.preset)
+    data = known.data.model_copy(update={"folder": str(concept)})
+    ours.preset.write_text(preset.dumps(known.model_copy(update={"data": data})))
+    EventWriter(ours.events).write("image_loss", step=200, images={str(concept / "owl.png"): [9, 50.0]})
+    end = time.monotonic() + 30
+    while not (row := details.hard(ours, 1)["images"][0])["thumb"]:
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    assert (row["file"], row["set"]) == ("owl.png", "") and "/thumbnails/" in row["thumb"]
 
 
 def test_each_of_several_folders_is_a_data_set_of_its_own(details, ours, tmp_path):

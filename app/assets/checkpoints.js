@@ -5,11 +5,11 @@
   const { h, number } = Studio;
 
   Studio.Checkpoints = class {
-    /** `hooks`: pin(step, pinned), branch(step, name, changes) and file(row) for a download. */
+    /** `hooks`: pin(step, pinned), branch(step, name, changes), begun() after a branch, and file(row) for a download. */
     constructor(hooks) {
       Object.assign(this, { hooks, steps: [] });
       this.rows = h("tbody");
-      this.dialog = new BranchDialog((step, name, changes) => hooks.branch(step, name, changes));
+      this.dialog = new BranchDialog((step, name, changes) => hooks.branch(step, name, changes), () => hooks.begun());
       this.element = h("section", { class: "st-card st-checkpoints", "aria-label": "Checkpoints", hidden: true },
         h("header", {}, h("h3", {}, "Checkpoints"), Studio.helpOn("checkpoints")), h("div", { class: "st-sideways", tabindex: "0", role: "region", "aria-label": "Checkpoints by step" },
           h("table", { class: "st-hard" }, h("thead", {}, h("tr", {}, ["Step", "Measured there", ""].map((name) => h("th", { scope: "col" }, name || h("span", { class: "st-unseen" }, "What can be done"))))), this.rows)), this.dialog.element);
@@ -38,7 +38,7 @@
 
   /** A new run from a checkpoint: its name, and what is to be other than in the old one. */
   class BranchDialog {
-    constructor(begin) {
+    constructor(begin, begun) {
       this.title = h("h3", {});
       this.name = h("input", { id: "studio-branch-name", autocomplete: "off", spellcheck: "false", maxlength: "100", placeholder: "The first free name" });
       this.changes = h("textarea", { id: "studio-branch-changes", rows: "5", spellcheck: "false", placeholder: "train.lr = 5e-5\ntrain.steps = 2000" });
@@ -51,6 +51,7 @@
         try {
           await begin(this.step, this.name.value.trim(), this.changes.value.split("\n").map((line) => line.trim()).filter((line) => line && !line.startsWith("#")));
           this.element.close();
+          begun();
         } catch (error) {
           this.said.textContent = error.message;
         }

@@ -27,7 +27,7 @@
           + "captions and noise in the same order, whatever their method: what differs between them is the setting.\nThree seeds or more tell a difference from the noise between seeds.")),
         h("div", { class: "st-form" }, Studio.field("Preset", this.preset), this.methodField(),
           Studio.field("Ranks", this.ranks, "Such as 8, 16, 32."), Studio.field("Learning rates", this.rates, "Such as 1e-4, 3e-4 for all, or x0.5, x1, x2 times each method's own."),
-          Studio.field("Seeds", this.seeds, "Three or more are needed to tell a difference from noise."), Studio.field("Name", this.name, "Its runs' names begin with it.")),
+          Studio.field("Seeds", this.seeds, "With three seeds or more, a difference between settings can be told from noise."), Studio.field("Name", this.name, "Its runs' names begin with it.")),
         this.said, h("div", { class: "st-row" }, this.start, this.close));
     }
 

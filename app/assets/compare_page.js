@@ -143,7 +143,7 @@
   }
 
   function emptyText(hasRuns) {
-    if (hasRuns) return [h("p", {}, "Choose runs on the left to see them side by side, or make a new comparison: one run for each method, rank, learning rate and seed.")];
+    if (hasRuns) return [h("p", {}, "Choose runs from the list to see them side by side, or make a new comparison: one run for each method, rank, learning rate and seed.")];
     return [h("p", {}, "There are no runs yet. “New comparison” makes several from one preset, with the same images and noise for each method; or train one on the tab Train.")];
   }
 

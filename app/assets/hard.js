@@ -15,17 +15,17 @@
         h("th", { scope: "col" }, "Image"), h("th", { scope: "col" }, "Hardness"), h("th", { scope: "col" }, "Over the run"), h("th", { scope: "col" }, "Seen"))), this.rows));
       this.more = h("button", { type: "button", class: "st-button st-quiet", onclick: () => { this.most = this.most === FEW ? ALL : FEW; this.load(); } });
       this.said = h("p", { class: "st-small", role: "status" });
-      this.empty = h("p", { class: "st-empty" }, "Comes with the first measurement (log.rank_every in the preset).");
+      this.empty = h("p", { class: "st-empty" });
       this.element = h("section", { class: "st-card st-wide-card", "aria-label": "Images that are hard to learn" },
         h("header", {}, h("h3", {}, "Images that are hard to learn"), Studio.helpOn("hard")), this.empty, this.table, h("div", { class: "st-row" }, this.said, h("span", { class: "st-space" }), this.more));
-      this.show({ images: [], of: 0 });
+      this.show({ images: [], harder: 0, measured: 0 });
     }
 
     clear() {
       clearTimeout(this.wait);
       Object.assign(this, { asked: 0, most: FEW, wait: 0, looks: 0 });
       this.turn += 1;
-      this.show({ images: [], of: 0 });
+      this.show({ images: [], harder: 0, measured: 0 });
     }
 
     /** There is news; it is fetched at once, or when the last look is some seconds old. */
@@ -49,19 +49,20 @@
         const answer = await this.ask(this.most);
         if (turn !== this.turn) return;
         this.show(answer);
-        if (answer.images.some(({ thumb, set }) => set && !thumb)) this.look(); // pictures are being made
+        if (answer.images.some(({ thumb }) => thumb === "")) this.look(); // pictures are being made
       } catch (error) {
         if (turn === this.turn) this.said.textContent = error.message;
       }
     }
 
-    show({ images, of, may_open: mayOpen }) {
-      this.hasData = images.length > 0;
-      this.empty.hidden = this.hasData;
-      this.table.hidden = !this.hasData;
-      this.more.hidden = of <= FEW;
-      this.more.textContent = this.most === FEW ? `Show ${Math.min(of, ALL)}` : `Show ${FEW}`;
-      this.said.textContent = this.hasData ? `${Studio.count(of, "image")} measured. ${mayOpen ? "" : "Their data set is not one that this page may open. "}` : "";
+    show({ images, harder, measured }) {
+      this.hasData = measured > 0;
+      this.table.hidden = harder === 0;
+      this.empty.hidden = harder > 0;
+      this.empty.textContent = measured ? `${Studio.count(measured, "image")} measured. None is harder than the usual one.` : "Comes with the first measurement (log.rank_every in the preset).";
+      this.more.hidden = harder <= FEW;
+      this.more.textContent = this.most === FEW ? `Show ${Math.min(harder, ALL)}` : `Show ${FEW}`;
+      this.said.textContent = harder ? `${Studio.count(measured, "image")} measured, ${harder} harder than the usual one.` : "";
       const focused = document.activeElement?.dataset?.hard;
       const most = Math.max(2, ...images.flatMap(({ course }) => course.map((value) => value ?? 0)));
       this.rows.replaceChildren(...images.map((image) => this.row(image, most)));
@@ -70,7 +71,7 @@
 
     row({ file, times, ratio, course, thumb, set }, most) {
       const name = file.split("/").at(-1);
-      const picture = thumb ? h("img", { src: Studio.fileUrl(thumb), alt: "", loading: "lazy", width: "44", height: "44" }) : h("span", { class: "st-nothumb", "aria-hidden": "true" });
+      const picture = thumb === null ? "" : thumb ? h("img", { src: Studio.fileUrl(thumb), alt: "", loading: "lazy", width: "44", height: "44" }) : h("span", { class: "st-nothumb", "aria-hidden": "true" });
       const title = set ? h("button", { type: "button", class: "st-link", "data-hard": file, title: `Open ${file} with its caption`, onclick: () => Studio.showImage(set, file) }, name) : h("span", { title: file }, name);
       return h("tr", {}, h("th", { scope: "row" }, h("span", { class: "st-hard-name" }, picture, title)), h("td", {}, `${number(ratio, 3)} ×`),
         h("td", {}, spark(course, most)), h("td", {}, times === 1 ? "once" : `${times} times`));

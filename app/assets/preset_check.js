@@ -30,7 +30,7 @@
       this.button.disabled = !preset;
       this.button.textContent = "Check now";
       const before = this.body.childElementCount ? " Below: as it was before." : "";
-      this.said.textContent = `${preset ? "The preset is looked at when you pause." : "The preset is looked at when its faults are mended."}${before}`;
+      this.said.textContent = `${preset ? "The preset is looked at when you pause." : "Mend the faults first; then this is looked at."}${before}`;
       if (preset) this.timer = setTimeout(() => this.begin(false), PAUSE);
     }
 

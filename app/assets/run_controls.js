@@ -43,7 +43,7 @@
       this.save.hidden = this.sample.hidden = !["training", "paused"].includes(word);
       this.change.hidden = this.sample.hidden && !isOver;
       this.resume.hidden = !isOver;
-      this.resume.textContent = saved ? `Resume from step ${saved}` : "Start again";
+      this.resume.textContent = saved ? `Resume from step ${saved}` : word === "new" ? "Start" : "Start again";
     }
   };
 

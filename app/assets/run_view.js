@@ -35,10 +35,10 @@
       this.samples = new Studio.Samples();
       this.ownNotes = new Studio.RunNotes((run, text, before) => Studio.ask(server, "save_notes", { run, text, before }));
       this.checkpoints = new Studio.Checkpoints({ pin: (step, pinned) => this.tell(() => this.ask("pin_checkpoint", { step, pinned }), ""),
-        branch: (step, branch, changes) => this.branch(step, branch, changes), file: (row) => Studio.download(row, this.folder, "st-quiet", "Download") });
+        branch: (step, branch, changes) => this.branch(step, branch, changes), begun: () => this.title.focus(), file: (row) => Studio.download(row, this.folder, "st-quiet", "Download") });
       this.menu = new Studio.RunMenu({ rename: (name) => this.rename(name), card: () => this.saveCard(), remove: () => this.remove() });
       this.controls = new Studio.RunControls((order, prompts) => this.order(order, prompts), () => this.resume(), () => this.prompts);
-      this.title = h("h2", {});
+      this.title = h("h2", { tabindex: "-1" }); // the focus goes there with a new branch
       this.badge = h("span");
       this.text = h("p", { class: "st-status" });
       this.spoken = h("output", { role: "status", class: "st-unseen" });
@@ -255,7 +255,7 @@
     ask(name, request) { return Studio.ask(this.server, name, { run: this.run, ...request }); }
 
     async resume() {
-      await this.tell(() => this.ask("resume_run"), ({ waits }) => (waits ? "It goes on when its turn comes: another run is on, and it waits in the queue." : "Starting the trainer again."));
+      await this.tell(() => this.ask("resume_run"), ({ waits }) => (waits ? "It goes on when its turn comes: another run is on, and it waits in the queue." : "Starting the trainer."));
     }
 
     async branch(step, branch, changes) {
