@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 import threading
 import time
@@ -90,9 +91,12 @@ class Bases:
 
 
 def _row(id: str, label: str, family: str, path: Path, size: int = 0, *, ready: bool = True) -> Answer:
-    """ready: whether all parts are there that drawing needs; the tools for LoRAs need none of them."""
+    """ready: whether all parts are there that drawing needs; the tools for LoRAs need none of them.
+
+    place: what two rows of the same file or folder have in common.
+    """
     return {"id": id, "label": label, "family": family, "bytes": size or _bytes(path), "here": path.exists(),
-            "ready": ready}
+            "ready": ready, "place": os.path.realpath(path)}
 
 
 def _bytes(path: Path) -> int:

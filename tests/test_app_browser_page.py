@@ -1,4 +1,4 @@
-"""The page as such: what it costs, contrast and names, widths from a phone to a wall."""
+"""The page as such: what it costs, its theme, and contrast and names where something is wrong or nothing is there."""
 
 import statistics
 import subprocess
@@ -82,16 +82,6 @@ def test_nothing_is_asked_for_a_tab_that_is_not_shown(browser, server):
         assert [data for data in asked if data and "run" in data] == []
 
 
-def test_eight_tabs_at_once_all_live(browser, server):
-    context = browser.new_context()
-    pages = [context.new_page() for _ in range(8)]
-    for page in pages:
-        page.goto(f"{server.address}?run=crashed")
-    for page in pages:
-        expect(curve(page, "Loss")).to_be_visible(timeout=20_000)
-    context.close()
-
-
 # How it looks
 
 
@@ -106,10 +96,8 @@ def test_the_theme_is_the_systems_until_one_chooses(browser, server):
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1440])
-def test_no_tab_has_a_fault_against_wcag_aa(browser, server, tmp_path, theme, width):
+def test_a_crash_and_a_faulty_preset_have_no_fault_against_wcag_aa(browser, server, tmp_path, theme, width):
     with opened(browser, server.address, width, theme, motion="reduce") as page:
-        expect(page.locator(".st-matrix img").first).to_be_visible()
-        assert faults(page) == []
         page.get_by_role("link", name="crashed").click()
         expect(page.get_by_text("CUDA out of memory")).to_be_visible()
         assert faults(page) == []
@@ -125,13 +113,3 @@ def test_the_welcome_has_no_fault_either(browser, tmp_path):
             with opened(browser, server.address, 390, theme) as page:
                 expect(button(page, "Run the demo")).to_be_visible()
                 assert faults(page) == []
-
-
-@pytest.mark.parametrize("width", [390, 768, 1440, 2560])
-def test_no_width_makes_the_page_scroll_sideways(browser, server, width):
-    with opened(browser, f"{server.address}?run=crashed", width) as page:
-        expect(curve(page, "Loss")).to_be_visible()
-        for tab in ("Train", "Preset"):
-            page.get_by_role("tab", name=tab).click()
-            page.wait_for_timeout(300)
-            assert page.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0

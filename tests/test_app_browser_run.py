@@ -140,10 +140,10 @@ def test_a_checkpoint_is_kept_and_branched_from(browser, server):
         form.get_by_label("Changed settings, one a line").fill("train.lr = 5e-5\n\n# a remark\ntrain.steps = 170")
         form.get_by_label("Name of the new run").fill("a branch")
         button(form, "Start the branch").click()
-        expect(page.get_by_role("heading", name="a branch")).to_be_focused()
+        expect(page.get_by_role("heading", name="a branch", exact=True)).to_be_focused()
         expect(page.locator(".st-run .st-badge")).to_have_text("done", timeout=30_000)
         expect(page.get_by_text("170 of 170").first).to_be_visible()
-        expect(page.get_by_role("heading", name="a branch")).to_be_focused()
+        expect(page.get_by_role("heading", name="a branch", exact=True)).to_be_focused()
     assert "lr = 5e-5" in (server.workspace / "runs/a branch/preset.toml").read_text().replace("5e-05", "5e-5")
 
 

@@ -24,7 +24,7 @@
       if (this.bases.some(({ id }) => id === before)) this.select.value = before;
     }
 
-    choose(index) { this.select.selectedIndex = Math.min(index, this.select.options.length - 1); }
+    choose(base) { this.select.value = base.id; }
   };
 
   /** A tool with base models, which are looked for when it is opened. */
@@ -33,7 +33,7 @@
       try {
         const { bases, free } = await Studio.ask(this.page.server, "list_bases");
         this.free = free;
-        const count = bases.filter(({ here }) => here).length;
+        const count = new Set(bases.filter(({ here }) => here).map(({ place }) => place)).size; // several runs may name one base
         this.said.textContent = count === 0 ? NONE : count < this.least ? "This takes two base models, and only one was found. Start the app with --models and the folder of the other." : "";
         this.go.disabled = count < this.least;
         this.offerBases(bases);
@@ -78,7 +78,7 @@
   Studio.ExtractTool = class extends BaseTool {
     constructor(page) {
       super(page, "Extract", "A LoRA of the difference between two base models of one family: what a fine-tuned one changed. Large models take some minutes.", "Extract");
-      this.before = new Studio.BaseChoice("Before");
+      this.before = new Studio.BaseChoice("Before", "", () => this.part());
       this.after = new Studio.BaseChoice("After");
       this.rank = Studio.input("16", { inputmode: "numeric" });
       this.share = Studio.input("100", { inputmode: "decimal" });
@@ -90,10 +90,18 @@
     offer() {}
 
     offerBases(bases) {
-      const isNew = !this.after.value;
       this.before.offer(bases);
       this.after.offer(bases);
-      if (isNew) this.after.choose(1);
+      this.part();
+    }
+
+    /** "After" is another base than "Before", of its family if there is one. */
+    part() {
+      const before = this.before.chosen;
+      if (!before || this.after.chosen.place !== before.place) return;
+      const others = this.after.bases.filter(({ place }) => place !== before.place);
+      const other = others.find(({ family }) => family === before.family) ?? others[0];
+      if (other) this.after.choose(other);
     }
 
     get least() { return 2; }
