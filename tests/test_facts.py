@@ -1,6 +1,8 @@
 """What is read from a run's folder is what the run said, and still holds."""
 
+import re
 import time
+from datetime import UTC, datetime
 
 import pytest
 
@@ -8,6 +10,7 @@ from tests.run_folders import finished
 from trainer import facts
 from trainer.errors import UserError
 from trainer.events import EventWriter
+from trainer.report import card
 
 
 def test_a_list_entry_says_where_a_run_is(tmp_path):
@@ -87,3 +90,23 @@ def test_a_run_that_cannot_be_read_stands_in_the_list_beside_the_others(tmp_path
     broken.events.mkdir()
     row = facts.overview(broken)
     assert row.state == "failed" and "cannot be read" in row.text and facts.best_of(broken) is None
+
+
+@pytest.mark.parametrize("told", ["1e30", "-1e30", "NaN", "Infinity", '"now"', "true"])
+def test_a_time_that_is_none_gives_way_to_that_of_the_preset(tmp_path, trainer, told):
+    run = finished(tmp_path, "a")
+    lines = run.events.read_text().splitlines()
+    lines = [re.sub('"t": ?[^,]+', lambda _: f'"t":{told}', line) for line in lines]
+    run.events.write_text("\n".join(lines) + "\n")
+    assert run.events.read_text().count(f'"t":{told}') == len(lines)
+    started = datetime.fromtimestamp(run.preset.stat().st_mtime, UTC)
+    assert facts.overview(run).started == run.preset.stat().st_mtime
+    assert f"{started:%Y-%m-%d}" in card.make(run)
+    assert trainer("list", "--workspace", tmp_path).code == trainer("show", "a", "--workspace", tmp_path).code == 0
+
+
+def test_an_event_that_lies_too_deep_is_passed_over(tmp_path):
+    run = finished(tmp_path, "a")
+    with open(run.events, "a") as file:
+        file.write("[" * 99_999 + "\n")
+    assert facts.collect(run).overview.state == "done"

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 Event = dict[str, Any]  # t (unix seconds), kind, and what belongs to the kind; readers pass over what they do not know
+LAST_TIME = 32_503_680_000  # the year 3000, in unix seconds: the latest that every system makes a date of
 BLOCK = 1 << 16  # bytes that are read at a time from a file's end
 
 # The kinds of a run's events. Steps count from the run's beginning; what was never measured is null or left out.
@@ -188,10 +189,16 @@ def _parse(block: bytes) -> Iterator[Event]:
     for line in block.splitlines():
         try:
             event = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(event, dict) and "kind" in event:
+            if not _is_time(event.get("t")):
+                event.pop("t", None)
             yield event
+
+
+def _is_time(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value <= LAST_TIME
 
 
 def _finite(value: Any) -> Any:

@@ -79,5 +79,5 @@ def _started(session: Session) -> float:
     """When the run first began, in seconds since 1970."""
     for event in EventReader(session.run.events).read():
         if event["kind"] == "start":
-            return event["t"]
+            return event.get("t", time.time())
     return time.time()
