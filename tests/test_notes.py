@@ -32,6 +32,21 @@ def test_too_long_notes_are_refused_and_the_old_ones_stay(tmp_path: Path) -> Non
     assert notes.read(run) == "c" * notes.MOST
 
 
+@pytest.mark.parametrize("text", ["mine", ""])
+def test_what_was_not_shown_is_never_lost(tmp_path: Path, text: str) -> None:
+    run = runs.create(tmp_path, "cat", "")
+    file = run.path / notes.FILE
+    long = "c" * notes.MOST + "the end"
+    file.write_text(long)
+    with pytest.raises(UserError, match=r"cat/notes\.md is longer than the 100,000 characters shown here"):
+        notes.write(run, text)
+    assert file.read_text() == long
+    file.unlink()
+    file.mkdir()
+    with pytest.raises(UserError, match=r"notes\.md cannot be read"):
+        notes.write(run, text)
+
+
 def test_notes_do_not_bring_a_deleted_run_back(tmp_path: Path) -> None:
     run = runs.create(tmp_path, "cat", "")
     shutil.rmtree(run.path)

@@ -20,13 +20,30 @@ def read(run: Run) -> str:
 
 
 def write(run: Run, text: str) -> None:
-    """Replace the notes; empty ones take the file away.  `UserError` for more than the limit, and for a run that is
-    gone."""
+    """Replace the notes; empty ones take the file away.
+
+    `UserError` for more than the limit, for a run that is gone, and for a file that was made longer elsewhere: `read`
+    has not shown all that would be lost.
+    """
     if len(text) > MOST:
         raise UserError(f"the notes have {len(text):,} characters, and {MOST:,} is the most; shorten them")
+    if _is_cut_short(run):
+        raise UserError(f"{run.path / FILE} is longer than the {MOST:,} characters shown here, and saving would lose "
+                        "the rest; shorten that file with an editor first")
     if not run.path.is_dir():
         raise UserError(f"there is no run called {run.name!r} any more; its notes are not saved")
     if text.strip():
         write_atomic(run.path / FILE, text.encode("utf-8", errors="replace"))
     else:
         (run.path / FILE).unlink(missing_ok=True)
+
+
+def _is_cut_short(run: Run) -> bool:
+    try:
+        with open(run.path / FILE, encoding="utf-8", errors="replace") as file:
+            return len(file.read(MOST + 1)) > MOST
+    except FileNotFoundError:
+        return False
+    except OSError as error:  # what cannot be read is not to be replaced either
+        raise UserError(f"{run.path / FILE} cannot be read, so that the notes are not saved: {error.strerror}"
+                        ) from None
