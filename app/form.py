@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import tomllib
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -52,8 +51,8 @@ def state_of(text: str, name: str) -> dict[str, Any]:
 def values_of(text: str) -> Values | None:
     """The values that a text gives, section by section; None while it is not TOML."""
     try:
-        data = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError):
+        data = preset.read_toml(text, "preset")
+    except UserError:
         return None
     sections = {name: section for name, section in data.items() if isinstance(section, dict)}
     return {name: {key: _plain(value) for key, value in section.items()} for name, section in sections.items()}

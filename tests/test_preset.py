@@ -383,3 +383,17 @@ def test_an_override_of_the_length_replaces_the_other_length(override, steps, ep
     text = GOOD if epochs else GOOD.replace("steps = 10", "epochs = 2")
     train = preset.parse(text, "mine.toml", [override]).train
     assert (train.steps, train.epochs) == (steps, epochs)
+
+
+@pytest.mark.parametrize("line", ["a" + " . b" * 50_000 + " = 1", "[" + "a." * 50_000 + "a]",
+                                  "x = {" + "a" + '."b"' * 50_000 + " = 1}", "a" + ".b" * 500 + ".. = 1"])
+def test_a_key_of_very_many_parts_is_refused_at_once(line):
+    with pytest.raises(UserError, match=r"^p\.toml:11: a key of more than 9 parts"):
+        preset.parse(f"{GOOD}\n{line}\n", "p.toml")
+    with pytest.raises(UserError, match="a key of more than 9 parts"):
+        preset.update_text(f"{GOOD}\n{line}\n", {})
+
+
+def test_dots_in_texts_and_comments_are_no_keys():
+    text = GOOD + '[sample]\nprompts = ["a.b.c.d.e.f.g.h.i.j.k", \'..........\'] # a.b.c.d.e.f.g.h.i.j.k\n'
+    assert preset.parse(text, "p.toml").sample.prompts[0] == "a.b.c.d.e.f.g.h.i.j.k"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import os
-import tomllib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -218,8 +217,8 @@ def _texts(value: Any) -> tuple[str, ...]:
 def _method(preset: Path) -> str:
     """From the bare TOML: a list shows presets of other versions, too."""
     try:
-        adapter = tomllib.loads(preset.read_text("utf-8")).get("adapter", {})
-    except (OSError, ValueError):
+        adapter = presets.read_toml(presets.read_text(preset), preset.name).get("adapter", {})
+    except UserError:
         return ""
     chosen = schema.Adapter.model_fields["method"].default
     return str(adapter.get("method", chosen)) if isinstance(adapter, dict) else ""

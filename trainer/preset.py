@@ -25,6 +25,8 @@ LENGTH = {("train", "steps"), ("train", "epochs")}
 HOLDOUT = ("evaluate", "holdout")  # it takes images out of training: not for a resume to change
 ALPHA_REASON = ("the scale alpha/rank would change what the learning rate means, and both manifold methods "
                 "need scale 1")
+MOST_DOTS = 8  # of a key; a preset has one
+QUOTED = re.compile(r"""\"{3}|'{3}|\"(?:[^"\\]|\\.)*(?:"|$)|'[^']*(?:'|$)|#.*""")
 TYPES = {"int": "a whole number", "float": "a number", "bool": "true or false", "string": "a text in quotes",
          "list": "a list in brackets"}  # what pydantic calls otherwise
 
@@ -53,7 +55,7 @@ def load(path: Path, overrides: Iterable[str] = ()) -> Preset:
 
 def parse(text: str, name: str, overrides: Iterable[str] = ()) -> Preset:
     """The checked preset of a TOML text; `name` stands in the messages."""
-    data = _toml(text, name)
+    data = read_toml(text, name)
     typed = {_override(item)[0]: item for item in overrides}
     given = dict(_override(item) for item in overrides)
     problems = [Problem(f".{key}", "stands outside of a section; write it as section.key")
@@ -158,6 +160,7 @@ def update_text(text: str, sections: Mapping[str, Mapping[str, Any]]) -> str:
 
     A value of None takes the key out; of a list only the items that differ change, of a table only the keys named.
     """
+    _refuse_deep_keys(text, "preset")
     document = tomlkit.parse(text)
     before = document.unwrap()
     for name, values in sections.items():
@@ -238,7 +241,22 @@ def read_text(path: Path) -> str:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
 
 
-def _toml(text: str, name: str) -> dict[str, Any]:
+def _refuse_deep_keys(text: str, name: str) -> None:
+    """A key of thousands of parts would keep the TOML reader busy for minutes.
+
+    Texts in quotes and comments do not count; what stands in a text of several lines may, if it looks like such a key.
+    """
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.count(".") > MOST_DOTS:
+            bare = " ".join(QUOTED.sub("x", line).split()).replace(" .", ".").replace(". ", ".")
+            if any(part.count(".") > MOST_DOTS for part in re.split(r"[^\w.-]|\.\.+", bare)):
+                raise UserError(f"{name}:{number}: a key of more than {MOST_DOTS + 1} parts; a preset has two levels: "
+                                "write key = value below a [section]")
+
+
+def read_toml(text: str, name: str) -> dict[str, Any]:
+    """The plain values of a TOML text, whatever they are.  `UserError` for one that is not TOML, or goes too deep."""
+    _refuse_deep_keys(text, name)
     try:
         return tomllib.loads(text)
     except RecursionError:
@@ -259,8 +277,8 @@ def _override(item: str) -> tuple[tuple[str, str], Any]:
     if not (equals and dot and section and key) or "." in key:
         raise UserError(f"--set {item}: write it as section.key=value, for example --set train.lr=1e-4")
     try:
-        return (section, key), tomllib.loads(f"v = {literal}")["v"]
-    except (tomllib.TOMLDecodeError, RecursionError):
+        return (section, key), read_toml(f"v = {literal}", "--set")["v"]
+    except UserError:
         return (section, key), literal.strip()
 
 
