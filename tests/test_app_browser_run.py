@@ -210,6 +210,7 @@ def test_every_measure_is_explained_by_keyboard(browser, server):
             page.keyboard.press("Enter")
             text = mark.locator("xpath=..").locator(".st-help-text")
             expect(text).to_be_visible()
+            expect(text).to_have_attribute("style", re.compile("left"))  # it was moved to where there is room
             box = text.bounding_box()
             assert box["x"] >= 0 and box["x"] + box["width"] <= 1440, what
             page.keyboard.press("Escape")
