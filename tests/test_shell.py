@@ -141,3 +141,11 @@ def test_the_queue_is_filled_ordered_and_emptied_at_the_shell(tmp_path, trainer)
     assert trainer("queue", "list", "--workspace", tmp_path).out == (
         "waits   1  p\nfailed     own  no such folder\n")
     assert trainer("queue", "dismiss", "own", "--workspace", tmp_path).out == "waits  1  p\n"
+
+
+def test_show_of_a_run_that_cannot_be_read_does_not_speak_of_room(tmp_path, trainer):
+    run = finished(tmp_path, "a")
+    run.events.unlink()
+    run.events.mkdir()
+    code, _, err = trainer("show", "a", "--workspace", tmp_path)
+    assert code == 1 and "events.jsonl cannot be read: Is a directory; see that" in err and "room" not in err

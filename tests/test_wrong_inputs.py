@@ -312,7 +312,7 @@ WORKSPACES = {"a file": "file", "below a file": "file/deep", "a place that refus
 def test_a_workspace_that_cannot_be_made_is_told(tiny_project, tmp_path, trainer, place) -> None:
     (tmp_path / "file").touch()
     outcome = trainer("--preset", tiny_project, "--workspace", tmp_path / place)
-    assert_plain(outcome, r"cannot be written: \w.*; make room, or choose another --workspace")
+    assert_plain(outcome, r"cannot be written: \w.*; see that .*this user may use it, or choose another --workspace")
 
 
 @contextmanager

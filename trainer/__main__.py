@@ -4,6 +4,7 @@ at its checkpoint, `--check` only looks, and verbs such as `list` and `show RUN`
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import sys
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from trainer.distributed import World
 
 DONE, USER_ERROR, BUG = 0, 1, 2
+LOOKS = ("list", "show", "compare")  # verbs that write nothing but what they are told to
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 LAUNCHED = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what torchrun and accelerate say
 MPI = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 
@@ -51,9 +54,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(error, file=sys.stderr)
     except OSError as error:  # of the run's folder or its log: all else has its own message
-        print(f"{error.filename or 'the run'} cannot be written: {error.strerror}; make room, "
-              "or choose another --workspace", file=sys.stderr)
+        print(_about(error, is_look=bool(words) and words[0] in LOOKS), file=sys.stderr)
     return USER_ERROR
+
+
+def _about(error: OSError, is_look: bool) -> str:
+    """What to do about a file that the system refuses; a verb that only looks was reading it."""
+    what = f"{error.filename or 'the run'} cannot be {'read' if is_look else 'written'}: {error.strerror}"
+    if error.errno in NO_ROOM:
+        return f"{what}; make room, or choose another --workspace"
+    return f"{what}; see that it is there and that this user may use it, or choose another --workspace"
 
 
 class Parser(argparse.ArgumentParser):
