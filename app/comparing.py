@@ -6,7 +6,6 @@ import hashlib
 import json
 import re
 import time
-import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +18,7 @@ from trainer.curves import Curves
 from trainer.errors import UserError
 from trainer.events import EventReader, rewind
 from trainer.facts import Facts
+from trainer.preset import read_toml
 from trainer.report import card
 from trainer.report import comparison as report
 from trainer.run import Run
@@ -136,12 +136,12 @@ def card_of(run: Run) -> Answer:
 
 def _choice(preset: Path) -> list[Any]:
     try:
-        told = tomllib.loads(preset.read_text("utf-8"))
+        told = read_toml(preset.read_text("utf-8"), preset.name)
         adapter, train = told.get("adapter", {}), told.get("train", {})
         method = str(adapter.get("method", "stella"))
         return [method, _whole(adapter.get("rank")), _rate(train.get("lr", METHOD_LR.get(method))),
                 _whole(train.get("seed"))]
-    except (OSError, ValueError, AttributeError, RecursionError):
+    except (OSError, ValueError, AttributeError, UserError):
         return ["", None, None, None]
 
 

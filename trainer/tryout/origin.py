@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +30,8 @@ def model_settings(preset: Preset) -> dict[str, Any]:
 def said_base(said: dict[str, str]) -> str:
     """The name of the base in a file's metadata; "" when they do not tell."""
     try:
-        model = tomllib.loads(said.get(metadata.PRESET_KEY, "")).get("model")
-    except (tomllib.TOMLDecodeError, RecursionError):
+        model = presets.read_toml(said.get(metadata.PRESET_KEY, ""), "metadata").get("model")
+    except UserError:
         model = None
     told = model.get("base") if isinstance(model, dict) else ""
     return told if isinstance(told, str) and told else said.get("ss_sd_model_name", "")
