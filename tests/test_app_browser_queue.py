@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 
 import pytest
 from playwright.sync_api import expect
@@ -106,9 +107,15 @@ def kill_runner(workspace):
     """The power is cut while a direct run goes on."""
     import psutil
 
-    own = [process for process in psutil.process_iter(["cmdline"])
-           if {"queue", "run", str(workspace)} <= set(process.info["cmdline"] or [])]
-    assert own and runner.gpus(os.environ) == [""]
+    def running():
+        return [process for process in psutil.process_iter(["cmdline"])
+                if {"queue", "run", str(workspace)} <= set(process.info["cmdline"] or [])]
+
+    end = time.monotonic() + 30  # it is a process that starts, like any other
+    while not (own := running()):
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    assert runner.gpus(os.environ) == [""]
     for process in own:
         process.send_signal(signal.SIGKILL)
         process.wait(10)

@@ -35,10 +35,10 @@ FILE_OPERATIONS = [
     Death("os.rename", "000000_01.tmp"),  # pictures before training
     Death("open", ".step_000003.tmp/progress.json"),  # a checkpoint, half of it
     Death("os.rename", ".step_000003.tmp"),  # a checkpoint, whole but without its name
-    Death("os.rename", "-000003.safetensors.partial"),  # its export
+    Death("os.rename", "-000003.safetensors."),  # its export
     Death("os.rename", "000003_01.tmp"),  # pictures on the way
     Death("shutil.rmtree", "step_000003"),  # an old checkpoint is let go
-    Death("os.rename", "/.run.safetensors.partial"),  # the file to use
+    Death("os.rename", "/.run.safetensors."),  # the file to use
     Death("os.rename", "000006_00.tmp"),  # the last pictures
     Death("os.rename", "/cache/"),  # features for KID and FID
 ]
