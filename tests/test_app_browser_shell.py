@@ -19,11 +19,10 @@ SWITCH = 0.3  # seconds
 WINDOWS = 8
 SWITCHED = """async (index) => {
   const began = performance.now();
-  const tab = [...document.querySelectorAll('#tabs button[role=tab]')][index];
-  tab.click();
-  const panel = () => document.getElementById(tab.getAttribute('aria-controls'));
+  document.querySelectorAll('#tabs button[role=tab]')[index].click();
+  const panel = () => document.querySelectorAll('#tabs [role=tabpanel]')[index];
   const isThere = () => panel()?.offsetParent && panel().innerText.trim().length > 20;
-  while (!isThere()) await new Promise(requestAnimationFrame);
+  while (!isThere() && performance.now() - began < 5000) await new Promise(requestAnimationFrame);
   await new Promise(requestAnimationFrame);
   return (performance.now() - began) / 1000;
 }"""
