@@ -8,7 +8,7 @@
   Studio.presetEditor = (element, server, { form }) => {
     const editor = new PresetEditor(server, form);
     element.replaceChildren(editor.element);
-    editor.begin();
+    editor.begun = editor.begin();
     document.addEventListener("studio:open-preset", (event) => editor.present(event.detail));
   };
 
@@ -113,6 +113,7 @@
     /** Come to the front with a preset that another tab has made or found, ready to start. */
     async present({ shelf, name, said }) {
       Studio.goTo("Preset");
+      await this.begun; // else the first preset might come after it, in its place
       await this.attempt(() => this.list());
       await this.open(shelf, name);
       if (this.name === name && !this.isChanged()) this.say(said);
