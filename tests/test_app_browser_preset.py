@@ -268,7 +268,7 @@ def test_what_training_takes_is_told_and_follows_the_text(page):
     expect(panel.get_by_text("This cannot be trained yet.")).to_be_visible(timeout=15_000)
     expect(panel.get_by_text("missing does not exist")).to_be_visible()
     page.get_by_role("textbox", name="Batch size").fill("0")
-    expect(panel.get_by_text("when its faults are mended")).to_be_visible()
+    expect(panel.get_by_text("Mend the faults first")).to_be_visible()
 
 
 def test_while_another_run_is_trained_it_is_looked_at_only_when_asked_and_the_start_waits(browser, tmp_path):
