@@ -18,6 +18,10 @@ from tests.pictures import ROOT, WIDTHS, app, wait_for
 from trainer.run import Run
 
 QUALITY = 80  # of WebP
+TABS = ("Train", "Data_set", "Preset", "Compare", "Export")
+SMALL_WIDTH = {1440: 620, 390: 300}  # of a page on a sheet
+SHEET_HEIGHT = 1.5  # of the window's
+GAP = 12
 STEPS = "60"
 CONCEPT = ROOT / "presets" / "demo" / "concept"
 
@@ -35,7 +39,8 @@ def main() -> None:
         newcomer(page, options.out, Path(folder))
         queue_and_compare(page, options.out, Path(folder))
         phone(browser, address, options.out / "guide_phone.webp")
-        every_tab(browser, address, options.shots)
+        every_tab(browser, address, options.shots or Path(folder) / "shots")
+        sheets(options.shots or Path(folder) / "shots", options.out)
         browser.close()
 
 
@@ -99,10 +104,8 @@ def phone(browser: Browser, address: str, path: Path) -> None:
     context.close()
 
 
-def every_tab(browser: Browser, address: str, shots: Path | None) -> None:
+def every_tab(browser: Browser, address: str, shots: Path) -> None:
     """To be looked at: each tab whole, at each width, in each theme."""
-    if shots is None:
-        return
     shots.mkdir(parents=True, exist_ok=True)
     for width, height in WIDTHS.items():
         for theme in ("light", "dark"):
@@ -116,6 +119,20 @@ def every_tab(browser: Browser, address: str, shots: Path | None) -> None:
                 name = (tab.text_content() or "").strip().replace(" ", "_")
                 page.screenshot(path=shots / f"{name}_{width}_{theme}.png", full_page=True)
             context.close()
+
+
+def sheets(shots: Path, out: Path) -> None:
+    """Each tab's beginning side by side, a sheet for each width and theme."""
+    for width, height in WIDTHS.items():
+        size = SMALL_WIDTH[width], round(SMALL_WIDTH[width] * SHEET_HEIGHT * height / width)
+        for theme in ("light", "dark"):
+            sheet = Image.new("RGB", (len(TABS) * (size[0] + GAP) - GAP, size[1]), (128, 128, 128))
+            for number, tab in enumerate(TABS):
+                whole = Image.open(shots / f"{tab}_{width}_{theme}.png").convert("RGB")
+                part = whole.crop((0, 0, whole.width, min(whole.height, round(SHEET_HEIGHT * height))))
+                part = part.resize((size[0], round(size[0] * part.height / part.width)), Image.Resampling.LANCZOS)
+                sheet.paste(part, (number * (size[0] + GAP), 0))
+            sheet.save(out / f"tabs_{width}_{theme}.webp", quality=QUALITY, method=6)
 
 
 def button(page: Page, name: str):  # noqa: ANN201 - a Locator
