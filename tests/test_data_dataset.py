@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.pixels import load_pixels
 from trainer.data import dataset, images
 from trainer.data.dataset import ImageError, scan, split
 from trainer.errors import UserError
@@ -140,17 +141,17 @@ def gradient(path, size=(64, 32)):
 def test_pixels_are_the_crop_scaled_to_one(tmp_path):
     pixels = gradient(tmp_path / "a.png")
     item = scan([tmp_path]).items[0]
-    tensor = dataset.load_pixels(item, (32, 32), (5, 0), False)
+    tensor = load_pixels(item, (32, 32), (5, 0), False)
     assert tensor.shape == (3, 32, 32) and tensor.dtype == torch.float32
     expected = torch.from_numpy(pixels[:, 5:37].astype(np.float32)).permute(2, 0, 1) / 127.5 - 1
     assert torch.equal(tensor, expected) and tensor.min() >= -1 and tensor.max() <= 1
-    assert torch.equal(dataset.load_pixels(item, (32, 32), (5, 0), True), expected.flip(-1))
+    assert torch.equal(load_pixels(item, (32, 32), (5, 0), True), expected.flip(-1))
 
 
 def test_a_larger_image_is_resized_to_cover_with_its_shape_kept(tmp_path):
     gradient(tmp_path / "a.png", (256, 128))
     item = scan([tmp_path]).items[0]
-    right = dataset.load_pixels(item, (64, 64), (64, 0), False)
+    right = load_pixels(item, (64, 64), (64, 0), False)
     assert right.shape == (3, 64, 64)
     assert abs(right[0, 32, 0] - (126.5 / 127.5 - 1)) < 0.02 and right[0, 32, -1] > 0.95
 
@@ -160,17 +161,17 @@ def test_an_image_that_changed_or_vanished_after_the_scan_is_refused(tmp_path):
     item = scan([tmp_path]).items[0]
     draw(path, colour=(1, 2, 3))
     with pytest.raises(ImageError, match="changed since"):
-        dataset.load_pixels(item, (32, 32), (0, 0), False)
+        load_pixels(item, (32, 32), (0, 0), False)
     path.unlink()
     with pytest.raises(ImageError, match="cannot be read: No such file"):
-        dataset.load_pixels(item, (32, 32), (0, 0), False)
+        load_pixels(item, (32, 32), (0, 0), False)
 
 
 def test_a_strip_that_would_be_enlarged_beyond_measure_is_refused(tmp_path, monkeypatch):
     draw(tmp_path / "a.png", size=(2, 600))
     monkeypatch.setattr(images, "MAX_PIXELS", 1_000_000)
     with pytest.raises(ImageError, match="2 × 600 pixels are too narrow a strip"):
-        dataset.load_pixels(scan([tmp_path]).items[0], (256, 256), (0, 0), False)
+        load_pixels(scan([tmp_path]).items[0], (256, 256), (0, 0), False)
 
 
 def test_no_file_of_the_user_changes(tmp_path):
@@ -184,7 +185,7 @@ def test_no_file_of_the_user_changes(tmp_path):
 
     before = state()
     for item in scan([tmp_path]).items:
-        dataset.load_pixels(item, (16, 16), (0, 0), True)
+        load_pixels(item, (16, 16), (0, 0), True)
     assert state() == before
 
 

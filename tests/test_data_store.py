@@ -6,10 +6,11 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.pixels import load_pixels
 from trainer.data import store
 from trainer.data.buckets import crop_offsets
 from trainer.data.cache import Cache
-from trainer.data.dataset import load_pixels, scan
+from trainer.data.dataset import scan
 from trainer.data.order import Draw
 from trainer.data.store import LatentStore, TextStore
 from trainer.errors import UserError

@@ -17,9 +17,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 TOPS = ("app", "trainer", "presets", "tests")
 LIGHT = {f"trainer.{name}" for name in ("errors", "preset", "events", "run", "captions", "data.folders",
-                                         "data.buckets", "data.order", "caption.task", "families.clip_merges",
-                                         "shifts", "bases", "model_folders", "shell_bases", "families.header",
-                                         "families.recognise", "families.folders", "export.header",
+                                         "data.buckets", "data.decoding", "data.order", "caption.task",
+                                         "families.clip_merges", "shifts", "bases", "model_folders", "shell_bases",
+                                         "families.header", "families.recognise", "families.folders", "export.header",
                                          "export.recognise", "export.texts", "facts", "comparison", "shell",
                                          "tryout.task", "tryout.origin",
                                          "shell_queue", "queue", "runner", "detached",

@@ -20,6 +20,7 @@ from trainer import sample
 from trainer.data import dataset
 from trainer.data.buckets import Size, crop_offsets
 from trainer.data.dataset import Item
+from trainer.data.decoding import Decoders, processes_for
 from trainer.data.order import stream
 from trainer.data.store import LatentStore
 from trainer.families.base import quantised_id
@@ -220,12 +221,13 @@ def _features_of_files(session: Session, extractor: Extractor, items: Sequence[I
 
 def _middles(session: Session, items: Sequence[Item], sizes: Sequence[Size]) -> Iterator[Tensor]:
     """The middle crop of each image.  # h w 3, uint8"""
-    for index, (item, size) in enumerate(zip(items, sizes)):
-        session.guard()
-        session.recorder.phase("features of images", index, len(items))
-        offset, = crop_offsets(item.width, item.height, size, crop="center", variants=1, sha256=item.sha256, seed=0)
-        pixels = dataset.load_pixels(item, size, offset, False)  # 3 h w
-        yield ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0)
+    files = [dataset.wanted(item, size) for item, size in zip(items, sizes)]
+    with Decoders(processes_for(files)) as decoders:
+        for index, (item, size, picture) in enumerate(zip(items, sizes, decoders.pictures(files))):
+            session.guard()
+            session.recorder.phase("features of images", index, len(items))
+            offset, = crop_offsets(item.width, item.height, size, crop="center", variants=1, sha256=item.sha256, seed=0)
+            yield torch.from_numpy(dataset.crop_picture(picture.result(), size, offset, False).copy())
 
 
 def _features(extractor: Extractor, pictures: Sequence[Image.Image]) -> Tensor:

@@ -17,7 +17,16 @@ _TEMPORARY = re.compile(r"\..*\.[a-z0-9_]{8}", re.DOTALL)
 
 def write_atomic(path: Path, content: bytes) -> None:
     """Replace a file in one step: a reader, or a kill, sees the old bytes or the new, never half."""
-    temporary = _write_beside(path, content)
+    _rename(_write_beside(path, content), path)
+
+
+def write_soon(path: Path, content: bytes) -> None:
+    """The same without waiting for the disk: a kill leaves nothing half, but a power cut may, so it is for what is
+    checked when it is read and can be made again."""
+    _rename(_write_beside(path, content, sync=False), path)
+
+
+def _rename(temporary: str, path: Path) -> None:
     try:
         os.replace(temporary, path)
     except BaseException:

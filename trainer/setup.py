@@ -77,7 +77,7 @@ def set_up(run: Run, preset: Preset, device: torch.device, workspace: Path, reco
     modes = _text_modes(preset, family, base, device, saved, meter)
     texts, text_encoder, quantize = _prepare_text(preset, family, base, material, cache, device, dtype, recorder, guard,
                                                   min(world.together(lambda: modes), key=len), world)
-    latents, held = _prepare_latents(family, base, material, cache, device, recorder, guard, world)
+    latents, held = prepare_latents(family, base, material, cache, device, recorder, guard, world)
     masks, held_masks = MaskStore(latents), MaskStore(held)
     for store in (masks, held_masks):
         world.from_first(lambda store=store: store.fill(
@@ -204,8 +204,9 @@ def _prepare_text(preset: Preset, family: ModuleType, base: Any, material: Mater
     raise AssertionError("a list of modes is never empty")
 
 
-def _prepare_latents(family: ModuleType, base: Any, material: Material, cache: Cache, device: torch.device,
-                     recorder: Recorder, guard: Guard, world: World) -> tuple[LatentStore, LatentStore]:
+def prepare_latents(family: ModuleType, base: Any, material: Material, cache: Cache, device: torch.device,
+                    recorder: Recorder, guard: Guard, world: World = ALONE) -> tuple[LatentStore, LatentStore]:
+    """The latents of the images to train on and of those held out; what the cache lacks is encoded now."""
     stores = (material.latent_store(material.trained, cache, base.vae_id, LATENT_DTYPE, training=True),
               material.latent_store(material.held, cache, base.vae_id, LATENT_DTYPE, training=False))
     if any(world.together(lambda: any(store.missing() for store in stores))):
@@ -216,11 +217,11 @@ def _prepare_latents(family: ModuleType, base: Any, material: Material, cache: C
             def encode(pixels: Tensor) -> Tensor:
                 guard()
                 with torch.no_grad():
-                    return family.encode_images(vae, pixels.to(device))
+                    return family.encode_images(vae, pixels)
 
             for store, name in zip(stores, ("caching latents", "caching held-out latents")):
                 store.fill(encode, ENCODE_BATCH, with_rate(recorder, name),
-                           should_stop=lambda: False, on_skip=material.skip, world=world)
+                           should_stop=lambda: False, on_skip=material.skip, world=world, device=device)
         found = world.together(lambda: material.skipped[known:])
         material.skipped[known:] = [skipped for part in found for skipped in part]
     return stores

@@ -12,7 +12,13 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from diffusers import Flux2Transformer2DModel, FluxTransformer2DModel, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLFlux2,
+    Flux2Transformer2DModel,
+    FluxTransformer2DModel,
+    UNet2DConditionModel,
+)
 from torch import Tensor, nn
 
 from trainer import families, preset, session
@@ -25,6 +31,7 @@ from trainer.session import Session
 CONFIGS = Path(families.__file__).parent / "configs"
 KINDS = {"sd15": UNet2DConditionModel, "sdxl": UNet2DConditionModel, "flux1": FluxTransformer2DModel,
          "flux2": Flux2Transformer2DModel}
+RESOLUTIONS = {"sd15": 512, "sdxl": 1024, "flux1": 1024, "flux2": 1024}
 BLOCK_LINEARS = {"sd15": ["attention", "feed_forward"], "sdxl": ["attention", "feed_forward"], "flux1": ["all"],
                  "flux2": ["all"]}  # the groups of adapter.targets that are all linears of the blocks
 
@@ -107,6 +114,17 @@ def denoiser_of(size: Size, quantize: str, device: torch.device, dtype: torch.dt
     model = skeleton(size)
     return tensors.fill(model, RandomWeights(model.state_dict(), device, dtype), device, dtype, Path("random weights"),
                         quantize)
+
+
+def vae_of(family: str, device: torch.device, tiny: bool = False) -> nn.Module:
+    """A family's VAE with random weights in fp32, as runs hold it."""
+    config = json.loads((CONFIGS / family / "vae.json").read_text())
+    if tiny:
+        config |= {"block_out_channels": [32] * len(config["block_out_channels"])}
+    with init_empty_weights(include_buffers=False):
+        vae = (AutoencoderKLFlux2 if family == "flux2" else AutoencoderKL).from_config(config)
+    return tensors.fill(vae, RandomWeights(vae.state_dict(), device, torch.float32), device, torch.float32,
+                        Path("random weights"))
 
 
 class RandomLatents:

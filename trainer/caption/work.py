@@ -18,7 +18,7 @@ from trainer.caption.models import Captioner
 from trainer.caption.task import SECTION, Settings, Task
 from trainer.control import Requests, Stopped
 from trainer.data import folders, images
-from trainer.data.dataset import READERS
+from trainer.data.decoding import READERS
 from trainer.data.images import ImageError
 from trainer.errors import UserError
 from trainer.events import EventWriter

@@ -6,15 +6,17 @@ import hashlib
 import json
 import time
 import zlib
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
 import safetensors.torch
-from safetensors import SafetensorError
 from torch import Tensor
 
+from trainer.data.decoding import READERS
 from trainer.errors import UserError
-from trainer.files import write_atomic
+from trainer.files import write_soon
 
 Part = str | int | float | bool | None
 
@@ -32,30 +34,25 @@ class Cache:
 
     def has(self, key: str) -> bool:
         """Whether the entry is whole (reads it: else a torn file would be found only in training)."""
-        return self.get(key) is not None
+        return self._read(key) is not None
+
+    def absent(self, keys: Sequence[str]) -> frozenset[str]:
+        """The keys that the cache does not have; thousands of entries may be gigabytes, so several are read at a time.
+        """
+        with ThreadPoolExecutor(READERS) as pool:
+            return frozenset(key for key, there in zip(keys, pool.map(self.has, keys)) if not there)
 
     def get(self, key: str) -> dict[str, Tensor] | None:
         """The tensors (on the CPU), or None; a file that is torn or whose checksum is wrong is removed."""
-        path = self._path(key)
-        try:
-            data = path.read_bytes()
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        try:
-            metadata, checksum = _checksum(data)
-            if metadata.get("crc32") == checksum:
-                return safetensors.torch.load(data)
-        except (SafetensorError, ValueError, AttributeError):  # no JSON, or JSON of another shape
-            pass
-        path.unlink(missing_ok=True)
-        return None
+        data = self._read(key)
+        return None if data is None else safetensors.torch.load(data)
 
     def put(self, key: str, tensors: dict[str, Tensor]) -> None:
         """Store tensors under a key, whole or not at all.  Raises `UserError` when the disk refuses."""
         plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
         _, checksum = _checksum(safetensors.torch.save(plain))
         try:
-            write_atomic(self._path(key), safetensors.torch.save(plain, {"crc32": checksum}))
+            write_soon(self._path(key), safetensors.torch.save(plain, {"crc32": checksum}))
         except OSError as error:
             raise UserError(f"the cache in {self.root} cannot be written: {error.strerror}; free some space, "
                             "or choose another workspace with --workspace") from error
@@ -69,6 +66,22 @@ class Cache:
             with suppress(OSError):  # it got its name, or another run was quicker
                 if time.time() - path.stat().st_mtime > age:
                     path.unlink()
+
+    def _read(self, key: str) -> bytes | None:
+        """A whole entry's bytes; one that is not whole is removed."""
+        path = self._path(key)
+        try:
+            data = path.read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        try:
+            metadata, checksum = _checksum(data)
+            if metadata.get("crc32") == checksum:
+                return data
+        except (ValueError, AttributeError):  # no JSON, or JSON of another shape
+            pass
+        path.unlink(missing_ok=True)
+        return None
 
     def _path(self, key: str) -> Path:
         return self.root / key[:2] / f"{key}.safetensors"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -19,12 +18,10 @@ from torch import Tensor
 from trainer import captions
 from trainer.data import images
 from trainer.data.buckets import Size, cover
+from trainer.data.decoding import READERS, Picture, Wanted
 from trainer.data.folders import find_images, mask_of, walk
 from trainer.data.images import ImageError
 from trainer.errors import UserError
-
-READERS = min(8, os.cpu_count() or 1)  # hashing, decoding and resizing run outside Python's lock
-
 
 Masks = Literal["off", "file", "alpha", "auto"]  # where masks come from; auto: a file, else the alpha channel
 SAME_SHAPE = 0.02  # by how much a mask's aspect ratio may differ from its image's: both may have been rounded
@@ -124,40 +121,23 @@ def split(items: Sequence[Item], share: float, seed: int) -> tuple[tuple[Item, .
             tuple(item for item in items if item.sha256 in held))
 
 
-def load_pixels(item: Item, size: Size, offset: tuple[int, int], flip: bool) -> Tensor:
-    """One crop of an image as float32 in [-1, 1].  # 3 h w
-
-    `size` (w, h) and `offset` (left, top) are in pixels of the covering image (`buckets.cover`).
-    Raises `ImageError`.
-    """
-    return crop_pixels(cover_image(item, size), size, offset, flip)
+def wanted(item: Item, size: Size) -> Wanted:
+    """An item as decoders take it."""
+    return Wanted(item.path, item.sha256, item.width * item.height, size)
 
 
-def cover_image(item: Item, size: Size) -> Image.Image:
-    """The image as RGB, resized by Lanczos so that it just covers `size`.
-
-    Raises `ImageError` when it is broken, or not the one that was hashed: the cache must tell the truth.
-    """
-    try:
-        data = item.path.read_bytes()
-    except OSError as error:
-        raise ImageError(f"cannot be read: {error.strerror}") from error
-    if hashlib.sha256(data).hexdigest() != item.sha256:
-        raise ImageError("changed since the data set was read; start again to train on what it is now")
-    image = images.decode(data)
-    full = cover(image.width, image.height, size)
-    if full[0] * full[1] > images.MAX_PIXELS:
-        raise ImageError(f"{image.width} × {image.height} pixels are too narrow a strip to fill "
-                         f"{size[0]} × {size[1]}")
-    return image if image.size == full else image.resize(full, Image.Resampling.LANCZOS)
+def crop_picture(picture: Picture, size: Size, offset: tuple[int, int], flip: bool) -> np.ndarray:
+    """A crop of a covering image, mirrored after cropping if `flip`.  # h w 3, uint8"""
+    (width, height), (left, top) = size, offset  # in pixels of the covering image (`buckets.cover`)
+    pixels = np.frombuffer(picture.rgb, np.uint8).reshape(picture.height, picture.width, 3)
+    crop = pixels[top:top + height, left:left + width]
+    return crop[:, ::-1] if flip else crop
 
 
-def crop_pixels(image: Image.Image, size: Size, offset: tuple[int, int], flip: bool) -> Tensor:
-    """A crop of a covering image, mirrored after cropping if `flip`.  # 3 h w, float32 in [-1, 1]"""
-    (width, height), (left, top) = size, offset
-    pixels = np.asarray(image.crop((left, top, left + width, top + height)), dtype=np.float32)  # h w c
-    tensor = torch.from_numpy(pixels).permute(2, 0, 1) / 127.5 - 1.0
-    return (tensor.flip(-1) if flip else tensor).contiguous()
+def to_unit(pixels: Tensor) -> Tensor:
+    """Bytes b h w 3 as float32 in [-1, 1], b 3 h w, with the same bits on every device."""
+    half = torch.full((), 127.5, device=pixels.device)  # by a plain number a GPU divides inexactly
+    return pixels.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format) / half - 1.0
 
 
 def mask_image(item: Item, size: Size) -> Image.Image:

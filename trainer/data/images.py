@@ -6,9 +6,12 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from io import BytesIO
+from typing import TYPE_CHECKING
 
-import numpy as np
 from PIL import Image, ImageCms
+
+if TYPE_CHECKING:
+    import numpy as np
 
 MAX_PIXELS = 180_000_000  # a 13,400² scan; decoded it takes about 0.7 GB
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS  # Pillow warns above this and refuses above twice this: one limit, ours
@@ -147,13 +150,17 @@ def _rgba(image: Image.Image) -> Image.Image:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
+    if image.mode != "F" and not image.mode.startswith("I"):
+        return image
+    import numpy as np  # late: such images are rare, and a process that decodes others starts twice as fast
+
     if image.mode.startswith("I"):  # 16 bits a pixel; Pillow's own conversion clips at 255
         return _from_unit(np.asarray(image) / 65535.0)
-    return _from_unit(np.asarray(image)) if image.mode == "F" else image  # floating TIFF, 0..1
+    return _from_unit(np.asarray(image))  # floating TIFF, 0..1
 
 
 def _from_unit(values: np.ndarray) -> Image.Image:
-    return Image.fromarray((values * 255.0).clip(0, 255).round().astype(np.uint8))
+    return Image.fromarray((values * 255.0).clip(0, 255).round().astype("uint8"))
 
 
 def _to_srgb(image: Image.Image, profile: bytes) -> Image.Image:

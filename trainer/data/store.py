@@ -6,16 +6,16 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
 from typing import Generic, TypeVar
 
+import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from trainer.data.buckets import Size
 from trainer.data.cache import Cache
-from trainer.data.dataset import READERS, Item, cover_image, crop_pixels
+from trainer.data.dataset import Item, crop_picture, to_unit, wanted
+from trainer.data.decoding import Decoders, Picture, processes_for
 from trainer.data.images import ImageError
 from trainer.data.order import Draw
 from trainer.distributed import ALONE, World
@@ -100,6 +100,32 @@ class Writer:
             self.waiting.popleft().result()
 
 
+class Download:
+    """A tensor on its way from its device to the host, in memory that the device copies to by itself."""
+
+    def __init__(self, tensor: Tensor, dtype: torch.dtype) -> None:
+        self.arrived = torch.cuda.Event() if tensor.device.type == "cuda" else None
+        self.tensor = tensor.to("cpu", dtype, non_blocking=self.arrived is not None)
+        if self.arrived is not None:
+            self.arrived.record()
+
+    def result(self) -> Tensor:
+        """The tensor, once it is there."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return self.tensor
+
+
+def upload(crops: Sequence[np.ndarray], device: torch.device) -> Tensor:
+    """Crops h w 3 (uint8) of one size on the device, in [-1, 1]; the host does not wait for the copy.  # b 3 h w"""
+    if not crops:
+        return torch.zeros(0, 3, 0, 0, device=device)
+    pixels = torch.empty(len(crops), *crops[0].shape, dtype=torch.uint8, pin_memory=device.type == "cuda")  # b h w 3
+    for row, crop in zip(pixels.numpy(), crops):
+        row[...] = crop
+    return to_unit(pixels.to(device, non_blocking=True))
+
+
 class LatentStore:
     """Latents of every crop (and its mirror: the latent of a mirrored image is not the mirrored latent).
 
@@ -116,7 +142,9 @@ class LatentStore:
 
     def missing(self) -> list[Job]:
         """What is not in the cache yet."""
-        return [job for batch in self._batches(1) for job in batch if not self.cache.has(job.key)]
+        jobs = [job for batch in self._batches(1) for job in batch]
+        absent = self.cache.absent([job.key for job in jobs])
+        return [job for job in jobs if job.key in absent]
 
     def readable(self) -> list[int]:
         """Positions of the items that are not broken, as far as is known."""
@@ -127,25 +155,31 @@ class LatentStore:
         return [0 if item.sha256 in self.broken else item.repeats for item in self.items]
 
     def fill(self, encode: Callable[[Tensor], Tensor], batch_size: int, progress: Progress,
-             should_stop: Callable[[], bool], on_skip: Callable[[str, str], None], world: World = ALONE) -> bool:
+             should_stop: Callable[[], bool], on_skip: Callable[[str, str], None], world: World = ALONE,
+             device: torch.device | str = "cpu") -> bool:
         """Encode what is missing, at most `batch_size` images at a time; False when `should_stop` ended it early.
 
         Each process of `world` does its part, all into the one cache.
 
-        `encode` takes pixels in [-1, 1]  # b 3 h w  and gives latents  # b c h' w'.  An image that breaks
+        `encode` takes pixels in [-1, 1]  # b 3 h w  on `device` and gives latents  # b c h' w'.  An image that breaks
         while decoding is told to `on_skip(file, reason)` and left out.  Raises `UserError` when all are.
         """
         batches, done, total = _todo(self.cache, world.part(list(self._batches(batch_size))))
+        items = list(dict.fromkeys(job.item for batch in batches for job in batch.jobs))
+        files = [wanted(self.items[item], self.sizes[item]) for item in items]
         progress(done, total)
-        with Writer(self.cache) as writer:
-            for batch, (jobs, pixels) in zip(batches, self._decoded(batches, on_skip)):
+        with Writer(self.cache) as writer, Decoders(processes_for(files, world.size)) as decoders:
+            uploads = self._uploads(batches, decoders.pictures(files), torch.device(device), on_skip)
+            coming: deque[tuple[Batch[Job], list[Job], Download]] = deque()
+            for batch, jobs, pixels in uploads:
                 if should_stop():
                     return False
-                latents = encode(torch.stack(pixels)).to("cpu", self.dtype) if pixels else ()  # b c h w
-                for job, latent in zip(jobs, latents):
-                    if job.key in batch.absent:
-                        writer.put(job.key, {"latents": latent})
-                done += len(batch.absent)
+                coming.append((batch, jobs, Download(encode(pixels) if jobs else pixels, self.dtype)))
+                if len(coming) > 1:  # so that the device has work while the last batch's is put away
+                    done += self._put_away(writer, *coming.popleft())
+                    progress(done, total)
+            while coming:
+                done += self._put_away(writer, *coming.popleft())
                 progress(done, total)
         self.broken.update(*world.together(lambda: self.broken))  # all are done now
         if self.items and not any(self.repeats()):
@@ -176,23 +210,21 @@ class LatentStore:
         for (width, height), jobs in grouped.items():
             yield from _cut([jobs], min(batch_size, max(1, PIXELS // (width * height))))
 
-    def _decoded(self, batches: Sequence[Batch[Job]],
-                 on_skip: Callable[[str, str], None]) -> Iterator[tuple[list[Job], list[Tensor]]]:
-        """The jobs of each batch whose image can be decoded, and their pixels.  # 3 h w"""
-        stream = self._images(dict.fromkeys(job.item for batch in batches for job in batch.jobs))
-        current, image = -1, None
+    def _uploads(self, batches: Sequence[Batch[Job]], pictures: Iterator[Future[Picture]], device: torch.device,
+                 on_skip: Callable[[str, str], None]) -> Iterator[tuple[Batch[Job], list[Job], Tensor]]:
+        """Each batch, those of its jobs whose image can be decoded, and their pixels on the device.  # b 3 h w"""
+        current, picture = -1, None
         for batch in batches:
-            jobs, pixels = [], []
+            jobs, crops = [], []
             for job in batch.jobs:
                 if job.item != current:
-                    current, image = job.item, self._image(job.item, next(stream), on_skip)
-                if image is not None:
+                    current, picture = job.item, self._picture(job.item, next(pictures), on_skip)
+                if picture is not None:
                     jobs.append(job)
-                    pixels.append(crop_pixels(image, self.sizes[job.item], job.offset, job.flip))
-            yield jobs, pixels
+                    crops.append(crop_picture(picture, self.sizes[job.item], job.offset, job.flip))
+            yield batch, jobs, upload(crops, device)
 
-    def _image(self, item: int, future: Future[Image.Image],
-               on_skip: Callable[[str, str], None]) -> Image.Image | None:
+    def _picture(self, item: int, future: Future[Picture], on_skip: Callable[[str, str], None]) -> Picture | None:
         try:
             return future.result()
         except ImageError as error:
@@ -200,17 +232,12 @@ class LatentStore:
             on_skip(str(self.items[item].path), str(error))
             return None
 
-    def _images(self, items: Iterable[int]) -> Iterator[Future[Image.Image]]:
-        """The covering images in turn, decoded a few ahead so that the encoder need not wait."""
-        waiting = iter(items)
-        with ThreadPoolExecutor(READERS) as pool:
-            ahead = deque(self._submit(pool, item) for item in islice(waiting, READERS + 1))
-            while ahead:
-                yield ahead.popleft()
-                ahead.extend(self._submit(pool, item) for item in islice(waiting, 1))
-
-    def _submit(self, pool: ThreadPoolExecutor, item: int) -> Future[Image.Image]:
-        return pool.submit(cover_image, self.items[item], self.sizes[item])
+    def _put_away(self, writer: Writer, batch: Batch[Job], jobs: Sequence[Job], latents: Download) -> int:
+        """Have what the cache lacks of a batch written; how many jobs are done with it."""
+        for job, latent in zip(jobs, latents.result()):
+            if job.key in batch.absent:
+                writer.put(job.key, {"latents": latent})
+        return len(batch.absent)
 
 
 class TextStore:
@@ -227,7 +254,8 @@ class TextStore:
 
     def missing(self) -> list[str]:
         """The texts that are not in the cache yet."""
-        return [text for text in self.texts if not self.cache.has(self._key(text))]
+        absent = self.cache.absent([self._key(text) for text in self.texts])
+        return [text for text in self.texts if self._key(text) in absent]
 
     def fill(self, encode: Callable[[list[str]], dict[str, Tensor]], batch_size: int, progress: Progress,
              should_stop: Callable[[], bool], length: Callable[[str], int] = lambda text: 1,
@@ -239,15 +267,17 @@ class TextStore:
         """
         batches, done, total = _todo(self.cache, world.part(list(self._batches(batch_size, length))))
         progress(done, total)
-        for batch in batches:
-            if should_stop():
-                return False
-            tensors = encode([job.text for job in batch.jobs])
-            for i, job in enumerate(batch.jobs):
-                if job.key in batch.absent:
-                    self.cache.put(job.key, {name: self._cast(tensor[i]) for name, tensor in tensors.items()})
-            done += len(batch.absent)
-            progress(done, total)
+        with Writer(self.cache) as writer:
+            for batch in batches:
+                if should_stop():
+                    return False
+                tensors = {name: self._cast(tensor).cpu() for name, tensor in encode([
+                    job.text for job in batch.jobs]).items()}
+                for i, job in enumerate(batch.jobs):
+                    if job.key in batch.absent:
+                        writer.put(job.key, {name: tensor[i] for name, tensor in tensors.items()})
+                done += len(batch.absent)
+                progress(done, total)
         return True
 
     def embeds(self, texts: Sequence[str]) -> dict[str, Tensor]:
@@ -284,14 +314,11 @@ def _todo(cache: Cache, all_batches: Iterable[list[J]]) -> tuple[list[Batch[J]],
     encoding depend on its batch, and a run that was killed here must go on with the same bits as one that was
     not.
     """
-    batches, total, absent = [], 0, 0
-    for jobs in all_batches:
-        batch = Batch(jobs, frozenset(job.key for job in jobs if not cache.has(job.key)))
-        total += len(jobs)
-        absent += len(batch.absent)
-        if batch.absent:
-            batches.append(batch)
-    return batches, total - absent, total
+    parts = list(all_batches)
+    keys = [job.key for jobs in parts for job in jobs]
+    absent = cache.absent(keys)
+    batches = [Batch(jobs, absent.intersection(job.key for job in jobs)) for jobs in parts]
+    return [batch for batch in batches if batch.absent], len(keys) - len(absent), len(keys)
 
 
 def _pad(tensors: list[Tensor], pad: Tensor) -> list[Tensor]:
