@@ -16,13 +16,15 @@ CASES = [("sd15:2", "stella", ()), ("sdxl:1", "lora", ("adapter.dora=true",)), (
          ("flux1-dev:1", "lora", ('adapter.targets=["feed_forward"]', "adapter.fuse_qkv=false"))]
 
 
-def tiny(case: str, method: str, changes: tuple[str, ...]) -> tuple[Session, true_size.Size]:
+def tiny(case: str, method: str, changes: tuple[str, ...], dtype: torch.dtype = torch.float32
+         ) -> tuple[Session, true_size.Size]:
+    """A session with a small model of a case's topology, whose adapter is no longer as at the start."""
     [row] = step_time.rows_of(case, [method])
     size, device = true_size.shrunk(true_size.SIZES[row.size]), torch.device("cpu")
     torch.manual_seed(0)
-    denoiser = true_size.denoiser_of(size, row.quantize, device, torch.float32)
-    session = step_time.session_of(size, method, changes, denoiser, device, torch.float32, row)
-    for number, leaf in enumerate(session.adapter.parameters()):  # so that no gradient is 0, as at the start
+    denoiser = true_size.denoiser_of(size, row.quantize, device, dtype)
+    session = step_time.session_of(size, method, changes, denoiser, device, dtype, row)
+    for number, leaf in enumerate(session.adapter.parameters()):  # where some gradients are 0
         leaf.data += 0.05 * torch.randn(leaf.shape, generator=torch.Generator().manual_seed(number))
     return session, size
 

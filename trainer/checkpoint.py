@@ -42,6 +42,7 @@ class Progress:
     patient_since: int = 0  # the step after which validations without a gain are counted
     plan: dict[str, Any] = field(default_factory=dict)  # `memory.plan.Plan`, for a resume holds the model alike
     text_quantize: str = "none"  # how the text encoder was held that made the cached embeddings
+    attention: str = "usual"  # whose kernels attention prefers: usual, flash, cudnn, efficient
 
 
 def save(run: Run, progress: Progress, adapter: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]) -> int:

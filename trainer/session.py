@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -25,6 +25,7 @@ from trainer.distributed import ALONE, World
 from trainer.errors import UserError
 from trainer.export import reader
 from trainer.families.base import quantised_id
+from trainer.fast import convolutions
 from trainer.fast.graphs import StepGraphs
 from trainer.fast.prefetch import Prefetcher
 from trainer.faults import out_of_memory
@@ -95,6 +96,7 @@ class Session:
     limit: int = 0  # bytes of GPU memory that tensors may take; 0: nobody measured
     prefetch: Prefetcher | None = None  # reads micro-batches ahead while the run trains
     graphs: StepGraphs | None = None  # runs a micro-batch's passes as CUDA graphs
+    attention: AbstractContextManager[None] | None = None  # in which attention prefers chosen kernels
     world: World = ALONE  # the processes that train this run
     averager: Averager | None = None  # of their gradients, where there are several
     latest: Tensor = field(init=False)  # 2 b: each sample's plain loss and timestep, of the last micro-batch
@@ -265,6 +267,8 @@ def hold(family: ModuleType, denoiser: nn.Module, plan: Plan, device: torch.devi
     """Checkpoint and offload a loaded denoiser's blocks as `plan` says; what is not offloaded comes to the device."""
     family.set_gradient_checkpointing(denoiser, plan.checkpointing == "full")
     torch.backends.cuda.enable_cudnn_sdp(family.CUDNN_ATTENTION)  # for good: the backward pass chooses as well
+    if device.type == "cuda":
+        convolutions.lay_out(denoiser)
     if not plan.offload_blocks:
         return None
     offload = Offload(repeated_blocks(denoiser), plan.offload_blocks, device)

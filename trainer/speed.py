@@ -37,6 +37,18 @@ def recall(workspace: Path, preset: Preset, device: str) -> dict[str, Any] | Non
     return _read(_path(workspace)).get(_key(preset, device))
 
 
+def remember_attention(workspace: Path, key: str, chosen: str) -> None:
+    """Put down which kernels of attention were found to be the fastest for what `key` tells."""
+    known = _read(_path(workspace))
+    write_atomic(_path(workspace), json.dumps(known | {key: {"attention": chosen}}, indent=1).encode())
+
+
+def recall_attention(workspace: Path, key: str) -> str | None:
+    """The kernels of `remember_attention`; None: nothing is known."""
+    facts = _read(_path(workspace)).get(key)
+    return facts.get("attention") if isinstance(facts, dict) else None
+
+
 def seconds_anywhere(workspace: Path, preset: Preset) -> float | None:
     """Seconds per step of the same work on whichever device did it here; the slowest, where there are several."""
     work = _key(preset, "")

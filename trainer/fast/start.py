@@ -7,6 +7,7 @@ import traceback
 
 import torch
 
+from trainer.fast import attention
 from trainer.fast import compile as block_compiler
 from trainer.fast.graphs import CudaRecorder, StepGraphs
 from trainer.fast.prefetch import Prefetcher
@@ -23,6 +24,7 @@ PAYS = 3.0  # times its cost that compiling must save to be done unasked
 def prepare(session: Session) -> None:
     """Let blocks be compiled, batches be read ahead and passes run as graphs; a note says why something that could be,
     is not."""
+    attention.choose(session)  # before anything that is built on it
     _compile(session)
     if session.device.type == "cuda":
         session.prefetch = Prefetcher(session.read, session.device)
@@ -44,6 +46,7 @@ def _record(session: Session) -> None:
 
 def finish(session: Session) -> None:
     """Let go of all that only steps need, so that pictures and measurements have the memory."""
+    attention.release(session)
     if session.prefetch is not None:
         session.prefetch.close()
         session.prefetch = None

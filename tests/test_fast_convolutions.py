@@ -1,0 +1,44 @@
+"""Channels last in convolutions: the same numbers within rounding, and everything that reads weights is unaffected."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.test_memory_selective import gradients, tiny
+from trainer.adapters.layer import base_matrix
+from trainer.fast.convolutions import lay_out
+from trainer.memory import selective
+
+WAYS = [("sd15:2", "stella", ('adapter.targets=["all"]',)), ("sd15:1:none:int8", "lora", ()),
+        ("sdxl:1", "lora", ('adapter.targets=["convolution"]', "adapter.dora=true"))]
+
+
+def layouts(model: nn.Module) -> set[bool]:
+    """Whether weights of convolutions that could lie in either order have their channels last."""
+    return {weight.is_contiguous(memory_format=torch.channels_last) for weight in model.state_dict().values()
+            if weight.ndim == 4 and not (weight.is_contiguous() and weight.is_contiguous(
+                memory_format=torch.channels_last))}
+
+
+def close(one: list[Tensor], other: list[Tensor]) -> None:
+    for first, second in zip(one, other):
+        assert (first - second).norm() <= 1e-6 * first.norm()  # the loss itself is in fp32
+
+
+@pytest.mark.parametrize(("case", "method", "changes"), WAYS, ids=lambda part: str(part))
+def test_a_step_has_the_same_numbers(case: str, method: str, changes: tuple[str, ...]) -> None:
+    session, size = tiny(case, method, changes, torch.float64)
+    targets = session.adapter.layout.targets
+    plain, matrices = gradients(session, size), [base_matrix(target) for target in targets]
+    assert layouts(session.denoiser) == {False}
+    lay_out(session.denoiser, torch.channels_last)
+    assert layouts(session.denoiser) == {True}
+    last = gradients(session, size)
+    close(plain, last)
+    selective.install(session.denoiser)
+    assert all(map(torch.equal, last, gradients(session, size)))
+    assert all(map(torch.equal, matrices, map(base_matrix, targets)))  # of which starts and DoRA's norms are made
+    lay_out(session.denoiser)
+    assert layouts(session.denoiser) == {False} and all(map(torch.equal, plain, gradients(session, size)))
