@@ -19,7 +19,7 @@ ASSETS = Path(__file__).parent / "assets"
 SCRIPTS = ("core.js", "help.js", "series.js", "chart.js", "panels.js", "bins.js", "heat.js", "hard.js",
            "sample_viewer.js", "samples.js", "checkpoints.js", "run_notes.js", "run_menu.js", "run_results.js",
            "run_controls.js", "run_view.js", "run_queue.js", "run_list.js", "preset_text.js", "preset_form.js",
-           "preset_files.js", "preset_check.js", "preset_bases.js", "preset_editor.js",
+           "preset_files.js", "preset_check.js", "preset_bases.js", "preset_cards.js", "preset_editor.js",
            "first_run.js", "dataset_dialogs.js", "dataset_store.js",
            "dataset_card.js", "dataset_chips.js", "dataset_grid.js", "dataset_mask.js", "dataset_viewer.js",
            "dataset_training.js", "dataset_bulk.js", "dataset_overview.js", "dataset_health.js",

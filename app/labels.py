@@ -20,7 +20,7 @@ LABELS = {
     "train.snr_gamma": "Min-SNR gamma", "train.ema_decay": "EMA decay", "train.cautious": "Cautious weight decay",
     "memory.budget_gb": "Memory budget (GiB)", "memory.offload_blocks": "Blocks kept off the GPU",
     "memory.quantize": "Quantise the model", "memory.quantize_text_encoder": "Quantise the text encoder",
-    "memory.cuda_graphs": "CUDA graphs",
+    "memory.cuda_graphs": "CUDA graphs", "memory.shard": "Model shared by GPUs",
     "sample.prompts": "Sample prompts", "sample.every": "Draw samples every … steps",
     "sample.negative": "Negative prompt", "sample.before": "Draw before training", "sample.seed": "Seed of the samples",
     "sample.steps": "Sampler steps", "sample.width": "Width of samples", "sample.height": "Height of samples",

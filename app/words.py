@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from trainer.events import Event
+from trainer.events import Event, devices
 
 Note = list[Any]  # unix seconds, step or None, "plain" | "good" | "bad", text
 
@@ -16,10 +16,10 @@ def notes(events: list[Event]) -> list[Note]:
 
 
 def machine(start: Event) -> str:
-    """Where a run runs: "cuda (torch 2.13.0) on box"."""
+    """Where a run runs: "2 × NVIDIA L4, torch 2.13.0, box"."""
     if not start:
         return ""
-    parts = [str(start.get("device", ""))]
+    parts = [devices(start)]
     parts += [f"torch {start['torch']}"] if start.get("torch") else []
     parts += [str(start["host"])] if start.get("host") else []
     return ", ".join(part for part in parts if part)

@@ -149,16 +149,17 @@ def test_a_preset_is_checked_unasked_only_while_nothing_is_trained(server, jobs)
     assert broken["error"].startswith("mine.toml:1: not valid TOML")
 
 
-def test_one_of_several_gpus_is_chosen_for_a_run_and_a_run_can_be_queued(server, jobs, monkeypatch):
+def test_one_gpu_or_several_are_chosen_for_a_run_and_a_run_can_be_queued(server, jobs, monkeypatch):
     known = [{"index": 0, "name": "A", "gib": 8}, {"index": 1, "name": "B", "gib": 24}]
     monkeypatch.setattr(preset.cards, "cards", lambda: known)
     started = []
     monkeypatch.setattr(jobs, "start", lambda file, name, queued: started.append((file.read_text(), name, queued)))
     asked = {"text": TEXT, "name": "", "shelf": "own", "run": "a"}
     assert server["list_cards"]({}) == {"cards": known}
-    assert "error" not in server["start_run"](asked | {"card": 1, "queued": True})
-    assert started == [(TEXT + '\n[memory]\ndevice = "cuda:1"\n', "a", True)]
-    assert server["start_run"](asked | {"card": 2})["error"] == "there is no GPU 2 here; reload the page"
+    for chosen, device in (([1], "cuda:1"), ([1, 0], "cuda:0,1")):
+        assert "error" not in server["start_run"](asked | {"cards": chosen, "queued": True})
+        assert started.pop() == (TEXT + f'\n[memory]\ndevice = "{device}"\n', "a", True)
+    assert server["start_run"](asked | {"cards": [0, 2]})["error"] == "there is no GPU 2 here; reload the page"
 
 
 def test_what_is_put_in_the_queue_waits_also_when_nothing_is_on(jobs, monkeypatch):

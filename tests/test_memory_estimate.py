@@ -14,7 +14,8 @@ from trainer import families
 from trainer.adapters import Target, build
 from trainer.memory.blocks import repeated_blocks
 from trainer.memory.estimate import UPDATE, UPDATE_FREE, Estimate, Estimator, held_weights
-from trainer.memory.offload import Offload, tensors_of
+from trainer.memory.fetch import tensors_of
+from trainer.memory.offload import Offload
 from trainer.memory.plan import Plan
 from trainer.memory.trace import Alive, gpu_kernels
 from trainer.optim import build_optimizer

@@ -3,7 +3,7 @@
 import pytest
 
 from trainer.errors import UserError
-from trainer.memory.plan import Plan, below, plain, rungs, text_rungs
+from trainer.memory.plan import Plan, below, for_gpus, plain, rungs, text_rungs
 from trainer.schema import Adapter, Data, Memory, Model, Preset, Train
 
 
@@ -32,6 +32,26 @@ def test_what_a_preset_fixes_stays_fixed(fixed: dict, ladder: list[Plan]) -> Non
     assert rungs(preset(**fixed), 24) == ladder
 
 
+def test_several_gpus_share_the_weights_before_these_lose_bits() -> None:
+    shared = [Plan(mode, "full", shards=2) for mode in ("none", "fp8", "nf4")]
+    assert rungs(preset(), 24, 2) == [Plan(), Plan("none", "full"), shared[0], Plan("fp8", "full"), shared[1],
+                                      Plan("nf4", "full"), shared[2], *NF4]
+    assert rungs(preset(shard="on"), 24, 2) == shared == rungs(preset(shard="on", dora=True), 24, 2)
+    assert rungs(preset(shard="off"), 24, 2) == rungs(preset(), 24) == rungs(preset(shard="on"), 24)
+    assert all(plan.shards == 1 for plan in rungs(preset(offload_blocks=5), 24, 2))
+    assert below(preset(offload_blocks=0), 24, shared[0], 2) == [Plan("fp8", "full"), shared[1], Plan("nf4", "full"),
+                                                                 shared[2]]
+
+
+@pytest.mark.parametrize(("plan", "shard", "gpus", "then"), [
+    (Plan("fp8", "full", shards=2), "auto", 1, Plan("fp8", "full")), (Plan("nf4", "full", 8), "auto", 2,
+                                                                    Plan("nf4", "full", 8)),
+    (Plan("fp8", "full", shards=2), "auto", 4, Plan("fp8", "full", shards=4)),
+    (Plan(), "on", 2, Plan("none", "full", shards=2)), (Plan(), "auto", 2, Plan())])
+def test_a_run_that_goes_on_with_other_gpus_is_held_by_those(plan: Plan, shard: str, gpus: int, then: Plan) -> None:
+    assert for_gpus(plan, preset(shard=shard).memory, gpus) == then
+
+
 def test_a_small_model_has_fewer_rungs() -> None:
     assert [plan.offload_blocks for plan in rungs(preset(), 2)[4:]] == [1]
     assert rungs(preset(), 0)[-1] == rungs(preset(), 1)[-1] == Plan("nf4", "full")
@@ -57,6 +77,7 @@ def test_the_text_encoder_has_a_ladder_of_its_own() -> None:
 
 def test_a_plan_is_told_in_words() -> None:
     assert Plan("nf4", "full", 8).in_words(24) == "NF4, checkpointing, 8 of 24 blocks in system memory"
+    assert Plan("fp8", "full", shards=2).in_words(24) == "FP8, checkpointing, shared by 2 GPUs"
     assert Plan().in_words(24) == "unquantised, no checkpointing"
 
 

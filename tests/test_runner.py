@@ -11,6 +11,7 @@ import pytest
 
 from tests.run_folders import PRESET
 from trainer import preset as presets
+from trainer import run as runs
 from trainer import runner
 from trainer.detached import TRAINER, start_detached
 from trainer.events import EventReader, EventWriter
@@ -219,3 +220,22 @@ def test_a_run_that_is_gone_cannot_go_on(tmp_path):
     serve(tmp_path)
     [failure] = Queue(tmp_path).failures()
     assert failure.reason == "the folder of the run a is not there any more; it cannot go on"
+
+
+@pytest.mark.parametrize(("living", "own", "gpu", "has_room"), [
+    (["auto"], "auto", "b", True),
+    (["cuda:0,1"], "auto", "c", True),
+    (["cuda:0,1"], "auto", "b", False),  # its GPU is taken; another runner has a free one
+    (["cuda:0,1", "auto"], "auto", "c", False),  # a GPU each, and two for the first
+    (["auto"], "cuda:0,1", "c", True),
+    (["auto", "auto"], "cuda:0,1", "c", False),
+    (["cuda:1"], "cuda:0,1", "c", False),
+    ([], "cuda:0,1,2,3", "a", True),  # more than there are: it begins, and says so
+])
+def test_each_gpu_of_a_run_is_taken(tmp_path, living, own, gpu, has_room):
+    for number, device in enumerate(living):
+        preset = presets.complete(presets.parse(PRESET, "p.toml", [f"memory.device={device}"]), tmp_path)
+        runs.create(tmp_path, f"on-{number}", presets.dumps(preset))  # about to be trained
+    put(tmp_path, "next", f"memory.device={own}")
+    queue = Queue(tmp_path)
+    assert runner._has_room(queue, queue.waiting()[0], gpu, ["a", "b", "c"]) == has_room

@@ -8,6 +8,7 @@ import torch
 from tests import projects
 from trainer import preset as presets
 from trainer import setup
+from trainer.distributed import World
 from trainer.errors import UserError
 from trainer.events import EventReader
 from trainer.loop import run_training
@@ -137,6 +138,18 @@ def test_a_device_that_is_not_here_is_told(tiny_project, device, message) -> Non
         pytest.skip("it is here")
     with pytest.raises(UserError, match=message):
         pick_device(presets.load(tiny_project, [f"memory.device={device}"]))
+
+
+@pytest.mark.parametrize(("seen", "device"), [(2, "cuda:1"), (4, "cuda:3")])
+def test_each_process_has_its_own_of_the_gpus_that_a_preset_names(tiny_project, monkeypatch, seen, device) -> None:
+    """They are numbered anew where a process sees no others."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: seen)
+    world = World()
+    world.size, world.local_rank = 2, 1
+    assert pick_device(presets.load(tiny_project, ["memory.device=cuda:2,3"]), world) == torch.device(device)
+    world.local_rank = 2
+    with pytest.raises(UserError, match="'cuda:2,3' names 2 devices, and this run has 2 processes; choose 'auto'"):
+        pick_device(presets.load(tiny_project, ["memory.device=cuda:2,3"]), world)
 
 
 def test_a_cpu_computes_in_fp32_unless_told_otherwise(tiny_project) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from trainer import several
+from trainer.__main__ import main
 from trainer.errors import UserError
 
 THREE = {"CUDA_VISIBLE_DEVICES": "GPU-a,GPU-b,4"}
@@ -29,6 +30,24 @@ def test_gpus_that_are_not_there_are_refused(text: str, said: str) -> None:
 def test_a_machine_without_gpus_says_so() -> None:
     with pytest.raises(UserError, match="this machine has none"):
         several.choose("0", {"CUDA_VISIBLE_DEVICES": ""})
+
+
+def test_a_preset_that_names_several_gpus_starts_a_process_for_each(tiny_project, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(several, "TRAINER", program(
+        tmp_path, f"open({str(tmp_path / 'told')!r} + str(rank), 'w').write(' '.join("
+                  "[os.environ['CUDA_VISIBLE_DEVICES'], *sys.argv[1:]]))"))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a,GPU-b,4")
+    words = ["--preset", str(tiny_project), "--workspace", str(tmp_path), "--set=memory.device=cuda:2,0"]
+    assert main(words) == 0
+    assert [(tmp_path / f"told{rank}").read_text() for rank in (0, 1)] == [" ".join(["GPU-a,4", *words])] * 2
+    assert not (tmp_path / "runs").exists()  # the processes begin it, together
+
+
+def test_gpus_that_a_preset_names_in_vain_are_told_by_its_setting(tiny_project, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a")
+    assert main(["--preset", str(tiny_project), "--workspace", str(tmp_path), "--set=memory.device=cuda:0,1"]) == 1
+    assert capsys.readouterr().err == ("memory.device = 'cuda:0,1': there is no GPU 1; this machine has 1, numbered "
+                                       "from 0\n")
 
 
 def test_the_choice_is_not_passed_on() -> None:

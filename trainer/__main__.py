@@ -21,6 +21,7 @@ from trainer.errors import UserError
 from trainer.quantize import quiet_bitsandbytes
 from trainer.queue import Queue
 from trainer.run import Run
+from trainer.runner import chosen_gpus
 from trainer.schema import Preset
 
 if TYPE_CHECKING:
@@ -50,6 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _check(options)
         if options.json:
             raise UserError("--json goes with --check")
+        if "RANK" not in os.environ and len(named := chosen_gpus(_preset_of(options).memory.device)) > 1:
+            chosen = several.choose(",".join(map(str, named)), os.environ, "memory.device = 'cuda:{}'")
+            return several.launch(words, chosen, os.environ)
         return _train(*_chosen(options)) if processes == 1 else _train_together(options)
     except UserError as error:
         print(error, file=sys.stderr)
@@ -87,9 +91,10 @@ def _parser() -> argparse.ArgumentParser:
                         help="change a setting; may be given several times")
     parser.add_argument("--name", help="the run's name (default: the preset's, with the first free number)")
     parser.add_argument("--workspace", type=Path, default=Path("workspace"), help="where runs/ and caches are kept")
-    parser.add_argument("--gpus", metavar="N,N", help="the GPUs to train on together, such as 0,1: each takes "
-                        "train.batch_size images at a time, so that a step has as many times more. (For several "
-                        "machines: torchrun or accelerate launch, with a workspace that all of them see.)")
+    parser.add_argument("--gpus", metavar="N,N", help="the GPUs to train on together, such as 0,1 (or name them in the "
+                        "preset: memory.device = 'cuda:0,1'): each takes train.batch_size images at a time, so that a "
+                        "step has as many times more. (For several machines: torchrun or accelerate launch, with a "
+                        "workspace that all of them see.)")
     parser.add_argument("--check", action="store_true", help="check everything that can be checked without training")
     parser.add_argument("--json", action="store_true", help="with --check: the report as JSON")
     return parser
@@ -192,14 +197,19 @@ def _checkpoint(workspace: Path, text: str) -> tuple[Run, int | None]:
     return facts.find_run(workspace, name), int(step)
 
 
+def _preset_of(options: argparse.Namespace) -> Preset:
+    """The preset that a command line means."""
+    workspace = options.workspace.resolve()
+    if options.branch:
+        return branch.preset_of(_checkpoint(workspace, options.branch)[0], options.overrides)
+    path = runs.open_run(options.resume).preset if options.resume else presets.find(options.preset, workspace)
+    return presets.load(path, options.overrides)
+
+
 def _check(options: argparse.Namespace) -> int:
     workspace = runs.open_run(options.resume).path.parent.parent if options.resume else options.workspace.resolve()
     try:
-        if options.branch:
-            preset = branch.preset_of(_checkpoint(workspace, options.branch)[0], options.overrides)
-        else:
-            path = options.resume / "preset.toml" if options.resume else presets.find(options.preset, workspace)
-            preset = presets.load(path, options.overrides)
+        preset = _preset_of(options)
     except UserError as error:
         if not options.json:
             raise

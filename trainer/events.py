@@ -101,6 +101,12 @@ class EventReader:
         return (event for event in _parse(likely) if event["kind"] in self._kinds)
 
 
+def devices(start: Event) -> str:
+    """What a run runs on, by its `start` event: "NVIDIA L4", or "2 × NVIDIA L4"."""
+    name, count = str(start.get("device", "")), start.get("processes")
+    return f"{count} × {name}" if isinstance(count, int) and count > 1 and name else name
+
+
 def heal(path: Path) -> None:
     """Cut a torn last line (a writer was killed inside its `write`)."""
     if not path.exists():

@@ -13,7 +13,7 @@ from typing import Any
 from trainer import preset as presets
 from trainer import schema
 from trainer.errors import UserError
-from trainer.events import Event, EventReader, first_event, newest_events, rewind
+from trainer.events import Event, EventReader, devices, first_event, newest_events, rewind
 from trainer.run import Run, list_runs, open_run
 from trainer.schema import Preset
 
@@ -141,7 +141,7 @@ def collect(run: Run) -> Facts:
         checkpoints=run.checkpoint_steps(), exports=_exports(run, by_kind.get("export", [])), skipped=skipped,
         notes=[str(event.get("text", "")) for event in by_kind.get("note", [])[-MOST_NOTES:]],
         data=_last(by_kind.get("data", [])), versions=_versions(by_kind.get("start", [])),
-        hardware=str((_last(by_kind.get("start", [])) or {}).get("device", "")),
+        hardware=devices(_last(by_kind.get("start", [])) or {}),
         best=_last(by_kind.get("best", [])), origin=origin._asdict() if (origin := run.origin()) else None)
 
 
@@ -198,7 +198,7 @@ def _exports(run: Run, events: Sequence[Event]) -> list[Export]:
 
 def _device(starts: Sequence[Event]) -> str:
     start = _last(starts) or {}
-    parts = [str(start.get("device", "")), f"torch {start['torch']}" if start.get("torch") else "",
+    parts = [devices(start), f"torch {start['torch']}" if start.get("torch") else "",
              str(start.get("host", ""))]
     return ", ".join(part for part in parts if part)
 

@@ -236,6 +236,12 @@ def _memory(sections: Mapping[str, Any]) -> list[Problem]:
     if memory.offload_blocks > 0 and memory.gradient_checkpointing == "none":
         found.append(Problem("memory.offload_blocks", "needs memory.gradient_checkpointing = 'full' (or 'auto'): "
                              "without it every block's weights stay on the GPU until the backward pass"))
+    if memory.shard == "on" and memory.gradient_checkpointing == "none":
+        found.append(Problem("memory.shard", "'on' needs memory.gradient_checkpointing = 'full' (or 'auto'): without "
+                             "it every block's weights stay on the GPU until the backward pass"))
+    if memory.shard == "on" and memory.offload_blocks > 0:
+        found.append(Problem("memory.shard", "'on' does not go with memory.offload_blocks: a block is kept by the "
+                             "other GPUs or by the computer; take one of them out"))
     if (adapter is not None and "text_encoder" in adapter.targets
             and memory.quantize_text_encoder not in ("auto", "none")):
         found.append(Problem("memory.quantize_text_encoder", "does not go with 'text_encoder' in adapter.targets, "
@@ -249,7 +255,7 @@ def _fast(sections: Mapping[str, Any]) -> list[Problem]:
     if memory is None or adapter is None or train is None:
         return []
     both = [("memory.device = 'cpu'", memory.device == "cpu"), ("memory.offload_blocks", memory.offload_blocks > 0),
-            ("adapter.dropout", adapter.dropout > 0)]
+            ("adapter.dropout", adapter.dropout > 0), ("memory.shard = 'on'", memory.shard == "on")]
     graphs = [*both, ("'text_encoder' in adapter.targets", "text_encoder" in adapter.targets)]
     compiled = [*both, (f"memory.quantize = {memory.quantize!r}", memory.quantize not in ("auto", "none"))]
     wanted = [("memory.cuda_graphs", memory.cuda_graphs, graphs), ("train.compile", train.compile, compiled)]

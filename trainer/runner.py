@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 from trainer import preset as presets
@@ -39,6 +40,12 @@ def gpus(environment: Mapping[str, str]) -> list[str]:
     return [line.strip() for line in told.stdout.splitlines() if line.strip().startswith("GPU-")] or [""]
 
 
+def chosen_gpus(device: str) -> list[int]:
+    """The numbers of GPUs that memory.device names, as in cuda:0,1; none where it leaves the choice."""
+    kind, _, numbers = device.partition(":")
+    return sorted({int(number) for number in numbers.split(",")}) if kind == "cuda" and numbers else []
+
+
 def start_runners(workspace: Path, trainer: Sequence[str], environment: Mapping[str, str]) -> int:
     """A detached runner for each GPU that has none; returns how many were started.  Nothing waits: none."""
     queue = Queue(workspace)
@@ -54,23 +61,23 @@ def start_runners(workspace: Path, trainer: Sequence[str], environment: Mapping[
 def serve(workspace: Path, gpu: str, trainer: Sequence[str], environment: Mapping[str, str], say: Say) -> None:
     """Train what waits, in order, until nothing is left.  Another runner of the same GPU: leave it to that one."""
     queue = Queue(workspace)
-    slots = len(gpus(environment))
+    known = gpus(environment)
     mask = {VISIBLE: gpu} if gpu else {}
     while True:
         with queue.seat(gpu) as seated:
             if not seated:
                 say("this GPU has its runner already")
                 return
-            while _serve_one(queue, slots, trainer, {**environment, **mask}, dict(environment), say):
+            while _serve_one(queue, gpu, known, trainer, {**environment, **mask}, dict(environment), say):
                 pass
         if not queue.waiting():  # else it came while we were leaving, and whoever brought it relies on us
             return
 
 
-def _serve_one(queue: Queue, slots: int, trainer: Sequence[str], masked: Mapping[str, str],
+def _serve_one(queue: Queue, gpu: str, known: Sequence[str], trainer: Sequence[str], masked: Mapping[str, str],
                whole: Mapping[str, str], say: Say) -> bool:
     """Train the next entry; False when there is none left."""
-    while queue.waiting() and _living(queue) >= slots:  # runs that were started without the queue count too
+    while (waiting := queue.waiting()) and not _has_room(queue, waiting[0], gpu, known):
         time.sleep(POLL)
     with queue.claim() as entry:
         if entry is None:
@@ -150,11 +157,37 @@ def _wait_while_held(run: Run) -> bool:
     return was_held
 
 
-def _living(queue: Queue) -> int:
-    """How many runs are being trained, or are about to be."""
+def _has_room(queue: Queue, entry: Entry, gpu: str, known: Sequence[str]) -> bool:
+    """Whether an entry can begin on a runner's GPU, or on those that it names.
+
+    A run takes one GPU, or as many as it names; runs that were started without the queue count too.
+    """
+    living = [_gpus_of(run.preset) for run in _living(queue)]
+    own = _gpus_of(entry.path)
+    if sum(max(1, len(numbers)) for numbers in living) + min(max(1, len(own)), len(known)) > len(known):
+        return False
+    taken = {known[number] for numbers in living for number in numbers if number < len(known)}
+    return taken.isdisjoint({known[number] for number in own if number < len(known)} or {gpu})
+
+
+def _gpus_of(path: Path) -> list[int]:
+    """The GPUs that a preset's file names."""
+    try:
+        return _named_in(path, path.stat().st_mtime_ns)
+    except (OSError, UserError):  # gone, or a fault that is told when it is its turn
+        return []
+
+
+@lru_cache(maxsize=256)
+def _named_in(path: Path, changed: int) -> list[int]:
+    return chosen_gpus(presets.load(path).memory.device)
+
+
+def _living(queue: Queue) -> list[Run]:
+    """The runs that are being trained, or are about to be."""
     idle = {entry.name for entry in (*queue.failures(), *queue.waiting())}
-    return sum(1 for run in runs.list_runs(queue.workspace)
-               if run.is_held() or (run.name not in idle and _is_beginning(run)))
+    return [run for run in runs.list_runs(queue.workspace)
+            if run.is_held() or (run.name not in idle and _is_beginning(run))]
 
 
 def _is_beginning(run: Run) -> bool:

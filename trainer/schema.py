@@ -196,8 +196,9 @@ class Train(Section):
 
 
 class Memory(Section):
-    device: str = setting("auto", "auto, cpu, cuda, or one of several GPUs as cuda:1.", advanced=True,
-                          pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
+    device: str = setting("auto", "auto, cpu, cuda, one of several GPUs as cuda:1, or several together as cuda:0,1.",
+                          advanced=True,
+                          pattern=r"^(auto|cpu|mps|cuda(:\d+(,\d+)*)?)$")
     budget_gb: float = setting(0.0, "GPU memory that the run may take, in GiB; 0: what the GPU has. What is left to "
                                "auto below is chosen to fit.", ge=0.0, le=1024.0)
     quantize: Quantize = setting("auto", "The frozen model in fewer bits: half of 16 (fp8, int8) or about a quarter "
@@ -208,6 +209,9 @@ class Memory(Section):
         "auto", "full: less memory, about a third more time. auto: when the budget needs it.")
     offload_blocks: int = setting(-1, "Blocks of the model kept in the computer's memory and fetched when needed: less "
                                   "GPU memory, more time. -1: as the budget needs.", advanced=True, ge=-1, le=1000)
+    shard: Literal["auto", "on", "off"] = setting(
+        "auto", "Several GPUs share the frozen model: each holds a part and reads the others', for some time more. "
+        "auto: when the budget needs it.", advanced=True)
     cuda_graphs: Literal["auto", "on", "off"] = setting(
         "auto", "Steps as CUDA graphs: the same numbers, faster, for more GPU memory. auto: SD 1.5 and SDXL, where "
         "there is memory enough.", advanced=True)

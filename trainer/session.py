@@ -23,7 +23,6 @@ from trainer.data.order import Draw, Order, share
 from trainer.data.store import LatentStore, TextStore
 from trainer.distributed import ALONE, World
 from trainer.errors import UserError
-from trainer.export import reader
 from trainer.families.base import quantised_id
 from trainer.fast import convolutions
 from trainer.fast.graphs import StepGraphs
@@ -34,9 +33,11 @@ from trainer.material import Material, framing, noise_seeds, to_device
 from trainer.memory.blocks import repeated_blocks
 from trainer.memory.offload import Offload
 from trainer.memory.plan import Plan
+from trainer.memory.shards import Neighbours, Shards, load_shared
 from trainer.objective import Objective, per_sample_loss, pixel_weights
 from trainer.record import Recorder
 from trainer.run import Run
+from trainer.runner import chosen_gpus
 from trainer.schema import FAMILY_MODEL, FLOW_FAMILIES, Preset
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ class Model(NamedTuple):
     denoiser: nn.Module
     adapter: Adapter
     optimizer: torch.optim.Optimizer
-    offload: Offload | None
+    offload: Offload | Shards | None
     plan: Plan
 
 
@@ -91,7 +92,7 @@ class Session:
     whole: bool = True  # False inside an optimizer step
     spectra: tuple[int, Future[dict[str, Any]]] | None = None  # ranks being computed, and of which step
     plan: Plan = Plan()  # how the denoiser is held
-    offload: Offload | None = None
+    offload: Offload | Shards | None = None  # where blocks come from that are not held whole
     text_quantize: str = "none"  # how the text encoder was held when it filled the cache
     limit: int = 0  # bytes of GPU memory that tensors may take; 0: nobody measured
     prefetch: Prefetcher | None = None  # reads micro-batches ahead while the run trains
@@ -99,6 +100,7 @@ class Session:
     attention: AbstractContextManager[None] | None = None  # in which attention prefers chosen kernels
     world: World = ALONE  # the processes that train this run
     averager: Averager | None = None  # of their gradients, where there are several
+    neighbours: Neighbours | None = None  # those that can hold the model together
     latest: Tensor = field(init=False)  # 2 b: each sample's plain loss and timestep, of the last micro-batch
     seen: Tensor = field(init=False)  # n 2 b: the same of all micro-batches of a step
 
@@ -219,6 +221,11 @@ class Session:
             self.adapter.prune(rank_budget(self.progress.step, self.steps, chosen.rank, chosen.rank_target))
 
     @property
+    def gpus(self) -> int:
+        """How many GPUs can hold the model together."""
+        return len(self.neighbours.ranks) if self.neighbours else 1
+
+    @property
     def shown_weights(self) -> str:
         """The weights that exports, samples and validation use."""
         chosen = self.preset.output.weights
@@ -245,11 +252,20 @@ class Session:
 
 
 def load_model(preset: Preset, family: ModuleType, base: Any, text_encoder: Any, device: torch.device,
-               dtype: torch.dtype, plan: Plan) -> Model:
+               dtype: torch.dtype, plan: Plan, neighbours: Neighbours | None = None) -> Model:
     """The denoiser, held as `plan` says, with a new adapter and its optimizer."""
-    denoiser = load_denoiser(family, base, device, dtype, plan)
+    denoiser, shards = load(family, base, device, dtype, plan, neighbours)
     adapter = build_adapter(preset, family, denoiser, text_encoder, device)
-    return Model(denoiser, adapter, build_optimizer(preset, adapter), hold(family, denoiser, plan, device), plan)
+    offload = hold(family, denoiser, plan, device)
+    return Model(denoiser, adapter, build_optimizer(preset, adapter), offload or shards, plan)
+
+
+def load(family: ModuleType, base: Any, device: torch.device, dtype: torch.dtype, plan: Plan,
+         neighbours: Neighbours | None) -> tuple[nn.Module, Shards | None]:
+    """The denoiser with its weights, and where they are when GPUs share them."""
+    if plan.shards > 1 and neighbours is not None:
+        return load_shared(family, base, device, dtype, plan, neighbours)
+    return load_denoiser(family, base, device, dtype, plan), None
 
 
 def load_denoiser(family: ModuleType, base: Any, device: torch.device, dtype: torch.dtype, plan: Plan) -> nn.Module:
@@ -313,13 +329,6 @@ def build_adapter(preset: Preset, family: ModuleType, denoiser: nn.Module, text_
     return adapter
 
 
-def describe_start(pairs: reader.Pairs, adapter: Adapter) -> str:
-    """What is taken over from another LoRA file, in words."""
-    rank, own = max(down.shape[0] for _, down, _ in pairs.values()), adapter.layout.rank
-    change = "" if rank == own else f", filled up to {own}" if rank < own else f", cut to {own} by the SVD"
-    return f"{len(pairs)} of {len(adapter.layout.targets)} layers, rank {rank}{change}"
-
-
 def build_optimizer(preset: Preset, adapter: Adapter) -> torch.optim.Optimizer:
     """The optimizer of a preset over its adapter."""
     train = preset.train
@@ -337,9 +346,13 @@ def open_base(preset: Preset) -> Any:
 
 def pick_device(preset: Preset, world: World = ALONE) -> torch.device:
     """The device of `memory.device`, and each of several processes' own; `UserError` when it is not there."""
-    name = preset.memory.device
-    if world.size > 1 and name not in ("auto", "cpu"):
-        raise UserError(f"memory.device = {name!r} names one device, and this run has {world.size} processes; choose "
+    name, numbers = preset.memory.device, chosen_gpus(preset.memory.device)
+    if len(numbers) > max(1, world.local_rank):  # those that this process sees may be these alone, numbered anew
+        only_these = torch.cuda.device_count() == len(numbers)
+        name = f"cuda:{world.local_rank if only_these else numbers[world.local_rank]}"
+    elif world.size > 1 and name not in ("auto", "cpu"):
+        count = "one device" if len(numbers) < 2 else f"{len(numbers)} devices"
+        raise UserError(f"memory.device = {name!r} names {count}, and this run has {world.size} processes; choose "
                         "'auto', and the GPUs where the run is started")
     if world.size > 1 and name == "auto" and torch.cuda.is_available():
         name = f"cuda:{world.local_rank}"

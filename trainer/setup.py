@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from trainer import checkpoint, evaluation, families, gpu, optim
+from trainer.adapters import Adapter
 from trainer.adapters.target import part_rows
 from trainer.checkpoint import Progress
 from trainer.data.cache import Cache
@@ -26,12 +27,11 @@ from trainer.export.stacked import together
 from trainer.families.base import quantised_id
 from trainer.faults import out_of_memory
 from trainer.material import Material
-from trainer.memory.blocks import repeated_blocks
 from trainer.memory.choice import choose
-from trainer.memory.hold import change
 from trainer.memory.meter import Meter
-from trainer.memory.plan import WORDS, Plan, rungs, text_rungs
+from trainer.memory.plan import WORDS, Plan, text_rungs
 from trainer.memory.probe import FULL
+from trainer.memory.shards import Neighbours, meet
 from trainer.memory.weights import bytes_of
 from trainer.metrics.features import find_weights
 from trainer.quantize.available import check_settings, works
@@ -43,7 +43,6 @@ from trainer.session import (
     LATENT_DTYPE,
     Guard,
     Session,
-    describe_start,
     fill_texts,
     find_objective,
     load_model,
@@ -99,13 +98,15 @@ def set_up(run: Run, preset: Preset, device: torch.device, workspace: Path, reco
         schedule=optim.build_schedule(preset.train.lr_scheduler, steps, preset.train.warmup_steps),
         text_quantize=quantize, limit=meter.limit if meter else 0, world=world)
 
+    neighbours = _neighbours(preset, world, device, recorder, run.last_step())
+
     def build(plan: Plan) -> Session:
         recorder.phase("loading the denoiser")
         guard()
-        return around(**load_model(preset, family, base, text_encoder, device, dtype, plan)._asdict())
+        model = load_model(preset, family, base, text_encoder, device, dtype, plan, neighbours)
+        return around(**model._asdict(), neighbours=neighbours)
 
-    session = choose(build, preset, base, device, saved, meter, recorder, workspace)
-    agree(session)
+    session = choose(build, preset, base, device, saved, meter, recorder, workspace, world, neighbours)
     if preset.adapter.start_from and run.last_step() == 0:
         _continue(session)
     _resume(session)
@@ -137,14 +138,21 @@ def _processes(count: int) -> str:
     return "one process" if count == 1 else f"{count} processes"
 
 
-def agree(session: Session) -> None:
-    """Hold the model alike in all processes: as in the one that has the least room for it."""
-    blocks = len(repeated_blocks(session.denoiser))
-    plans = [Plan(**plan) for plan in session.world.together(lambda: asdict(session.plan))]
-    ladder = rungs(session.preset, blocks)
-    chosen = max(plans, key=lambda plan: ladder.index(plan) if plan in ladder else -1)
-    if chosen != session.plan:
-        change(session, chosen)
+def _neighbours(preset: Preset, world: World, device: torch.device, recorder: Recorder,
+                step: int) -> Neighbours | None:
+    """The processes that can hold the model together, as far as the preset lets them; None: each holds it whole."""
+    chosen = preset.memory.shard
+    if world.size == 1 or chosen == "off" or (chosen == "auto" and device.type != "cuda"):
+        if world.size == 1 and chosen == "on":
+            recorder.note(step, "memory.shard = 'on' has nothing to do here: one process trains this run")
+        return None
+    try:
+        return meet(world, device)
+    except UserError as error:
+        if chosen == "on":
+            raise UserError(f"memory.shard = 'on' does not work here: {error}. Set it to 'auto' or 'off'") from error
+        recorder.note(step, f"Each GPU holds the whole model, since sharing it does not work here: {error}")
+        return None
 
 
 def _held_before(run: Run) -> Progress | None:
@@ -246,7 +254,14 @@ def _continue(session: Session) -> None:
     pairs = together(reader.read(Path(chosen.start_from), family=session.preset.model.family),
                      part_rows(adapter.layout.targets))
     adapter.load_pairs(pairs)
-    session.recorder.note(0, f"continues {chosen.start_from}: {describe_start(pairs, adapter)}")
+    session.recorder.note(0, f"continues {chosen.start_from}: {_start(pairs, adapter)}")
+
+
+def _start(pairs: reader.Pairs, adapter: Adapter) -> str:
+    """What is taken over from another LoRA file, in words."""
+    rank, own = max(down.shape[0] for _, down, _ in pairs.values()), adapter.layout.rank
+    change = "" if rank == own else f", filled up to {own}" if rank < own else f", cut to {own} by the SVD"
+    return f"{len(pairs)} of {len(adapter.layout.targets)} layers, rank {rank}{change}"
 
 
 def _take_over(session: Session, adapter: dict[str, Tensor], optimizer: dict[str, Tensor],

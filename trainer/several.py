@@ -1,4 +1,5 @@
-"""Starts one trainer for each of several GPUs, as one command: `python -m trainer --gpus 0,1 …`."""
+"""Starts one trainer for each of several GPUs, as one command: `python -m trainer --gpus 0,1 …`, or a preset that names
+them in memory.device."""
 
 from __future__ import annotations
 
@@ -18,15 +19,16 @@ GRACE = 60.0  # seconds that the others have to save and end, once one has ended
 LOCAL = "127.0.0.1"
 
 
-def choose(text: str, environment: Mapping[str, str]) -> list[str]:
+def choose(text: str, environment: Mapping[str, str], asked: str = "--gpus {}") -> list[str]:
     """The GPUs meant by "0,1", by the names that CUDA_VISIBLE_DEVICES takes.  Raises `UserError` for other texts, and
-    for GPUs that are not there."""
+    for GPUs that are not there, which tells where that was `asked`."""
+    asked = asked.format(text)
     numbers = [part.strip() for part in text.split(",")]
     if not all(number.isdecimal() for number in numbers) or len(set(numbers)) < len(numbers):
-        raise UserError(f"--gpus {text}: give the numbers of GPUs, each once, with commas between them, such as 0,1")
+        raise UserError(f"{asked}: give the numbers of GPUs, each once, with commas between them, such as 0,1")
     there = [name for name in gpus(environment) if name]
     if missing := [number for number in numbers if int(number) >= len(there)]:
-        raise UserError(f"--gpus {text}: there is no GPU {', '.join(missing)}; this machine has "
+        raise UserError(f"{asked}: there is no GPU {', '.join(missing)}; this machine has "
                         + (f"{len(there)}, numbered from 0" if there else "none"))
     return [there[number] for number in sorted(map(int, numbers))]
 

@@ -65,11 +65,12 @@ def _add(workspace: Path, preset: Preset, device: str, **facts: Any) -> None:
     write_atomic(path, json.dumps(known, indent=1).encode())
 
 
-def device_name(device: Any) -> str:
-    """The GPU's or the processor's name."""
+def device_name(device: Any, gpus: int = 1) -> str:
+    """The GPU's or the processor's name, or that of several which can hold a model together."""
     import torch
 
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} {platform.machine()}"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} {platform.machine()}"
+    return name if gpus == 1 else f"{gpus} × {name}"
 
 
 def _path(workspace: Path) -> Path:
@@ -84,6 +85,7 @@ def _key(preset: Preset, device: str) -> str:
         train.grad_accum, train.precision, train.optimizer, train.ema_decay > 0, adapter.method, adapter.rank,
         adapter.init, adapter.dora, adapter.dropout > 0, adapter.fuse_qkv, adapter.target_pattern,
         *sorted(adapter.targets), memory.quantize, memory.gradient_checkpointing, memory.offload_blocks,
+        *(["shard", memory.shard] if memory.shard != "auto" else []),
         memory.budget_gb, memory.cuda_graphs, train.compile))
 
 

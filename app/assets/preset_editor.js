@@ -37,8 +37,7 @@
       this.resetButton = work("Reset", "", () => this.reset());
       this.deleteButton = work("Delete", "st-danger", () => this.delete());
       this.runName = h("input", { id: "studio-run", autocomplete: "off", spellcheck: "false", maxlength: "100" });
-      this.card = h("select", { id: "studio-card" });
-      this.cardField = h("div", { class: "st-field", hidden: true }, h("label", { for: "studio-card" }, "GPU"), this.card);
+      this.cards = new Studio.PresetCards();
       this.startButton = work("Start training", "st-primary", () => this.start(false));
       this.queueButton = work("Add to queue", "", () => this.start(true));
       this.status = h("p", { role: "status", class: "st-asked" });
@@ -53,7 +52,7 @@
             this.status, this.faults, this.differences),
           h("section", { class: "st-card st-before", "aria-label": "Start a run" },
             h("div", { class: "st-row st-bottom" },
-              h("div", { class: "st-field" }, h("label", { for: "studio-run" }, "Name of the run"), this.runName), this.cardField, this.startButton, this.queueButton),
+              h("div", { class: "st-field" }, h("label", { for: "studio-run" }, "Name of the run"), this.runName), this.cards.element, this.startButton, this.queueButton),
             this.checks.element)),
         h("div", { class: "st-columns" },
           h("section", { class: "st-card", "aria-label": "Settings" }, h("header", {}, h("h3", {}, "Settings")), this.form.element),
@@ -89,9 +88,7 @@
 
     async listCards() {
       const { cards } = await Studio.ask(this.server, "list_cards").catch(() => ({ cards: [] })); // a start still works
-      this.cardField.hidden = cards.length < 2;
-      this.card.replaceChildren(h("option", { value: "" }, "As the preset says"),
-        ...cards.map(({ index, name, gib }) => h("option", { value: index }, `${index}: ${name}${gib ? `, ${gib} GiB` : ""}`)));
+      this.cards.show(cards);
     }
 
     /** Open a preset, with what was unsaved of it unless `asSaved`. */
@@ -299,8 +296,7 @@
 
     async start(queued) {
       const { shelf, name } = this;
-      const request = { text: this.text.value, name, shelf, run: this.runName.value.trim(), queued };
-      if (!this.cardField.hidden && this.card.value !== "") request.card = Number(this.card.value);
+      const request = { text: this.text.value, name, shelf, run: this.runName.value.trim(), queued, ...this.cards.asked() };
       const { run, waits } = await Studio.ask(this.server, "start_run", request);
       this.say(waits ? `${run} waits in the queue${queued ? "" : ", since another run is on"}.` : "");
       this.runName.value = Studio.nextName(run);

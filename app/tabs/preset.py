@@ -90,7 +90,7 @@ class StartRun(Request):
     name: PresetName
     shelf: Shelf
     run: Annotated[str, Field(max_length=200)]
-    card: Annotated[int, Field(ge=0, le=255)] | None = None  # of several GPUs
+    cards: Annotated[list[Annotated[int, Field(ge=0, le=255)]], Field(max_length=64)] = []  # [] as the preset says
     queued: bool = False  # to wait in the queue, also when nothing is on
 
 
@@ -179,10 +179,10 @@ def start_run(jobs: Jobs, asked: StartRun) -> Answer:
     """Start a run of the text, or let it wait: of its file when it says the same, else of a draft."""
     jobs.refuse_taken(asked.run)
     text = asked.text
-    if asked.card is not None:
-        if asked.card not in {card["index"] for card in cards.cards()}:
-            raise UserError(f"there is no GPU {asked.card} here; reload the page")
-        text = form.change(text, "memory", "device", f"cuda:{asked.card}")
+    if chosen := sorted(set(asked.cards)):
+        if missing := set(chosen) - {card["index"] for card in cards.cards()}:
+            raise UserError(f"there is no GPU {min(missing)} here; reload the page")
+        text = form.change(text, "memory", "device", f"cuda:{','.join(map(str, chosen))}")
     preset.parse(text, f"{asked.name or 'preset'}.toml")
     file = _file_of(jobs.places, asked.shelf, asked.name, text, asked.run)
     return {"run": asked.run, "waits": jobs.start(file, asked.run, asked.queued)}

@@ -84,12 +84,19 @@ def switch(target: Target, down: Tensor | None, up: Tensor | None, gain: Tensor 
         module.adapter_down, module.adapter_up, module.adapter_gain = down, rows, gain
 
 
+def _bring(module: nn.Module) -> None:
+    """Have a layer's weight here that is shared between GPUs and comes only when it is used."""
+    if (fetch := vars(module).get("fetch_weights")) is not None:
+        fetch()
+
+
 def transposed_product(target: Target, up: Tensor) -> Tensor:
     """W^T up: [m, r] -> [n, r]; a layer whose W cannot be read gives it as its input gradient."""
     if target.parts:
         rows = up.split([part.out_features for part in target.parts])
         return sum(transposed_product(target.part(part), piece) for part, piece in zip(target.parts, rows))
     module = target.module
+    _bring(module)
     if readable(module):
         weight = module.weight.detach().flatten(1)
         return weight.t() @ up.to(weight.dtype)
@@ -104,6 +111,7 @@ def base_matrix(target: Target) -> Tensor:
     if target.parts:
         return torch.cat([base_matrix(target.part(part)) for part in target.parts])
     module = target.module
+    _bring(module)
     if not readable(module):
         return transposed_product(target, torch.eye(target.rows, device=module.weight.device)).t()
     weight = module.weight.detach().flatten(1)

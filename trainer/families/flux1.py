@@ -16,7 +16,7 @@ from trainer.families.base import Base
 from trainer.families.clip_text import ClipTextEncoder
 from trainer.families.folders import read_json
 from trainer.families.opening import Opened, given, open_parts
-from trainer.families.tensors import Header, Part
+from trainer.families.tensors import Header, Keep, Part
 from trainer.families.transformer import DENOISER as DENOISER
 from trainer.families.transformer import EXPORT_DTYPE as EXPORT_DTYPE
 from trainer.families.transformer import TEXT_DTYPE as TEXT_DTYPE
@@ -129,9 +129,9 @@ def load_text_encoder(base: Base, device: torch.device | str, dtype: torch.dtype
 
 
 def load_denoiser(base: Base, device: torch.device | str, dtype: torch.dtype,
-                  quantize: str = "none") -> FluxTransformer2DModel:
+                  quantize: str = "none", keep: Keep | None = None) -> FluxTransformer2DModel:
     """The transformer on `device`, its blocks quantised. Raises UserError for damaged weights."""
-    return transformer.load(FluxTransformer2DModel, base, device, dtype, quantize)
+    return transformer.load(FluxTransformer2DModel, base, device, dtype, quantize, keep)
 
 
 # Running.

@@ -19,7 +19,7 @@ from trainer.families.folders import read_json
 from trainer.families.llm_text import LlmText
 from trainer.families.opening import Opened, given, open_parts
 from trainer.families.recognise import klein_is_distilled
-from trainer.families.tensors import Header, Part, fill
+from trainer.families.tensors import Header, Keep, Part, fill
 from trainer.families.transformer import DENOISER as DENOISER
 from trainer.families.transformer import EXPORT_DTYPE as EXPORT_DTYPE
 from trainer.families.transformer import TEXT_DTYPE as TEXT_DTYPE
@@ -151,9 +151,9 @@ def load_vae(base: Base, device: torch.device | str, dtype: torch.dtype) -> Auto
 
 
 def load_denoiser(base: Base, device: torch.device | str, dtype: torch.dtype,
-                  quantize: str = "none") -> Flux2Transformer2DModel:
+                  quantize: str = "none", keep: Keep | None = None) -> Flux2Transformer2DModel:
     """The transformer on `device`, its blocks quantised. Raises UserError for damaged weights."""
-    return transformer.load(Flux2Transformer2DModel, base, device, dtype, quantize)
+    return transformer.load(Flux2Transformer2DModel, base, device, dtype, quantize, keep)
 
 
 # Running.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -19,8 +19,9 @@ from trainer.families.header import count_numbered as count_numbered
 from trainer.families.header import read_header as read_header
 from trainer.families.header import without_prefix as without_prefix
 from trainer.quantize.available import check
-from trainer.quantize.model import linears_in_blocks, quantised_linear
+from trainer.quantize.model import block_paths, linears_in_blocks, quantised_linear
 
+Keep = Callable[[nn.Module], None]
 _SAMPLE_BYTES = 64
 
 
@@ -56,27 +57,40 @@ def mapped_tensors(part: Part) -> dict[str, Tensor]:
 
 def fill(
     module: nn.Module, weights: Mapping[str, Tensor], device: torch.device | str, dtype: torch.dtype, source: Path,
-    quantize: str = "none",
+    quantize: str = "none", keep: Keep | None = None,
 ) -> nn.Module:
     """Give a module on the meta device its weights, one tensor at a time, frozen and in eval mode.
 
     quantize: "none", or a mode (`trainer.quantize`) that the linears of the module's blocks are turned to, each on
-    `device` as soon as it is there. The weights are copied, so that a file replaced during a run changes nothing.
-    Raises UserError naming `source` when a weight is missing or has another shape, and for a mode that the device
-    cannot hold.
+    `device` as soon as it is there. keep: takes over each repeated block with its weights before the next one's are
+    read. The weights are copied, so that a file replaced during a run changes nothing. Raises UserError naming
+    `source` when a weight is missing or has another shape, and for a mode that the device cannot hold.
     """
     expected = module.state_dict()
     _check_shapes(expected, weights, source)
     check(quantize, torch.device(device))
-    linears = {} if quantize == "none" else linears_in_blocks(module)
-    plain = [name for name in expected if name.removesuffix(".weight") not in linears]
-    state = {name: _moved(weights[name], device, dtype, _scale(weights, name)) for name in plain}
-    module.load_state_dict(state, assign=True, strict=False)
-    for path, linear in linears.items():
-        weight, scale = weights[f"{path}.weight"].to(device, copy=True), _scale(weights, f"{path}.weight")
-        module.set_submodule(path, quantised_linear(weight, scale, linear.bias, quantize, dtype))
+    paths = block_paths(module) if keep else []
+    for path in paths:
+        block = module.get_submodule(path)
+        _load(block, f"{path}.", block.state_dict(), weights, device, dtype, quantize)
+        keep(block.to(device).requires_grad_(False))
+    kept = tuple(f"{path}." for path in paths)
+    _load(module, "", [name for name in expected if not name.startswith(kept)], weights, device, dtype, quantize)
     module.to(device)  # buffers that are not stored
     return module.requires_grad_(False).eval()
+
+
+def _load(module: nn.Module, prefix: str, names: Iterable[str], weights: Mapping[str, Tensor],
+          device: torch.device | str, dtype: torch.dtype, quantize: str) -> None:
+    """Give a module the weights of these names, which begin with `prefix` in `weights`."""
+    linears = {} if quantize == "none" else linears_in_blocks(module, prefix)
+    state = {name: _moved(weights[prefix + name], device, dtype, _scale(weights, prefix + name))
+             for name in names if name.removesuffix(".weight") not in linears}
+    module.load_state_dict(state, assign=True, strict=False)
+    for path, linear in linears.items():
+        name = f"{prefix}{path}.weight"
+        weight, scale = weights[name].to(device, copy=True), _scale(weights, name)
+        module.set_submodule(path, quantised_linear(weight, scale, linear.bias, quantize, dtype))
 
 
 def _check_shapes(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor], source: Path) -> None:

@@ -17,7 +17,7 @@ from trainer.errors import UserError
 from trainer.families import bfl, ldm
 from trainer.families.base import Base, short_hash
 from trainer.families.opening import Opened, vae_part
-from trainer.families.tensors import Header, Part, fill, fingerprint, without_prefix
+from trainer.families.tensors import Header, Keep, Part, fill, fingerprint, without_prefix
 from trainer.families.unet import set_gradient_checkpointing as set_gradient_checkpointing
 
 EXPORT_DTYPE = "bf16"
@@ -74,12 +74,12 @@ def check_tokenizer(folder: Path | None, setting: str) -> None:
 
 
 def load(kind: type[nn.Module], base: Base, device: torch.device | str, dtype: torch.dtype,
-         quantize: str = "none") -> nn.Module:
+         quantize: str = "none", keep: Keep | None = None) -> nn.Module:
     """The transformer of class `kind` on `device`, its blocks quantised. Raises UserError for damaged weights."""
     part = base.parts["transformer"]
     with init_empty_weights(include_buffers=False):
         transformer = kind.from_config(part.config)
-    return fill(transformer, bfl.transformer_tensors(part), device, dtype, part.source, quantize)
+    return fill(transformer, bfl.transformer_tensors(part), device, dtype, part.source, quantize, keep)
 
 
 def bucket_step(resolution: int) -> int:

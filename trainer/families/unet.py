@@ -22,7 +22,7 @@ from trainer.families import ldm
 from trainer.families.base import Base, decide_prediction, short_hash
 from trainer.families.clip_text import canonical
 from trainer.families.opening import Opened
-from trainer.families.tensors import Part, fill, fingerprint
+from trainer.families.tensors import Keep, Part, fill, fingerprint
 from trainer.objective import Objective
 
 VAE_FACTOR = 8  # pixels a latent
@@ -110,12 +110,12 @@ def load_vae(base: Base, device: torch.device | str, dtype: torch.dtype) -> Auto
 
 
 def load_denoiser(base: Base, device: torch.device | str, dtype: torch.dtype,
-                  quantize: str = "none") -> UNet2DConditionModel:
+                  quantize: str = "none", keep: Keep | None = None) -> UNet2DConditionModel:
     """The UNet on `device`, the linears of its transformer blocks quantised. Raises UserError for damaged weights."""
     part = base.parts["unet"]
     with init_empty_weights(include_buffers=False):
         unet = UNet2DConditionModel.from_config(part.config)
-    return fill(unet, ldm.unet_tensors(part), device, dtype, part.source, quantize)
+    return fill(unet, ldm.unet_tensors(part), device, dtype, part.source, quantize, keep)
 
 
 def set_gradient_checkpointing(denoiser: ModelMixin, on: bool) -> None:

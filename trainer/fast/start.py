@@ -82,7 +82,7 @@ def compile_obstacle(session: Session) -> str | None:
     if session.plan.quantize != "none":
         return "the model is quantised"
     if session.offload is not None:
-        return "blocks of the model are fetched from the computer's memory at each step"
+        return f"blocks of the model are fetched from {session.offload.SOURCE} at each step"
     if session.preset.adapter.dropout:
         return "adapter.dropout draws at random inside of a block"
     return block_compiler.compiler_missing()
@@ -148,7 +148,7 @@ def obstacle(session: Session) -> str | None:
     if session.preset.adapter.dropout:
         return "adapter.dropout draws at random inside of a step"
     if session.offload is not None:
-        return "blocks of the model are fetched from the computer's memory at each step"
+        return f"blocks of the model are fetched from {session.offload.SOURCE} at each step"
     return None
 
 

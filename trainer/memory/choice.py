@@ -10,12 +10,14 @@ import torch
 
 from trainer import families, speed
 from trainer.checkpoint import Progress
+from trainer.distributed import ALONE, World
 from trainer.errors import UserError
 from trainer.memory.blocks import repeated_blocks
 from trainer.memory.estimate import Estimator
 from trainer.memory.meter import Meter
-from trainer.memory.plan import Plan, below, plain, rungs
+from trainer.memory.plan import Plan, below, for_gpus, plain, rungs
 from trainer.memory.probe import FULL, Build, first_to_try, settle, told
+from trainer.memory.shards import Neighbours
 from trainer.memory.trace import META
 from trainer.quantize.available import works
 from trainer.record import Recorder
@@ -26,34 +28,39 @@ LIKE = 1.1  # times the memory that there was: with more than that, what is fast
 
 
 def choose(build: Build, preset: Preset, base: Any, device: torch.device, saved: Progress | None, meter: Meter | None,
-           recorder: Recorder, workspace: Path) -> Session:
+           recorder: Recorder, workspace: Path, world: World = ALONE,
+           neighbours: Neighbours | None = None) -> Session:
     """A session whose model is held in the fastest way that fits; a note says how, and why.
 
-    saved: of the run's last checkpoint, whose plan is kept, so that the run goes on with the same numbers.
+    saved: of the run's last checkpoint, whose plan is kept, so that the run goes on with the same numbers.  Several
+    processes (`world`) decide alike, by the one that has the least room; neighbours: those that can hold the model
+    together.
     """
-    family = families.get(preset.model.family)
+    family, gpus = families.get(preset.model.family), len(neighbours.ranks) if neighbours else 1
     skeleton = family.load_denoiser(base, META, torch.float32)
     blocks = len(repeated_blocks(skeleton))
     if saved is not None:
         plan = Plan(**saved.plan) if saved.plan else plain(preset, blocks)  # older runs had nothing to choose
-        return settle(build, [plan, *below(preset, blocks, plan)], blocks, None, recorder)[0]
+        plan = for_gpus(plan, preset.memory, gpus)
+        return settle(build, [plan, *below(preset, blocks, plan, gpus)], blocks, None, recorder, world)[0]
     if meter is None:
-        return settle(build, [_without_gpu(preset, blocks, device)], blocks, None, recorder)[0]
-    ladder = [plan for plan in rungs(preset, blocks) if works(plan.quantize, device)]
-    name = speed.device_name(device)
-    if known := remembered(speed.recall(workspace, preset, name), ladder, meter.limit):
-        session, tried = settle(build, known, blocks, None, recorder)
-        recorder.note(0, told(session.plan, tried, blocks, meter.limit) + " As measured in an earlier run like this.")
+        return settle(build, [_without_gpu(preset, blocks, device, gpus)], blocks, None, recorder, world)[0]
+    ladder = [plan for plan in rungs(preset, blocks, gpus) if works(plan.quantize, device)]
+    name, limit = speed.device_name(device, gpus), min(world.together(lambda: meter.limit))
+    if known := remembered(world.from_first(lambda: speed.recall(workspace, preset, name)), ladder, limit):
+        session, tried = settle(build, known, blocks, None, recorder, world)
+        recorder.note(0, told(session.plan, tried, blocks, limit) + " As measured in an earlier run like this.")
         return session
 
     text_encoder = None
     if "text_encoder" in preset.adapter.targets:
         text_encoder = family.load_text_encoder(base, META, family.TEXT_DTYPE)
     estimate = Estimator(preset, skeleton, pick_dtype(preset, device), text_encoder=text_encoder)
-    likely = first_to_try(ladder, lambda plan: estimate(plan).peak, meter.limit)
-    session, tried = settle(build, likely, blocks, meter, recorder)
-    recorder.note(0, told(session.plan, tried, blocks, meter.limit))
-    speed.remember_plan(workspace, preset, name, session.plan, tried[session.plan], meter.limit)
+    likely = first_to_try(ladder, lambda plan: estimate(plan).peak, limit)
+    session, tried = settle(build, likely, blocks, meter, recorder, world)
+    recorder.note(0, told(session.plan, tried, blocks, limit))
+    if world.first:
+        speed.remember_plan(workspace, preset, name, session.plan, tried[session.plan], limit)
     return session
 
 
@@ -67,8 +74,8 @@ def remembered(known: dict[str, Any] | None, ladder: Sequence[Plan], limit: int)
         return []
 
 
-def _without_gpu(preset: Preset, blocks: int, device: torch.device) -> Plan:
-    plan = plain(preset, blocks)
+def _without_gpu(preset: Preset, blocks: int, device: torch.device, gpus: int) -> Plan:
+    plan = plain(preset, blocks, gpus)
     if plan.offload_blocks:
         raise UserError(f"memory.offload_blocks = {plan.offload_blocks}: this run would train on a device without "
                         f"memory of its own ({device.type}), where that saves nothing; take it out")

@@ -15,7 +15,8 @@ from trainer.adapters.layout import Layout
 from trainer.adapters.stella import StelLA
 from trainer.adapters.target import Target
 from trainer.memory.blocks import repeated_blocks
-from trainer.memory.offload import BUFFERS, spread
+from trainer.memory.fetch import BUFFERS
+from trainer.memory.offload import spread
 from trainer.memory.plan import Plan
 from trainer.memory.trace import META, Alive, gpu_kernels
 from trainer.memory.weights import bytes_of
@@ -143,5 +144,8 @@ def held_weights(denoiser: nn.Module, plan: Plan, dtype: torch.dtype) -> tuple[i
         return sum(small.get(id(weight), weight.numel() * dtype.itemsize) for weight in module.parameters())
 
     blocks = repeated_blocks(denoiser)
+    if plan.shards > 1:
+        sizes = [size(block) for block in blocks]
+        return size(denoiser) - sum(sizes) + sum(sizes) // plan.shards + max(sizes) * min(BUFFERS, len(sizes)), 0
     away = [size(blocks[number]) for number in spread(len(blocks), plan.offload_blocks)]
     return size(denoiser) - sum(away) + max(away, default=0) * min(BUFFERS, len(away)), sum(away)

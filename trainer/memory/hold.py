@@ -10,22 +10,25 @@ from trainer.fast import compile as block_compiler
 from trainer.faults import out_of_memory
 from trainer.memory.blocks import repeated_blocks
 from trainer.memory.meter import GIB
+from trainer.memory.offload import Offload
 from trainer.memory.plan import Plan, below
-from trainer.session import Session, find_targets, hold, load_denoiser, models_by_name
+from trainer.session import Session, find_targets, hold, load, models_by_name
 
 
 def change(session: Session, plan: Plan) -> None:
-    """Hold the session's model as `plan` says; weights are loaded anew when they are to be quantised otherwise."""
-    if session.denoiser is not None and plan.quantize != session.plan.quantize:
+    """Hold the session's model as `plan` says; weights are loaded anew when they are to be quantised, or shared by
+    GPUs, otherwise."""
+    if session.denoiser is not None and (plan.quantize, plan.shards) != (session.plan.quantize, session.plan.shards):
         _let_go(session)
     if session.denoiser is None:
-        session.denoiser = load_denoiser(session.family, session.base, session.device, session.dtype, plan)
+        session.denoiser, session.offload = load(session.family, session.base, session.device, session.dtype, plan,
+                                                 session.neighbours)
         session.adapter.move(find_targets(session.preset, models_by_name(
             session.family, session.denoiser, session.text_encoder)))
-    elif session.offload is not None:
+    elif isinstance(session.offload, Offload):
         session.offload.remove()
         session.offload = None
-    session.offload = hold(session.family, session.denoiser, plan, session.device)
+    session.offload = hold(session.family, session.denoiser, plan, session.device) or session.offload
     session.plan, session.progress.plan = plan, asdict(plan)
 
 
@@ -53,7 +56,7 @@ def step_down(session: Session) -> None:
     failed = f"Step {session.progress.step + 1} did not fit into the GPU's memory"
     if session.limit:
         failed += f", of which the run may take {session.limit / GIB:.1f} GiB,"
-    for plan in below(session.preset, blocks, before):
+    for plan in below(session.preset, blocks, before, session.gpus):
         if _can(session, plan):
             break
     else:
@@ -63,8 +66,8 @@ def step_down(session: Session) -> None:
     session.recorder.note(session.progress.step, f"{failed} with {before.in_words(blocks)}. It is done again, and the "
                           f"run goes on, with {plan.in_words(blocks)}")
     if session.limit:  # so that the next run like this begins here
-        speed.remember_plan(session.cache.root.parent, session.preset, speed.device_name(session.device), plan, 0,
-                            session.limit)
+        speed.remember_plan(session.cache.root.parent, session.preset, speed.device_name(session.device, session.gpus),
+                            plan, 0, session.limit)
 
 
 def _can(session: Session, plan: Plan) -> bool:

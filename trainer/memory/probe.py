@@ -8,11 +8,13 @@ import torch
 
 from trainer import gpu, optim
 from trainer.data.order import stream
+from trainer.distributed import ALONE, World
 from trainer.errors import UserError
 from trainer.faults import out_of_memory
 from trainer.memory.hold import change
 from trainer.memory.meter import GIB, Meter
 from trainer.memory.plan import Plan
+from trainer.memory.shards import Shards
 from trainer.record import Recorder
 from trainer.session import Session, build_optimizer
 from trainer.update import EAGER_CALLS, Update
@@ -32,24 +34,27 @@ def first_to_try(ladder: Sequence[Plan], need: Callable[[Plan], float], limit: i
     return list(ladder[next(fitting, len(ladder) - 1):])
 
 
-def settle(build: Build, plans: Sequence[Plan], blocks: int, meter: Meter | None,
-           recorder: Recorder) -> tuple[Session, Peaks]:
+def settle(build: Build, plans: Sequence[Plan], blocks: int, meter: Meter | None, recorder: Recorder,
+           world: World = ALONE) -> tuple[Session, Peaks]:
     """A session that holds its model in the first way that fits, and each measured plan's peak in bytes (None: it
     did not fit).
 
     plans: from the fastest on, for a model of so many blocks.  Without a meter the first that can be loaded is taken.
-    The session is as if nothing had been measured.  Raises `UserError` when no plan fits.
+    Several processes try the same plans together, and what does not fit one of them is left by all.  The session is as
+    if nothing had been measured.  Raises `UserError` when no plan fits.
     """
     trial, tried = Trial(build), Peaks()
     for plan in plans:
-        if not trial.hold(plan):
+        if not all(world.together(lambda plan=plan: trial.hold(plan))):
+            trial.drop()
             tried[plan] = None
             continue
         if meter is None:
             return trial.session, tried
         recorder.phase("measuring memory")
-        tried[plan] = measure(trial.session, meter)
-        if tried[plan] is not None and tried[plan] <= FULL * meter.limit:
+        peaks = world.together(lambda: measure(trial.session, meter))
+        tried[plan] = None if None in peaks else max(peaks)
+        if all(world.together(lambda plan=plan: tried[plan] is not None and tried[plan] <= FULL * meter.limit)):
             return trial.session, tried
     raise too_little(tried, blocks, meter.limit if meter else 0)
 
@@ -63,19 +68,23 @@ class Trial:
     def hold(self, plan: Plan) -> bool:
         """Whether the model could be loaded and held so."""
         try:
-            if self.session is not None and self.session.plan.quantize == plan.quantize:
+            if self.session is not None and (self.session.plan.quantize, self.session.plan.shards) == (
+                    plan.quantize, plan.shards):
                 change(self.session, plan)
             else:
-                self.session = None
-                gpu.free_memory()
+                self.drop()
                 self.session = self.build(plan)
             return True
         except Exception as error:
             if not out_of_memory(error):
                 raise
+        self.drop()
+        return False
+
+    def drop(self) -> None:
+        """Let go of what is loaded."""
         self.session = None
         gpu.free_memory()
-        return False
 
 
 def measure(session: Session, meter: Meter) -> int | None:
@@ -108,7 +117,7 @@ def _take_steps(session: Session, meter: Meter) -> int:
         session.guard()
         torch.manual_seed(stream(session.preset.train.seed, step, "dropout"))
         update(session.gradients(session.order.batch(step), ROUNDS))
-    return meter.peak()
+    return meter.peak() + (session.offload.uncounted if isinstance(session.offload, Shards) else 0)
 
 
 def largest_step(session: Session) -> int:

@@ -23,13 +23,20 @@ FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)  # weights that come as codes 
 _BLOCK = re.compile(r"(?:^|\.)(?:(?:single_)?transformer_blocks|block|layers)\.\d+\.")
 
 
-def linears_in_blocks(model: nn.Module) -> dict[str, nn.Linear]:
+def linears_in_blocks(model: nn.Module, prefix: str = "") -> dict[str, nn.Linear]:
     """The linears of a model's repeated transformer blocks, by their paths: what is quantised.
 
+    prefix: what paths begin with when `model` is a part of the whole.
     Embeddings, norms, first and last projections and convolutions stay as they are: they are small, or sensitive.
     """
     return {path: module for path, module in model.named_modules()
-            if isinstance(module, nn.Linear) and _BLOCK.search(path)}
+            if isinstance(module, nn.Linear) and _BLOCK.search(prefix + path)}
+
+
+def block_paths(model: nn.Module) -> list[str]:
+    """Paths of a model's repeated transformer blocks, as its modules are listed."""
+    found = (_BLOCK.search(f"{path}.") for path, _ in model.named_modules())
+    return list(dict.fromkeys(match.string[: match.end() - 1] for match in found if match))
 
 
 def quantised_linear(weight: Tensor, scale: Tensor | None, bias: Tensor | None, mode: str,

@@ -1,0 +1,85 @@
+"""A model shared by several processes: the same numbers to the bit, no weights beside one's own part and two blocks,
+and nobody waits for anybody.  Threads take the processes' place."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.test_distributed import Member, outcomes
+from tests.test_memory_offload import DEPTH, make, trained
+from trainer.adapters.layer import base_matrix
+from trainer.memory.fetch import BUFFERS, tensors_of
+from trainer.memory.shards import Neighbours, Shards, meet
+
+CPU = torch.device("cpu")
+
+
+def bytes_of(model: torch.nn.Module) -> int:
+    """What the model's tensors take, each storage once."""
+    held = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors_of(model)}
+    return sum(held.values())
+
+
+def share(member: Member, model: torch.nn.Module) -> Shards:
+    shards = Shards(meet(member, CPU), CPU)
+    for block in model.transformer_blocks:
+        shards.keep(block)
+    shards.open(list(model.transformer_blocks))
+    return shards
+
+
+@pytest.mark.parametrize("mode", ["none", "fp8"])
+@pytest.mark.parametrize("size", [2, 3])
+def test_a_shared_model_computes_the_same_to_the_bit(mode: str, size: int) -> None:
+    models = [make(mode) for _ in range(size + 1)]
+    expected, whole = trained(*models[0]), bytes_of(models[0][0])
+
+    def work(member: Member) -> tuple[list[torch.Tensor], int, int]:
+        model, adapter = models[member.rank]
+        shards = share(member, model)
+        found = [shards.kept, bytes_of(model)]
+        return trained(model, adapter, 2), *found
+
+    for found, kept, beside in outcomes(size, work):
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        assert whole / size <= kept < 1.2 * whole / size and beside < 0.01 * whole
+
+
+def test_a_process_that_does_more_than_the_others_waits_for_none() -> None:
+    """Pictures are drawn by one process and not by another, and one may be out of memory."""
+    models = [make() for _ in range(2)]
+
+    def work(member: Member) -> int:
+        model, adapter = models[member.rank]
+        shards = share(member, model)
+        for _ in range(3 if member.rank else 0):
+            with torch.no_grad():
+                assert model(torch.ones(1, model.width)).isfinite().all()
+        assert sum(held is not None for held in shards.held) == (BUFFERS if member.rank else 0)
+        return len(shards.blocks)
+
+    assert outcomes(2, work) == [DEPTH, DEPTH]
+
+
+def test_weights_are_there_for_those_that_read_them_between_passes() -> None:
+    models = [make() for _ in range(3)]
+    expected = [block.adapted.weight.clone() for block in models[2][0].transformer_blocks]
+
+    def work(member: Member) -> list[bool]:
+        model, adapter = models[member.rank]
+        share(member, model)
+        assert model.transformer_blocks[1].adapted.weight.isnan().all()  # nobody takes it for a weight
+        return [torch.equal(base_matrix(target), weight)
+                for target, weight in zip(adapter.layout.targets, expected)]
+
+    assert outcomes(2, work) == [[True] * DEPTH] * 2
+
+
+def test_one_process_of_a_computer_shares_nothing() -> None:
+    [error] = outcomes(1, lambda member: meet(member, CPU))
+    assert "it needs two GPUs or more in each computer" in str(error)
+
+
+def test_neighbours_speak_by_place() -> None:
+    assert outcomes(2, lambda member: Neighbours(member, [0, 1]).all(member.rank + 5)) == [[5, 6]] * 2
