@@ -18,6 +18,7 @@ LABELS = {
     "train.warmup_steps": "Warm-up steps", "train.up_lr_ratio": "LoRA+ ratio", "train.beta1": "Beta 1",
     "train.beta2": "Beta 2", "train.grad_accum": "Gradient accumulation", "train.max_grad_norm": "Gradient clipping",
     "train.snr_gamma": "Min-SNR gamma", "train.ema_decay": "EMA decay", "train.cautious": "Cautious weight decay",
+    "train.matmul": "Products in 8 bits",
     "memory.budget_gb": "Memory budget (GiB)", "memory.offload_blocks": "Blocks kept off the GPU",
     "memory.quantize": "Quantise the model", "memory.quantize_text_encoder": "Quantise the text encoder",
     "memory.cuda_graphs": "CUDA graphs", "memory.shard": "Model shared by GPUs",

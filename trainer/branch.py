@@ -24,7 +24,7 @@ PROGRESS = "progress.json"
 SAME = {"model": ("family",), "adapter": ("method", "rank", "init", "dora", "diagonal", "targets", "fuse_qkv",
                                           "target_pattern", "start_from")}
 # What decides how much memory a step takes: where it changes, the model is held in a way that is chosen anew
-HELD = {"model": None, "memory": None, "data": ("resolution",), "train": ("batch_size", "precision")}
+HELD = {"model": None, "memory": None, "data": ("resolution",), "train": ("batch_size", "precision", "matmul")}
 
 
 def preset_of(origin: Run, overrides: Iterable[str] = ()) -> Preset:
@@ -113,11 +113,12 @@ def _build(run: Run, origin: Run, step: int, before: Preset, after: Preset) -> N
 
 def _fresh(step: int, progress: dict[str, Any], before: Preset, after: Preset) -> dict[str, Any]:
     """What does not go over to the branch, or is another's there."""
+    held_anew = bool(_changed(before, after, HELD))
     fresh = [part for part, is_new in (
         ("optimizer", before.train.optimizer != after.train.optimizer),
         ("average", (before.train.ema_decay > 0) != (after.train.ema_decay > 0)),
-        ("plan", bool(_changed(before, after, HELD)))) if is_new]
-    return {"fresh": fresh, "early": "", "patient_since": step,
+        ("plan", held_anew)) if is_new]
+    return {"fresh": fresh, "early": "", "patient_since": step, **({"matmul": "auto"} if held_anew else {}),
             "global_batch": after.train.batch_size * after.train.grad_accum}
 
 

@@ -23,7 +23,7 @@ from trainer.errors import UserError
 from trainer.files import sync_folder
 from trainer.run import Run
 
-FORMAT = 3  # 2: how the model was held; 3: what chooses the best, and an early stop
+FORMAT = 4  # 2: how the model was held; 3: what chooses the best, and an early stop; 4: how layers multiply
 
 
 @dataclass
@@ -43,6 +43,7 @@ class Progress:
     plan: dict[str, Any] = field(default_factory=dict)  # `memory.plan.Plan`, for a resume holds the model alike
     text_quantize: str = "none"  # how the text encoder was held that made the cached embeddings
     attention: str = "usual"  # whose kernels attention prefers: usual, flash, cudnn, efficient
+    matmul: str = "off"  # how frozen layers multiply: off, fp8, int8; auto: to be decided anew
 
 
 def save(run: Run, progress: Progress, adapter: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]) -> int:

@@ -263,6 +263,18 @@ def _fast(sections: Mapping[str, Any]) -> list[Problem]:
             for where, chosen, against in wanted if chosen == "on" for what, given in against if given]
 
 
+def _matmul(sections: Mapping[str, Any]) -> list[Problem]:
+    """What keeps frozen layers from multiplying in 8 bits where that is asked for."""
+    memory, train = sections.get("memory"), sections.get("train")
+    if memory is None or train is None or train.matmul in ("auto", "off"):
+        return []
+    against = [("memory.device = 'cpu'", memory.device == "cpu"), ("memory.offload_blocks", memory.offload_blocks > 0),
+               ("memory.shard = 'on'", memory.shard == "on"),
+               (f"memory.quantize = {memory.quantize!r}", memory.quantize not in ("auto", "none", train.matmul))]
+    return [Problem("train.matmul", f"{train.matmul!r} does not go with {what}; set it to 'auto'")
+            for what, given in against if given]
+
+
 def _target_pattern(sections: Mapping[str, Any]) -> list[Problem]:
     adapter = sections.get("adapter")
     try:
@@ -274,6 +286,6 @@ def _target_pattern(sections: Mapping[str, Any]) -> list[Problem]:
 
 RULES: tuple[Callable[[Mapping[str, Any]], list[Problem]], ...] = (
     _family_model, _family_adapter, _family_output, _family_training, _target_pattern, _paths, _warm_up, _memory,
-    _fast, _length_of_training, _method_choices, _dora_methods, _rank_target,
+    _fast, _matmul, _length_of_training, _method_choices, _dora_methods, _rank_target,
     _weights_with_ema, _one_holdout, _early_stop, _no_effect,
 )

@@ -26,6 +26,7 @@ from trainer.errors import UserError
 from trainer.families.base import quantised_id
 from trainer.fast import convolutions
 from trainer.fast.graphs import StepGraphs
+from trainer.fast.matmul import LowBits
 from trainer.fast.prefetch import Prefetcher
 from trainer.faults import out_of_memory
 from trainer.flow import FlowObjective
@@ -94,6 +95,7 @@ class Session:
     plan: Plan = Plan()  # how the denoiser is held
     offload: Offload | Shards | None = None  # where blocks come from that are not held whole
     text_quantize: str = "none"  # how the text encoder was held when it filled the cache
+    low_bits: LowBits | None = None  # how the denoiser's layers multiply, if in 8 bits
     limit: int = 0  # bytes of GPU memory that tensors may take; 0: nobody measured
     prefetch: Prefetcher | None = None  # reads micro-batches ahead while the run trains
     graphs: StepGraphs | None = None  # runs a micro-batch's passes as CUDA graphs

@@ -86,6 +86,7 @@ def _key(preset: Preset, device: str) -> str:
         adapter.init, adapter.dora, adapter.dropout > 0, adapter.fuse_qkv, adapter.target_pattern,
         *sorted(adapter.targets), memory.quantize, memory.gradient_checkpointing, memory.offload_blocks,
         *(["shard", memory.shard] if memory.shard != "auto" else []),
+        *(["matmul", train.matmul] if train.matmul != "auto" else []),
         memory.budget_gb, memory.cuda_graphs, train.compile))
 
 

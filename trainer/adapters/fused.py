@@ -165,6 +165,8 @@ def input_gradient(layer: nn.Module, grad: Tensor, x: Tensor) -> Tensor:
         with torch.enable_grad():
             x = x.detach().requires_grad_()
             return torch.autograd.grad(layer.base_forward(x), x, grad)[0]
+    if isinstance(layer, QuantizedLinear):
+        return layer.input_gradient(grad)
     weight = layer.weight.to(grad.dtype)
     if layer.adapter_convolution:
         return _convolution_backward(grad, x.to(grad.dtype), weight, layer, [True, False])[0]

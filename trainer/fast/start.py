@@ -7,7 +7,7 @@ import traceback
 
 import torch
 
-from trainer.fast import attention
+from trainer.fast import attention, low_bits, passes
 from trainer.fast import compile as block_compiler
 from trainer.fast.graphs import CudaRecorder, StepGraphs
 from trainer.fast.prefetch import Prefetcher
@@ -22,10 +22,13 @@ PAYS = 3.0  # times its cost that compiling must save to be done unasked
 
 
 def prepare(session: Session) -> None:
-    """Let blocks be compiled, batches be read ahead and passes run as graphs; a note says why something that could be,
-    is not."""
+    """Let layers multiply in 8 bits, blocks be compiled, batches be read ahead and passes run as graphs; a note says
+    why something that could be, is not."""
     attention.choose(session)  # before anything that is built on it
+    found = low_bits.begin(session)
     _compile(session)
+    if found is not None:
+        low_bits.settle(session, found)
     if session.device.type == "cuda":
         session.prefetch = Prefetcher(session.read, session.device)
     _record(session)
@@ -63,7 +66,7 @@ def _compile(session: Session) -> None:
         if chosen == "on":
             session.recorder.note(session.progress.step, f"blocks are not compiled: {why_not}")
         return
-    if chosen == "on" or pays(session, _seconds(session)):
+    if chosen == "on" or pays(session, passes.seconds(session)):
         _try_compiled(session)
 
 
@@ -94,31 +97,13 @@ def pays(session: Session, seconds: float) -> bool:
     return (session.steps - session.progress.step) * seconds * SAVES >= PAYS * COMPILING * shapes
 
 
-def _seconds(session: Session) -> float:
-    """What a step's passes take; the second of two, since the first loads libraries."""
-    for _ in range(2):
-        torch.cuda.synchronize(session.device)
-        began = time.perf_counter()
-        _passes(session)
-        torch.cuda.synchronize(session.device)
-    return time.perf_counter() - began
-
-
-def _passes(session: Session) -> None:
-    """The coming step's passes, of which nothing stays."""
-    try:
-        session.gradients(session.order.batch(session.progress.step))
-    finally:
-        session.adapter.zero_grad()
-
-
 def _try_compiled(session: Session) -> None:
     """Compile, and take the coming step's passes once: what fails, fails here, and the run goes on without."""
     session.recorder.phase("compiling the model's blocks")
     began = time.perf_counter()
     block_compiler.install(session.denoiser)
     try:
-        _passes(session)
+        passes.once(session)
     except Exception as error:
         traceback.print_exc()  # to the run's log
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]

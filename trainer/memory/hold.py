@@ -7,6 +7,7 @@ from dataclasses import asdict
 from trainer import gpu, speed
 from trainer.errors import UserError
 from trainer.fast import compile as block_compiler
+from trainer.fast import matmul
 from trainer.faults import out_of_memory
 from trainer.memory.blocks import repeated_blocks
 from trainer.memory.meter import GIB
@@ -25,11 +26,31 @@ def change(session: Session, plan: Plan) -> None:
                                                  session.neighbours)
         session.adapter.move(find_targets(session.preset, models_by_name(
             session.family, session.denoiser, session.text_encoder)))
+        _multiply_alike(session, plan)
     elif isinstance(session.offload, Offload):
         session.offload.remove()
         session.offload = None
     session.offload = hold(session.family, session.denoiser, plan, session.device) or session.offload
     session.plan, session.progress.plan = plan, asdict(plan)
+
+
+def reload(session: Session) -> None:
+    """Have the model's weights anew, as they were before anything was done with them."""
+    _let_go(session)
+    change(session, session.plan)
+
+
+def _multiply_alike(session: Session, plan: Plan) -> None:
+    """Let weights that were loaded anew multiply in 8 bits as those before, where they can."""
+    low = session.low_bits
+    if low is None:
+        return
+    if plan.quantize in ("none", low.kind) and session.offload is None:
+        matmul.install(session.denoiser, low)
+        return
+    session.low_bits, session.progress.matmul = None, "off"
+    session.recorder.note(session.progress.step, "Frozen layers do not multiply in 8 bits from here on, since the "
+                          "model is held in another way")
 
 
 def graphs_recorded(session: Session) -> bool:

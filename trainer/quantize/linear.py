@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from trainer.quantize import kernels
 
 FP8 = torch.float8_e4m3fn
-FP8_MAX = torch.finfo(FP8).max  # 448
+LEAST = 1e-30  # a row's largest number: its scale is then a normal float
 NF4_BLOCK, SCALE_BLOCK = 64, 256  # weights that share a scale; scales that share one: QLoRA's (Dettmers et al. 2023)
 
 
@@ -38,7 +38,15 @@ class QuantizedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.requires_grad and torch.is_grad_enabled():
             return FrozenProduct.apply(x, self)
+        return self.product(x)
+
+    def product(self, x: Tensor) -> Tensor:
+        """x W^T + bias: [..., n] -> [..., m], without a record for gradients."""
         return F.linear(x, self.weight, self.bias)
+
+    def input_gradient(self, grad: Tensor) -> Tensor:
+        """grad W: the gradient of x, [..., m] -> [..., n]."""
+        return grad @ self.weight.to(grad.dtype)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
@@ -54,12 +62,12 @@ class FrozenProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: QuantizedLinear) -> Tensor:
         ctx.layer = layer
-        return F.linear(x, layer.weight, layer.bias)
+        return layer.product(x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad @ ctx.layer.weight, None
+        return ctx.layer.input_gradient(grad), None
 
 
 class RowScaledLinear(QuantizedLinear):
@@ -111,6 +119,18 @@ def int8_linear(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> RowS
 
 def fp8_linear(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> RowScaledLinear:
     """W in e4m3 with the scale that takes each row's largest weight to the largest code."""
-    scale = weight.abs().amax(1, keepdim=True).float().clamp(min=torch.finfo(torch.float32).tiny) / FP8_MAX
-    codes = (weight / scale).clamp(-FP8_MAX, FP8_MAX).to(FP8)
-    return RowScaledLinear(codes, scale, bias, dtype)
+    return RowScaledLinear(*rows_to_codes(weight, FP8), bias, dtype)
+
+
+def rows_to_codes(x: Tensor, kind: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Codes [m, n] in int8 or a float8, and the fp32 scale of each row [m, 1] that takes its largest to the largest
+    code; what is not finite stays so in codes * scale."""
+    return with_scale(x, x.abs().amax(1, keepdim=True), kind)
+
+
+def with_scale(x: Tensor, largest: Tensor, kind: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The same for the largest number of each row [m, 1], or of all [1, 1]."""
+    top = 127.0 if kind == torch.int8 else torch.finfo(kind).max
+    scale = largest.float().clamp(min=LEAST) / top
+    codes = (x / scale).clamp(-top, top)
+    return (codes.round() if kind == torch.int8 else codes).to(kind), scale

@@ -1,0 +1,62 @@
+"""Passes of coming steps that leave nothing behind: what they take, and the gradients they give."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from torch import Tensor
+
+from trainer.data.order import share, stream
+from trainer.session import Session
+
+
+def once(session: Session) -> None:
+    """The coming step's passes, of which nothing stays."""
+    try:
+        session.gradients(session.order.batch(session.progress.step))
+    finally:
+        session.adapter.zero_grad()
+
+
+def seconds(session: Session) -> float:
+    """What a step's passes take; the second of two, since the first loads libraries."""
+    for _ in range(2):
+        torch.cuda.synchronize(session.device)
+        began = time.perf_counter()
+        once(session)
+        torch.cuda.synchronize(session.device)
+    return time.perf_counter() - began
+
+
+def gradients(session: Session, steps: int) -> list[list[Tensor]]:
+    """The adapter's gradients in so many coming steps, with the same dropout each time this is asked."""
+    found = []
+    with torch.random.fork_rng([session.device] if session.device.type == "cuda" else []):
+        for step in range(session.progress.step, session.progress.step + steps):
+            torch.manual_seed(stream(session.preset.train.seed, step, "dropout"))
+            try:
+                session.gradients(session.order.batch(step))
+                found.append([leaf.grad.clone() for leaf in session.adapter.parameters()])
+            finally:
+                session.adapter.zero_grad()
+    return found
+
+
+def rows_of_inputs(session: Session, paths: frozenset[str]) -> dict[str, int]:
+    """How many rows the inputs of layers have, by the layers' paths, in the run's very first micro-batch: a resumed run
+    finds the same."""
+    rows: dict[str, int] = {}
+    hooks = [session.denoiser.get_submodule(path).register_forward_pre_hook(
+        lambda layer, given, path=path: rows.__setitem__(path, given[0].numel() // given[0].shape[-1]))
+        for path in sorted(paths)]
+    world = session.world
+    try:
+        with torch.no_grad():
+            session.use("raw")
+            session.loss(share(session.order.batch(0), world.rank, world.size, 0, session.preset.train.grad_accum))
+    finally:
+        for hook in hooks:
+            hook.remove()
+        session.use("off")
+    return rows
