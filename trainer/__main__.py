@@ -215,6 +215,7 @@ def _check(options: argparse.Namespace) -> int:
             raise
         print(json.dumps({"errors": str(error).splitlines(), "warnings": [], "facts": {}}, ensure_ascii=False))
         return USER_ERROR
+    _begin_leanly()
     from trainer import check  # late: it loads torch, and a faulty preset needs none
 
     report = check.inspect(preset, workspace)
@@ -229,6 +230,7 @@ def _train(run: Run, preset: Preset, workspace: Path, world: World | None = None
             if preset.train.deterministic:
                 os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read when CUDA starts
             os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(workspace / "cache" / "compiled"))  # for later runs
+            _begin_leanly()
             from trainer.distributed import ALONE  # late: torch takes seconds, and a faulty preset none
             from trainer.loop import run_training
 
@@ -248,6 +250,14 @@ def _train(run: Run, preset: Preset, workspace: Path, world: World | None = None
                   file=stderr, flush=True)
             return BUG
     return DONE
+
+
+def _begin_leanly() -> None:
+    """Where this process is ours alone: a test that calls `main` needs all of diffusers after it."""
+    if __name__ == "__main__":
+        from trainer import lean  # late, as is all that loads torch
+
+        lean.begin()
 
 
 @contextmanager

@@ -26,6 +26,7 @@ class Cache:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self._whole: dict[str, tuple[int, int]] = {}  # entries found whole, with size and time of change of their files
 
     @staticmethod
     def key(*parts: Part) -> str:
@@ -33,8 +34,17 @@ class Cache:
         return hashlib.sha256(json.dumps(parts, separators=(",", ":")).encode()).hexdigest()
 
     def has(self, key: str) -> bool:
-        """Whether the entry is whole (reads it: else a torn file would be found only in training)."""
-        return self._read(key) is not None
+        """Whether the entry is whole (reads it, once: else a torn file would be found only in training)."""
+        try:
+            state = self._path(key).stat()
+        except OSError:
+            return False
+        seen = state.st_size, state.st_mtime_ns
+        if self._whole.get(key) != seen:
+            if self._read(key) is None:
+                return False
+            self._whole[key] = seen
+        return True
 
     def absent(self, keys: Sequence[str]) -> frozenset[str]:
         """The keys that the cache does not have; thousands of entries may be gigabytes, so several are read at a time.

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from trainer.errors import UserError
 from trainer.families import clip_merges, open_clip
@@ -23,6 +22,9 @@ from trainer.families.tensors import (
     without_prefix,
 )
 
+if TYPE_CHECKING:  # imported when a text encoder is loaded: with cached texts none is, and it takes a second
+    from transformers import CLIPTextModel, CLIPTokenizer
+
 VOCAB_SIZE = 49408  # of the tokenizer that comes with us
 PLACES = 77  # tokens of a chunk of a prompt, start, end and padding included
 _OWN_NAMES = ("embeddings.", "encoder.", "final_layer_norm.", "text_projection.")
@@ -35,6 +37,8 @@ def load_tokenizer(folder: Path | None, pad: str = "<|endoftext|>") -> CLIPToken
 
     Raises UserError when the folder has no CLIP tokenizer.
     """
+    from transformers import CLIPTokenizer
+
     if folder is None:
         tokens, merges = clip_merges.vocabulary()
         return CLIPTokenizer(vocab=dict(tokens), merges=list(merges), model_max_length=PLACES, pad_token=pad)
@@ -135,9 +139,10 @@ class ClipTextEncoder(nn.Module):
 
 
 def load(part: Part, tokenizer_folder: Path | None, device: torch.device | str, dtype: torch.dtype,
-         kind: type[CLIPTextModel] = CLIPTextModel, pad: str = "<|endoftext|>",
+         kind: str = "CLIPTextModel", pad: str = "<|endoftext|>",
          quantize: str = "none") -> tuple[CLIPTextModel, CLIPTokenizer]:
-    """A CLIP text model (of class `kind`) with its tokenizer. Raises UserError for damaged weights or tokenizer."""
+    """A CLIP text model, of transformers' class `kind`, with its tokenizer. Raises UserError for damaged weights or
+    tokenizer."""
     tokenizer = load_tokenizer(tokenizer_folder, pad)
     model = load_text_model(part, device, dtype, kind, quantize)
     if len(tokenizer) > model.config.vocab_size:
@@ -149,10 +154,12 @@ def load(part: Part, tokenizer_folder: Path | None, device: torch.device | str, 
 
 
 def load_text_model(part: Part, device: torch.device | str, dtype: torch.dtype,
-                    kind: type[CLIPTextModel] = CLIPTextModel, quantize: str = "none") -> CLIPTextModel:
+                    kind: str = "CLIPTextModel", quantize: str = "none") -> CLIPTextModel:
     """A CLIP text model, frozen, from a part whose tensors have any of CLIP's namings."""
+    import transformers
+
     with init_empty_weights(include_buffers=False):
-        model = kind(CLIPTextConfig.from_dict(part.config))
+        model = getattr(transformers, kind)(transformers.CLIPTextConfig.from_dict(part.config))
     tensors = mapped_tensors(part)
     tensors = open_clip.renamed(tensors) if part.layout == "open_clip" else tensors
     paths = {_module(canonical(name)): _module(name) for name in model.state_dict()}

@@ -6,25 +6,19 @@ import gzip
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import (
-    AutoTokenizer,
-    MistralConfig,
-    MistralModel,
-    PreTrainedTokenizerBase,
-    Qwen2Tokenizer,
-    Qwen3Config,
-    Qwen3Model,
-)
 
 from trainer.errors import UserError
 from trainer.families.clip_merges import printable_bytes
 from trainer.families.parts import text_part
 from trainer.families.tensors import Part, TensorInfo, count_numbered, fill, mapped_tensors
+
+if TYPE_CHECKING:  # imported when a text encoder is loaded: with cached texts none is, and it takes a second
+    from transformers import PreTrainedTokenizerBase
 
 PLACES = 512  # tokens of a prompt, padding included
 LAYERS = {"qwen3": (9, 18, 27), "mistral": (10, 20, 30)}  # the hidden states that condition Flux.2
@@ -86,6 +80,8 @@ def _bundled_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
 
 def qwen_tokenizer() -> PreTrainedTokenizerBase:
     """Qwen3's tokenizer, with the part of its chat template that prompts need."""
+    from transformers import Qwen2Tokenizer
+
     vocabulary, merges = _bundled_vocabulary()
     tokenizer = Qwen2Tokenizer(vocab=dict(vocabulary), merges=list(merges), eos_token="<|im_end|>",
                                pad_token="<|endoftext|>")
@@ -101,6 +97,8 @@ def load_tokenizer(folder: Path | None, kind: str) -> PreTrainedTokenizerBase:
     if folder is None or not folder.is_dir():
         raise UserError(f"{'the' if folder is None else folder} tokenizer of the text encoder is missing: give a "
                         "folder with tokenizer.json as model.tokenizer, such as the folder tokenizer of a Flux.2 model")
+    from transformers import AutoTokenizer
+
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # tokenizers' parser raises plain Exception
@@ -158,15 +156,17 @@ def kind_of(part: Part) -> str:
 def load(part: Part, tokenizer: Path | None, device: torch.device | str, dtype: torch.dtype,
          quantize: str = "none") -> LlmText:
     """The model up to the last layer that is needed, on `device`, frozen, with its tokenizer."""
+    import transformers
+
     kind, config = kind_of(part), body_config(part)
     needed = LAYERS[kind][-1]
     if config["num_hidden_layers"] < needed:
         raise UserError(f"the text encoder of {part.source} has {config['num_hidden_layers']} layers, and Flux.2 "
                         f"needs {needed}: choose another model.text_encoder")
     words = load_tokenizer(tokenizer, kind)
-    maker = {"qwen3": (Qwen3Model, Qwen3Config), "mistral": (MistralModel, MistralConfig)}[kind]
+    name = {"qwen3": "Qwen3", "mistral": "Mistral"}[kind]
     with init_empty_weights(include_buffers=False):
-        model = maker[0](maker[1].from_dict(config))
+        model = getattr(transformers, f"{name}Model")(getattr(transformers, f"{name}Config").from_dict(config))
     if config["num_hidden_layers"] > needed:
         model.layers, model.norm = model.layers[:needed], nn.Identity()  # the norm is for the last layer alone
     model = fill(model, _names(mapped_tensors(part)), device, dtype, part.source, quantize)

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
-from transformers import CLIPTextModelWithProjection
 
 from trainer.adapters.target import Target
 from trainer.families import clip_pair, clip_text, ldm, parts, unet
@@ -114,7 +113,7 @@ def load_text_encoder(base: Base, device: torch.device | str, dtype: torch.dtype
     tokenizer."""
     first = clip_text.load(base.parts["text_encoder"], base.tokenizer, device, dtype, quantize=quantize)
     second = clip_text.load(base.parts["text_encoder_2"], base.tokenizer_2, device, dtype,
-                            CLIPTextModelWithProjection, pad="!", quantize=quantize)
+                            "CLIPTextModelWithProjection", pad="!", quantize=quantize)
     return ClipPair(ClipTextEncoder(*first, base.clip_skip), ClipTextEncoder(*second, base.clip_skip)).eval()
 
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, T5Config, T5EncoderModel
 
 from trainer.errors import UserError
 from trainer.families.parts import text_part
@@ -21,6 +20,9 @@ from trainer.families.tensors import (
     mapped_tensors,
     without_prefix,
 )
+
+if TYPE_CHECKING:  # imported when a text encoder is loaded: with cached texts none is, and it takes a second
+    from transformers import PreTrainedTokenizerBase, T5EncoderModel
 
 PREFIXES = ("text_encoders.t5xxl.transformer.", "t5xxl.transformer.")
 _TOKENIZER_FILES = {"tokenizer.json", "spiece.model"}
@@ -83,12 +85,16 @@ def check_tokenizer(folder: Path | None) -> None:
 def load_tokenizer(folder: Path | None) -> PreTrainedTokenizerBase:
     """T5's tokenizer of a folder. Raises UserError when there is none."""
     check_tokenizer(folder)
+    from transformers import AutoTokenizer
+
     return AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
 def load(part: Part, tokenizer: Path | None, places: int, device: torch.device | str, dtype: torch.dtype,
          quantize: str = "none") -> T5Text:
     """The encoder with its tokenizer on `device`, frozen. Raises UserError for damaged weights or no tokenizer."""
+    from transformers import T5Config, T5EncoderModel
+
     words = load_tokenizer(tokenizer)
     with init_empty_weights(include_buffers=False):
         model = T5EncoderModel(T5Config.from_dict(part.config))
