@@ -3,10 +3,12 @@ last byte."""
 
 import random
 import re
+import time
 
 import pytest
 from playwright.sync_api import expect
 
+from app.datasets.journal import Journal
 from app.datasets.operations import parse
 from tests.app_browser import chromium, opened, served  # noqa: F401 - a fixture
 from tests.app_pictures import caption, images, make, panel, texts, undo, use
@@ -14,6 +16,7 @@ from trainer import captions
 
 pytestmark = pytest.mark.browser
 COUNT, STEPS = 4, 5
+PATIENCE = 60  # seconds: others use the machine
 ODD = {"00": "\ufeffa cat, red\r\nsecond line\r\n", "01": "Ü, é, red\t\n\n", "02": ""}
 ADDED = ("sks", "film grain", "Ünï")
 
@@ -66,14 +69,14 @@ class Sequence:
         """Wait for a state; after a kill it may also be the one before, but nothing in between."""
         if is_killed:
             self.kill()
+            Journal(self.folder)  # ends what was under way, however slow the app is to open it
             if texts(self.folder) == self.states[-1]:
                 return
         self.arrive(expected, is_undo)
 
     def arrive(self, expected, is_undo=False):
-        for _ in range(300):
-            if texts(self.folder) == expected:
-                break
+        deadline = time.monotonic() + PATIENCE
+        while texts(self.folder) != expected and time.monotonic() < deadline:
             self.page.wait_for_timeout(50)
         assert texts(self.folder) == expected
         if is_undo:
@@ -87,7 +90,7 @@ class Sequence:
         self.server.kill()
         self.server.start()
         self.page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")  # ask at once
-        expect(self.page.locator("#studio-connection")).to_be_empty(timeout=20_000)
+        expect(self.page.locator("#studio-connection")).to_be_empty(timeout=1000 * PATIENCE)
         self.page.wait_for_timeout(300)
 
     def run(self):

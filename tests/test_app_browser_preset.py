@@ -8,10 +8,14 @@ from playwright.sync_api import expect
 
 from tests import models_flux
 from tests.app_browser import PRESET, button, chromium, faults, opened, run_in, served  # noqa: F401 - a fixture
+from tests.data_sets import wait_for
 from trainer import preset
 
 pytestmark = pytest.mark.browser
 MINE = "# my own\n" + PRESET.format(steps=5)
+SLOW = """(slow) => { const ask = Studio.ask; Studio.ask = async (server, name, request) => {
+    if (name === "open_preset") await new Promise((done) => { setTimeout(done, slow[request.name] ?? 0); });
+    return ask(server, name, request); }; }"""
 
 
 @pytest.fixture(scope="module")
@@ -296,6 +300,39 @@ def test_an_edited_preset_is_trained_as_it_stands(page):
     expect(page.get_by_role("heading", name="edited")).to_be_visible()
     expect(page.locator(".st-run .st-badge")).to_have_text("done", timeout=30_000)
     expect(page.get_by_text("7 of 7").first).to_be_visible()
+
+
+def test_a_preset_that_is_on_its_way_is_the_one_that_is_started(page, server):
+    """Buttons act on what the list shows, though the page may still hold the preset before it."""
+    for number in (5, 6):
+        file_of(server, f"steps-{number}").write_text(PRESET.format(steps=number))
+    page.reload()
+    show(page)
+    page.evaluate(SLOW, {"steps-5": 1200, "steps-6": 300})
+    chosen = page.get_by_label("Preset", exact=True)
+    chosen.select_option("own/steps-5")
+    chosen.select_option("own/steps-6")
+    button(page, "Start training").click()
+    started = server.workspace / "runs/steps-6/preset.toml"
+    wait_for(started.exists)
+    assert preset.load(started).train.steps == 6
+    page.wait_for_timeout(1200)  # the answer that comes too late
+    expect(chosen).to_have_value("own/steps-6")
+    expect(text_of(page)).to_have_value(PRESET.format(steps=6))
+
+
+def test_a_preset_that_cannot_be_opened_starts_nothing_and_leaves_the_list_as_it_was(page, server):
+    file_of(server, "going").write_text(PRESET.format(steps=5))
+    page.reload()
+    show(page, "own/mine")
+    file_of(server, "going").unlink()
+    before = sorted(server.workspace.glob("runs/*"))
+    page.evaluate(SLOW, {"going": 500})
+    page.get_by_label("Preset", exact=True).select_option("own/going")
+    button(page, "Start training").click()
+    expect(page.locator(".st-asked")).to_contain_text("going")
+    expect(page.get_by_label("Preset", exact=True)).to_have_value("own/mine")
+    assert sorted(server.workspace.glob("runs/*")) == before
 
 
 def test_a_base_model_of_another_program_is_chosen_with_its_parts(page, server, tmp_path):

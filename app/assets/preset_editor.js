@@ -17,7 +17,7 @@
   class PresetEditor {
     constructor(server, form) {
       this.server = server;
-      Object.assign(this, { shelf: "shipped", name: "", saved: "", tag: "", reference: "", own: [], asked: 0, timer: 0 });
+      Object.assign(this, { shelf: "shipped", name: "", saved: "", tag: "", reference: "", own: [], asked: 0, opens: 0, opening: null, timer: 0 });
       this.form = new Studio.PresetSettings(form, (change) => this.check(change), {
         folders: async () => (await Studio.ask(this.server, "list_sets")).sets,
         chooseBase: async () => { await this.check(); this.bases.open(this.values?.model?.family); },
@@ -31,7 +31,7 @@
     }
 
     build() {
-      const work = (text, kind, what) => button(text, kind, () => this.attempt(what));
+      const work = (text, kind, what) => button(text, kind, () => this.act(what));
       this.choice = h("select", { id: "studio-preset", onchange: () => this.open(...splitId(this.choice.value)) });
       this.saveButton = work("Save", "st-primary", () => this.save(this.name, { tag: this.tag }));
       this.resetButton = work("Reset", "", () => this.reset());
@@ -81,7 +81,9 @@
       const shelves = await Studio.ask(this.server, "list_presets");
       const group = (shelf, label) => (shelves[shelf].length
         ? h("optgroup", { label }, shelves[shelf].map((name) => h("option", { value: `${shelf}/${name}` }, name))) : null);
+      const chosen = this.opening ? this.choice.value : this.id;
       this.choice.replaceChildren(...[group("shipped", "Shipped"), group("own", "Yours")].filter(Boolean));
+      this.choice.value = chosen;
       Object.assign(this, { own: shelves.own, shipped: shelves.shipped });
       return shelves;
     }
@@ -91,20 +93,28 @@
       this.cards.show(cards);
     }
 
-    /** Open a preset, with what was unsaved of it unless `asSaved`. */
-    open(shelf, name, asSaved = false) {
-      return this.attempt(async () => {
-        const answer = await Studio.ask(this.server, "open_preset", { shelf, name });
-        const left = this.isChanged() && this.text.value ? { id: this.id, name: this.name } : null;
-        const draft = Studio.drafts.get(`${shelf}/${name}`);
-        const isBack = draft && draft.text !== answer.text;
-        this.reference = "";
-        this.take({ shelf, name, saved: answer.text, tag: answer.tag, text: answer.text });
-        this.runName.value = answer.run;
-        this.show(answer);
-        if (isBack && !asSaved) await this.restore(draft, answer);
-        else if (left && left.id !== this.id) this.say(`Your unsaved changes to ${left.name || "the preset"} were set aside. `, ["Bring them back", () => this.open(...splitId(left.id))]);
-      });
+    /** Open a preset, with what was unsaved of it unless `asSaved`. Of several that are on their way, the last one counts. */
+    async open(shelf, name, asSaved = false) {
+      const turn = (this.opens += 1);
+      this.opening = this.attempt(() => this.fetch(turn, { shelf, name }, asSaved));
+      const isHere = await this.opening;
+      if (turn !== this.opens) return;
+      this.opening = null;
+      if (!isHere) this.choice.value = this.id;
+    }
+
+    async fetch(turn, { shelf, name }, asSaved) {
+      const answer = await Studio.ask(this.server, "open_preset", { shelf, name });
+      if (turn !== this.opens) return;
+      const left = this.isChanged() && this.text.value ? { id: this.id, name: this.name } : null;
+      const draft = Studio.drafts.get(`${shelf}/${name}`);
+      const isBack = draft && draft.text !== answer.text;
+      this.reference = "";
+      this.take({ shelf, name, saved: answer.text, tag: answer.tag, text: answer.text });
+      this.runName.value = answer.run;
+      this.show(answer);
+      if (isBack && !asSaved) await this.restore(draft, answer);
+      else if (left && left.id !== this.id) this.say(`Your unsaved changes to ${left.name || "the preset"} were set aside. `, ["Bring them back", () => this.open(...splitId(left.id))]);
     }
 
     /** Come to the front with a preset that another tab has made or found, ready to start. */
@@ -289,7 +299,7 @@
       if (event.key !== "s" || !(event.ctrlKey || event.metaKey) || event.altKey) return;
       event.preventDefault();
       if (this.shelf !== "own") this.saveAs.open(this.name);
-      else if (this.isChanged()) this.attempt(() => this.save(this.name, { tag: this.tag }));
+      else if (this.isChanged()) this.act(() => this.save(this.name, { tag: this.tag }));
     }
 
     // Runs
@@ -303,14 +313,27 @@
       document.dispatchEvent(new CustomEvent("studio:started", { detail: run }));
     }
 
+    /** What a button does is done to the preset that was chosen last, also when it is still on its way. */
+    act(work) {
+      return this.attempt(async () => {
+        await this.begun;
+        while (this.opening) if (!(await this.opening)) return; // it cannot be opened, and that is said
+        await work();
+      });
+    }
+
+    /** Whether the work was done; what hindered it is said. */
     async attempt(work) {
       this.startButton.ariaBusy = "true";
       try {
         await work();
+        return true;
       } catch (error) {
         this.say(error.message);
+        return false;
+      } finally {
+        this.startButton.ariaBusy = "false";
       }
-      this.startButton.ariaBusy = "false";
     }
   }
 

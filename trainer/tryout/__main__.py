@@ -6,6 +6,7 @@ With `--task` it is the process that the app keeps for its tab.
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import sys
 import traceback
@@ -26,6 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.task is not None:
             from trainer.tryout import work  # late, as below: torch takes seconds, and a faulty setting none
 
+            gc.freeze()  # as the trainer does
             task = Task(options.task.resolve())
             work.serve(task, task.path.parent.parent)
         else:
