@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -11,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.forks import Forked, Server
-from tests.test_kill import wait_for_step
+from tests.test_kill import PATIENCE, ROOT, wait_for_step
 from trainer import several
 from trainer.control import Stopped
 from trainer.distributed import ALONE, World, rebuilt, told
@@ -20,7 +23,8 @@ from trainer.events import Event, EventReader
 from trainer.run import Run
 
 LOSSES, WEIGHTS = 1e-5, 1e-4  # relative differences that rounding makes
-METHODS = ["lora", "stella"]  # free factors, and the manifold
+ACCELERATE = ["accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--main_process_port=0"]
+TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
 
 @pytest.fixture(scope="module")
@@ -36,11 +40,10 @@ def start(server: Server, processes: int, *arguments: object) -> list[Forked]:
     return [server.start(*arguments, environment=each) for each in several.environments(processes, {})]
 
 
-def train(server: Server, preset: Path, workspace: Path, name: str, processes: int, *changes: str) -> Run:
+def train(server: Server, preset: Path, workspace: Path, processes: int, *changes: str) -> Run:
     """A run to its end."""
-    words = ["--preset", preset, "--workspace", workspace, "--name", name, *(f"--set={change}" for change in changes)]
-    codes = [process.wait() for process in start(server, processes, *words)]
-    run = Run(workspace / "runs" / name)
+    codes = [process.wait() for process in start(server, processes, *words_for(preset, workspace, *changes))]
+    run = Run(workspace / "runs" / "run")
     assert codes == [0] * processes, run.log_tail()
     return run
 
@@ -49,9 +52,9 @@ def events(run: Run, kind: str) -> list[Event]:
     return [event for event in EventReader(run.events).read() if event["kind"] == kind]
 
 
-def assert_alike(one: Run, other: Run, step: int) -> None:
+def assert_alike(one: Run, other: Run, step: int, kinds: Collection[str] = ("step", "validation")) -> None:
     """The same losses and validation losses, and the same adapter after a step, within rounding."""
-    for kind in ("step", "validation"):
+    for kind in kinds:
         first, second = events(one, kind), events(other, kind)
         assert [event["step"] for event in first] == [event["step"] for event in second] != []
         for mine, theirs in zip(first, second):
@@ -65,12 +68,24 @@ def assert_alike(one: Run, other: Run, step: int) -> None:
             assert torch.equal(tensor, others[key])
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_two_processes_do_what_one_does_with_the_same_global_batch(server, tiny_project, tmp_path, method) -> None:
-    chosen = [f"adapter.method={method}", "sample.every=3", 'sample.prompts=["a red circle", "a dog", "x"]',
-              "sample.width=512", "sample.height=256", "sample.steps=1", "train.grad_accum=2"]
-    one = train(server, tiny_project, tmp_path / "one", "run", 1, *chosen)
-    two = train(server, tiny_project, tmp_path / "two", "run", 2, *chosen[:-1])
+def launch(launcher: Sequence[str], *words: object) -> subprocess.Popen[bytes]:
+    """Two processes by another program than ours."""
+    return subprocess.Popen([sys.executable, "-m", *launcher, "-m", "trainer", *map(str, words)], cwd=ROOT,
+                            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def words_for(preset: Path, workspace: Path, *changes: str) -> list[object]:
+    return ["--preset", preset, "--workspace", workspace, "--name", "run", *(f"--set={change}" for change in changes)]
+
+
+def test_two_processes_do_what_one_does_with_the_same_global_batch(server, tiny_project, tmp_path) -> None:
+    """Losses, validation, pictures, distances and caches; of the two, each has a part of the work."""
+    chosen = ["sample.every=3", f"sample.prompts={['a dog', 'x'] * 4 + ['y']}".replace("'", '"'), "sample.steps=1",
+              "evaluate.distance=efflite0", "evaluate.generate=9"]
+    processes = launch(ACCELERATE, *words_for(tiny_project, tmp_path / "two", *chosen))
+    one = train(server, tiny_project, tmp_path / "one", 1, *chosen, "train.grad_accum=2")
+    two = Run(tmp_path / "two" / "runs" / "run")
+    assert processes.wait(PATIENCE) == 0, two.log_tail()
     assert_alike(one, two, 6)
     assert events(two, "start")[0]["processes"] == 2 and len(events(two, "start")) == 1
     assert [event["images"] for event in events(two, "sample")] == [event["images"] for event in events(one, "sample")]
@@ -78,22 +93,39 @@ def test_two_processes_do_what_one_does_with_the_same_global_batch(server, tiny_
     assert {path.name for path in two.path.iterdir()} == {path.name for path in one.path.iterdir()}
     cached = [sorted(path.name for path in (run.path.parents[1] / "cache").rglob("??/*")) for run in (one, two)]
     assert cached[0] == cached[1] != []
-
-
-def test_kid_is_that_of_one_process(server, tiny_project, tmp_path) -> None:
-    chosen = ["evaluate.distance=efflite0", "train.steps=1", "evaluate.generate=9", "sample.prompts=[]",
-              "train.batch_size=1"]
-    one = train(server, tiny_project, tmp_path / "one", "run", 1, *chosen, "train.grad_accum=2")
-    two = train(server, tiny_project, tmp_path / "two", "run", 2, *chosen)
     [first], [second] = events(one, "distance"), events(two, "distance")
     assert first["kid"] == pytest.approx(second["kid"], rel=1e-3, abs=1e-6)
     assert first["base_kid"] == pytest.approx(second["base_kid"], rel=1e-6)
 
 
+def test_a_shared_model_trains_as_a_whole_one_and_stops_and_goes_on_with_one_process(server, tiny_project,
+                                                                                     tmp_path) -> None:
+    """StelLA with DoRA, which reads all weights at each step; a stop is for both processes, and three are refused."""
+    chosen = ["adapter.method=stella", "adapter.dora=true", "memory.shard=on", "train.lr_scheduler=constant",
+              "evaluate.every=2"]
+    processes = launch(TORCHRUN, *words_for(tiny_project, tmp_path / "two", *chosen, "train.steps=1000"))
+    run = Run(tmp_path / "two" / "runs" / "run")
+    wait_for_step(run, 2)
+    run.request("stop")
+    assert processes.wait(PATIENCE) == 0, run.log_tail()
+    last = run.last_step()
+    assert run.state().word == "stopped" and 2 <= last < 1000
+    held = json.loads((run.checkpoint(last) / "progress.json").read_text())["plan"]
+    assert held["shards"] == 2 and held["checkpointing"] == "full"
+    assert 0 not in [process.wait() for process in start(server, 3, "--resume", run.path)]
+    assert "4 images a step" in run.state().text and "resume it on 1 or 2" in run.state().text
+    [again] = start(server, 1, "--resume", run.path, f"--set=train.steps={last + 2}")
+    whole = train(server, tiny_project, tmp_path / "one", 1, *chosen, "train.grad_accum=2",
+                  f"train.steps={last + 2}")
+    assert again.wait() == 0 and run.state().word == "done", run.log_tail()
+    assert_alike(whole, run, last + 2, {"step"})
+    assert any("memory.shard = 'on' has nothing to do here" in event["text"] for event in events(run, "note"))
+
+
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_lost_process_ends_the_run_and_it_goes_on_with_one(server, tiny_project, tmp_path, victim) -> None:
     words = ["--preset", tiny_project, "--workspace", tmp_path, "--name", "run", "--set=train.steps=100000",
-             "--set=output.save_every=7", "--set=evaluate.every=0", "--set=log.rank_every=0"]
+             "--set=output.save_every=7", "--set=evaluate.every=0", "--set=log.rank_every=0", "--set=memory.shard=on"]
     processes = start(server, 2, *words)
     run = Run(tmp_path / "runs" / "run")
     wait_for_step(run, 9)
@@ -111,31 +143,6 @@ def test_a_lost_process_ends_the_run_and_it_goes_on_with_one(server, tiny_projec
     assert again.wait() == 0, run.log_tail()
     assert run.state().word == "done" and run.last_step() == last + 2
     assert any("one process from here on, with train.grad_accum = 2" in event["text"] for event in events(run, "note"))
-
-
-def test_a_stop_is_for_all_and_two_go_on_as_one_would_have(server, tiny_project, tmp_path) -> None:
-    whole = train(server, tiny_project, tmp_path / "whole", "run", 1, "train.grad_accum=2", "train.steps=14")
-    words = ["--preset", tiny_project, "--workspace", tmp_path / "broken", "--name", "run", "--set=train.steps=14"]
-    processes = start(server, 2, *words)
-    run = Run(tmp_path / "broken" / "runs" / "run")
-    wait_for_step(run, 3)
-    run.request("stop")
-    assert [process.wait() for process in processes] == [0, 0], run.log_tail()
-    assert run.state().word == "stopped" and 3 <= run.last_step() < 14
-    [again] = start(server, 1, "--resume", run.path)
-    assert again.wait() == 0, run.log_tail()
-    assert run.state().word == "done"
-    theirs = load_file(whole.checkpoint(14) / "adapter.safetensors")
-    for key, tensor in load_file(run.checkpoint(14) / "adapter.safetensors").items():
-        if key.startswith("leaf."):
-            torch.testing.assert_close(tensor, theirs[key], rtol=1e-3, atol=1e-5, msg=key)
-
-
-def test_three_processes_cannot_share_a_batch_of_four(server, tiny_project, tmp_path) -> None:
-    run = train(server, tiny_project, tmp_path, "run", 2, "train.steps=1", "evaluate.every=0")
-    codes = [process.wait() for process in start(server, 3, "--resume", run.path, "--set=train.steps=2")]
-    assert 0 not in codes
-    assert "4 images a step" in run.state().text and "resume it on 1 or 2" in run.state().text
 
 
 # Agreement, by threads in place of processes.
