@@ -11,7 +11,7 @@ from trainer.adapters.layer import base_matrix
 from trainer.fast.convolutions import lay_out
 from trainer.memory import selective
 
-WAYS = [("sd15:2", "stella", ('adapter.targets=["all"]',)), ("sd15:1:none:int8", "lora", ()),
+WAYS = [("sd15:1:none:int8", "stella", ()),
         ("sdxl:1", "lora", ('adapter.targets=["convolution"]', "adapter.dora=true"))]
 
 

@@ -11,7 +11,7 @@ from trainer import families, forecast
 from trainer import preset as presets
 from trainer.data.cache import Cache
 from trainer.material import Material
-from trainer.memory.plan import Plan
+from trainer.memory.plan import LADDER, Plan
 from trainer.session import open_base
 
 CPU = torch.device("cpu")
@@ -48,7 +48,7 @@ def test_the_first_plan_that_fits_is_told(foresee) -> None:
 
 def test_what_an_earlier_run_measured_counts_more(foresee) -> None:
     plan = Plan("nf4", "full")
-    known = {"plan": asdict(plan), "peak": 12_345_678, "limit": 20_000_000}
+    known = {"plan": asdict(plan), "peak": 12_345_678, "limit": 20_000_000, "ladder": LADDER}
     found = foresee(20_000_000, known=known)
     assert (found.plan, found.peak) == (plan, 12_345_678)
     assert foresee(PLENTY, known=known).plan == Plan()  # with much more room it will be measured anew

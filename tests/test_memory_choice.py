@@ -9,11 +9,12 @@ import pytest
 from tests import projects
 from trainer import checkpoint
 from trainer.errors import UserError
+from trainer.memory import plan
 from trainer.memory.choice import remembered
 from trainer.memory.plan import Plan
 
 LADDER = [Plan(), Plan(checkpointing="full"), Plan("nf4", "full")]
-KNOWN = {"plan": asdict(LADDER[1]), "peak": 70, "limit": 100}
+KNOWN = {"plan": asdict(LADDER[1]), "peak": 70, "limit": 100, "ladder": plan.LADDER}
 
 
 @pytest.mark.parametrize(("known", "limit", "plans"), [
@@ -21,9 +22,9 @@ KNOWN = {"plan": asdict(LADDER[1]), "peak": 70, "limit": 100}
     (KNOWN, 72, []), (KNOWN, 120, []),
     (KNOWN | {"plan": asdict(Plan("fp8"))}, 100, []),
     (None, 100, []), ({}, 100, []), ({"sec": 1.0, "vram_peak": 5}, 100, []), (KNOWN | {"plan": {"bits": 4}}, 100, []),
-    (KNOWN | {"peak": None}, 100, []), ([1], 100, []),
+    (KNOWN | {"peak": None}, 100, []), ([1], 100, []), (KNOWN | {"ladder": 1}, 100, []),
 ], ids=["the same", "less, but enough", "a little more", "too little", "much more", "not on the ladder", "nothing",
-        "empty", "time only", "another plan", "no peak", "no entry"])
+        "empty", "time only", "another plan", "no peak", "no entry", "an older ladder"])
 def test_an_earlier_choice_counts_while_the_memory_is_about_the_same(known, limit, plans) -> None:
     assert remembered(known, LADDER, limit) == plans
 

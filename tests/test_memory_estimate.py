@@ -42,6 +42,8 @@ def traced(name: str, plan: Plan) -> tuple[int, Estimate]:
 
 @pytest.mark.parametrize(("name", "plan"), [
     ("sd15", Plan("none", "full")), ("sdxl", Plan()), ("flux1-dev", Plan("fp8", "full")), ("flux1-dev", Plan()),
+    ("sd15", Plan("none", "selective")), ("flux1-dev", Plan("none", "selective")),
+    ("klein-4b", Plan("fp8", "selective")),
     ("klein-4b", Plan("none", "full")), ("klein-4b", Plan("fp8")), ("flux2-dev", Plan("fp8", "full"))], ids=str)
 def test_a_step_holds_what_is_estimated(name: str, plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("trainer.memory.estimate.WORKSPACE", 0)

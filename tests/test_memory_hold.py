@@ -60,15 +60,15 @@ def losses(run: Run) -> dict[int, float]:
 
 def test_a_step_that_does_not_fit_is_done_again_and_the_run_ends_as_an_unbroken_one(tiny_project, tmp_path,
                                                                                     unbroken) -> None:
-    with failing(3, 4):  # the second micro-batch of step 2, then the first when it is done again
+    with failing(3, 4, 5):  # the second micro-batch of step 2, then the first when it is done again, and again
         run = start(tiny_project, tmp_path, "run", *PLAIN, "output.save_every=1", "output.keep=9")
     assert losses(run) == losses(unbroken)
     for file in ("adapter.safetensors", "optimizer.safetensors"):
         assert_same_weights(run.checkpoint(4) / file, unbroken.checkpoint(4) / file)
-    first, second = notes(run)
+    first, _, third = notes(run)
     assert first == ("Step 2 did not fit into the GPU's memory with unquantised, no checkpointing. It is done again, "
-                     "and the run goes on, with unquantised, checkpointing")
-    assert second.endswith("with unquantised, checkpointing, 5 of 16 blocks in system memory")
+                     "and the run goes on, with unquantised, selective checkpointing")
+    assert third.endswith("with unquantised, checkpointing, 5 of 16 blocks in system memory")
     plans = [checkpoint.load(run.checkpoint(step))[0].plan["offload_blocks"] for step in (1, 2)]
     assert plans == [0, 5]
 
@@ -79,7 +79,7 @@ def test_a_resume_goes_on_in_the_way_it_had_come_to(tiny_project, tmp_path, unbr
     with failing(2):
         session_at_stop(run, preset, tmp_path)
     go_on(run)
-    assert checkpoint.last_progress(run).plan["checkpointing"] == "full" and len(notes(run)) == 1
+    assert checkpoint.last_progress(run).plan["checkpointing"] == "selective" and len(notes(run)) == 1
     assert losses(run) == losses(unbroken)
 
 

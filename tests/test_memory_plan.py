@@ -13,15 +13,18 @@ def preset(dora: bool = False, **memory: object) -> Preset:
 
 
 NF4 = [Plan("nf4", "full", count) for count in (8, 16, 23)]
+SELECTIVE = Plan(checkpointing="selective")
 
 
 def test_everything_left_open_goes_from_the_fastest_to_the_most_sparing() -> None:
-    assert rungs(preset(), 24) == [Plan(), Plan(checkpointing="full"), Plan("fp8", "full"), Plan("nf4", "full"), *NF4]
+    levels = [Plan(mode, level) for mode in ("none", "fp8", "nf4") for level in ("none", "selective", "full")]
+    assert rungs(preset(), 24) == [*levels, *NF4]
 
 
 @pytest.mark.parametrize(("fixed", "ladder"), [
-    ({"quantize": "none"}, [Plan(), *(Plan("none", "full", count) for count in (0, 8, 16, 23))]),
-    ({"quantize": "int8", "offload_blocks": 0}, [Plan("int8"), Plan("int8", "full")]),
+    ({"quantize": "none"}, [Plan(), SELECTIVE, *(Plan("none", "full", count) for count in (0, 8, 16, 23))]),
+    ({"quantize": "int8", "offload_blocks": 0}, [Plan("int8"), Plan("int8", "selective"), Plan("int8", "full")]),
+    ({"gradient_checkpointing": "selective"}, [SELECTIVE, Plan("fp8", "selective"), Plan("nf4", "selective")]),
     ({"gradient_checkpointing": "none"}, [Plan(), Plan("fp8"), Plan("nf4")]),
     ({"gradient_checkpointing": "full"}, [Plan("none", "full"), Plan("fp8", "full"), Plan("nf4", "full"), *NF4]),
     ({"offload_blocks": 5}, [Plan(mode, "full", 5) for mode in ("none", "fp8", "nf4")]),
@@ -34,8 +37,9 @@ def test_what_a_preset_fixes_stays_fixed(fixed: dict, ladder: list[Plan]) -> Non
 
 def test_several_gpus_share_the_weights_before_these_lose_bits() -> None:
     shared = [Plan(mode, "full", shards=2) for mode in ("none", "fp8", "nf4")]
-    assert rungs(preset(), 24, 2) == [Plan(), Plan("none", "full"), shared[0], Plan("fp8", "full"), shared[1],
-                                      Plan("nf4", "full"), shared[2], *NF4]
+    assert rungs(preset(), 24, 2) == [
+        *(plan for mode, together in zip(("none", "fp8", "nf4"), shared)
+          for plan in (Plan(mode), Plan(mode, "selective"), Plan(mode, "full"), together)), *NF4]
     assert rungs(preset(shard="on"), 24, 2) == shared == rungs(preset(shard="on", dora=True), 24, 2)
     assert rungs(preset(shard="off"), 24, 2) == rungs(preset(), 24) == rungs(preset(shard="on"), 24)
     assert all(plan.shards == 1 for plan in rungs(preset(offload_blocks=5), 24, 2))
@@ -53,7 +57,7 @@ def test_a_run_that_goes_on_with_other_gpus_is_held_by_those(plan: Plan, shard: 
 
 
 def test_a_small_model_has_fewer_rungs() -> None:
-    assert [plan.offload_blocks for plan in rungs(preset(), 2)[4:]] == [1]
+    assert [plan.offload_blocks for plan in rungs(preset(), 2)[9:]] == [1]
     assert rungs(preset(), 0)[-1] == rungs(preset(), 1)[-1] == Plan("nf4", "full")
 
 
@@ -79,6 +83,7 @@ def test_a_plan_is_told_in_words() -> None:
     assert Plan("nf4", "full", 8).in_words(24) == "NF4, checkpointing, 8 of 24 blocks in system memory"
     assert Plan("fp8", "full", shards=2).in_words(24) == "FP8, checkpointing, shared by 2 GPUs"
     assert Plan().in_words(24) == "unquantised, no checkpointing"
+    assert SELECTIVE.in_words(24) == "unquantised, selective checkpointing"
 
 
 def test_dora_keeps_its_weights_on_the_gpu() -> None:
@@ -86,8 +91,9 @@ def test_dora_keeps_its_weights_on_the_gpu() -> None:
 
 
 @pytest.mark.parametrize(("plan", "lower"), [
-    (Plan(), [*(Plan("none", "full", count) for count in (0, 8, 16, 23)), Plan("fp8", "full"), Plan("nf4", "full"),
-              *NF4]),
+    (Plan(), [SELECTIVE, *(Plan("none", "full", count) for count in (0, 8, 16, 23)), Plan("fp8", "full"),
+              Plan("nf4", "full"), *NF4]),
+    (Plan("nf4"), [Plan("nf4", "selective"), Plan("nf4", "full"), *NF4]),
     (Plan("fp8", "full", 23), [Plan("nf4", "full"), *NF4]),
     (Plan("nf4", "full", 16), [Plan("nf4", "full", 23)]),
     (NF4[-1], []),
@@ -97,5 +103,7 @@ def test_a_run_that_has_begun_keeps_its_quantisation_as_long_as_it_can(plan: Pla
 
 
 def test_a_run_never_leaves_what_the_preset_fixes() -> None:
-    assert below(preset(quantize="none", offload_blocks=0), 24, Plan()) == [Plan(checkpointing="full")]
+    assert below(preset(quantize="none", offload_blocks=0), 24, Plan()) == [SELECTIVE, Plan(checkpointing="full")]
+    assert below(preset(gradient_checkpointing="selective"), 24, SELECTIVE) == [
+        Plan("fp8", "selective"), Plan("nf4", "selective")]
     assert below(preset(quantize="none", offload_blocks=0), 24, Plan(checkpointing="full")) == []

@@ -84,10 +84,11 @@ def test_a_run_is_to_the_bit_as_if_nobody_had_measured(tiny_project, workspace, 
 
 
 def test_the_first_plan_that_fits_is_taken_and_told_with_what_did_not(tiny_project, workspace) -> None:
-    run = train(tiny_project, workspace, Pretended(8, None, 7.7, 5.5))
+    run = train(tiny_project, workspace, Pretended(8, None, 7.8, 7.7, 5.5))
     assert notes(run) == [
         "Memory: 8.0 GiB. Chosen: unquantised, checkpointing, 5 of 16 blocks in system memory. Measured peak 5.5 GiB. "
-        "Did not fit: unquantised, no checkpointing (out of memory); unquantised, checkpointing (7.7 GiB)."]
+        "Did not fit: unquantised, no checkpointing (out of memory); unquantised, selective checkpointing (7.8 GiB); "
+        "unquantised, checkpointing (7.7 GiB)."]
 
 
 def test_a_plan_that_fits_at_once_needs_no_other(tiny_project, workspace) -> None:
@@ -110,12 +111,12 @@ def test_a_resume_holds_the_model_as_before_and_measures_nothing(tiny_project, w
     meter = Pretended(100)
     run_training(run, presets.load(run.preset, ["train.steps=2"]), workspace, measured_by=lambda *_: meter)
     assert meter.asked == 0 and len(notes(run)) == 1 and run.last_step() == 2
-    assert checkpoint.last_progress(run).plan == asdict(Plan(checkpointing="full"))
+    assert checkpoint.last_progress(run).plan == asdict(Plan(checkpointing="selective"))
 
 
 def test_too_little_memory_for_every_plan_says_what_is_needed(tiny_project, workspace) -> None:
     with pytest.raises(UserError) as caught:
-        train(tiny_project, workspace, Pretended(1, None, None, None, None, 5))
+        train(tiny_project, workspace, Pretended(1, None, None, None, None, None, 5))
     assert str(caught.value) == (
         "the GPU's memory is too small: this run may take 1.0 GiB of it, and even with unquantised, checkpointing, 15 "
         "of 16 blocks in system memory it needs 5.0 GiB. Make data.resolution, train.batch_size or adapter.rank "
@@ -144,4 +145,12 @@ def test_measuring_begins_at_the_first_plan_that_may_fit(limit: float, first: st
     plans = {"a": Plan(), "b": Plan(checkpointing="full"), "c": Plan("nf4", "full")}
     need: Callable[[Plan], float] = dict(zip(plans.values(), (10, 5, 2))).__getitem__
     tried = probe.first_to_try(list(plans.values()), need, limit)
-    assert tried == list(plans.values())["abc".index(first):]
+    assert list(tried) == list(plans.values())["abc".index(first):]
+
+
+def test_plans_that_cannot_fit_are_not_tried_though_one_before_them_may() -> None:
+    plans = [Plan(), Plan(checkpointing="full"), Plan("fp8"), Plan("nf4", "full")]
+    needs, asked = dict(zip(plans, (10, 5, 8, 7))), []
+    tried = probe.first_to_try(plans, lambda plan: asked.append(plan) or needs[plan], 6)
+    assert next(tried) == plans[1] and asked == plans[:2]  # an estimate takes a second
+    assert list(tried) == plans[3:], "the last one always"

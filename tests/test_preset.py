@@ -234,7 +234,7 @@ def test_an_older_preset_is_brought_up_to_date(version, old, new):
 
 def test_the_present_version_is_not_migrated():
     assert refusal("version = 2\n" + put("memory", "gradient_checkpointing = true")) == (
-        "mine.toml:12: memory.gradient_checkpointing: should be 'auto', 'none' or 'full', not True.")
+        "mine.toml:12: memory.gradient_checkpointing: should be 'auto', 'none', 'selective' or 'full', not True.")
 
 
 def test_equal_values_change_no_byte():

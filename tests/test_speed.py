@@ -9,7 +9,7 @@ import torch
 
 from trainer import files, preset, speed
 from trainer import run as runs
-from trainer.memory.plan import Plan
+from trainer.memory.plan import LADDER, Plan
 from trainer.record import Recorder
 
 TEXT = '[model]\nfamily = "sd15"\nbase = "owner/base"\n[data]\nfolder = "d"\n[train]\nsteps = 10\n'
@@ -65,9 +65,10 @@ def test_other_work_is_not(tmp_path, remember, override):
 def test_a_plan_is_remembered_beside_the_time(tmp_path, remember):
     plan = Plan("nf4", "full", 8)
     speed.remember_plan(tmp_path, preset.parse(TEXT, "p"), speed.device_name(CPU), plan, peak=7, limit=8)
-    assert recall(tmp_path) == {"plan": asdict(plan), "peak": 7, "limit": 8}
+    known = {"plan": asdict(plan), "peak": 7, "limit": 8, "ladder": LADDER}
+    assert recall(tmp_path) == known
     remember([0.5])
-    assert recall(tmp_path) == {"plan": asdict(plan), "peak": 7, "limit": 8, "sec": 0.5, "vram_peak": None}
+    assert recall(tmp_path) == known | {"sec": 0.5, "vram_peak": None}
     assert recall(tmp_path, "memory.budget_gb=6") is None
 
 

@@ -233,10 +233,10 @@ def _memory(sections: Mapping[str, Any]) -> list[Problem]:
     if memory.offload_blocks > 0 and adapter is not None and adapter.dora:
         found.append(Problem("memory.offload_blocks", "does not go with adapter.dora, which reads all weights at each "
                              "step; take one of them out"))
-    if memory.offload_blocks > 0 and memory.gradient_checkpointing == "none":
+    if memory.offload_blocks > 0 and memory.gradient_checkpointing not in ("auto", "full"):
         found.append(Problem("memory.offload_blocks", "needs memory.gradient_checkpointing = 'full' (or 'auto'): "
                              "without it every block's weights stay on the GPU until the backward pass"))
-    if memory.shard == "on" and memory.gradient_checkpointing == "none":
+    if memory.shard == "on" and memory.gradient_checkpointing not in ("auto", "full"):
         found.append(Problem("memory.shard", "'on' needs memory.gradient_checkpointing = 'full' (or 'auto'): without "
                              "it every block's weights stay on the GPU until the backward pass"))
     if memory.shard == "on" and memory.offload_blocks > 0:

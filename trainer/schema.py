@@ -209,8 +209,9 @@ class Memory(Section):
                                  "(nf4). auto: only as far as the budget needs.")
     quantize_text_encoder: Quantize = setting("auto", "The same for the text encoder while it encodes the captions.",
                                               advanced=True)
-    gradient_checkpointing: Literal["auto", "none", "full"] = setting(
-        "auto", "full: less memory, about a third more time. auto: when the budget needs it.")
+    gradient_checkpointing: Literal["auto", "none", "selective", "full"] = setting(
+        "auto", "What is computed again in the backward pass to hold less memory. selective: only what is cheap, for "
+        "little time; full: everything, for about a third more. auto: as far as the budget needs.")
     offload_blocks: int = setting(-1, "Blocks of the model kept in the computer's memory and fetched when needed: less "
                                   "GPU memory, more time. -1: as the budget needs.", advanced=True, ge=-1, le=1000)
     shard: Literal["auto", "on", "off"] = setting(

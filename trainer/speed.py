@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.files import write_atomic
-from trainer.memory.plan import Plan
+from trainer.memory.plan import LADDER, Plan
 from trainer.schema import Preset
 
 
@@ -25,14 +25,14 @@ def remember(workspace: Path, preset: Preset, device: Any, seconds: float | None
 
 def remember_plan(workspace: Path, preset: Preset, device: str, plan: Plan, peak: int, limit: int) -> None:
     """Put down which plan was found to fit `limit` bytes, and how many it takes at its peak."""
-    _add(workspace, preset, device, plan=asdict(plan), peak=peak, limit=limit)
+    _add(workspace, preset, device, plan=asdict(plan), peak=peak, limit=limit, ladder=LADDER)
 
 
 def recall(workspace: Path, preset: Preset, device: str) -> dict[str, Any] | None:
     """What is known of the same work on the same device, as far as it was done here before.
 
     Of a whole run: seconds per step (`sec`), and bytes at the peak with pictures and all (`vram_peak`). Of what was
-    measured before its first step: `plan`, `peak` and `limit` as in `remember_plan`.
+    measured before its first step: `plan`, `peak` and `limit` as in `remember_plan`, and which `ladder` it was of.
     """
     return _read(_path(workspace)).get(_key(preset, device))
 

@@ -15,7 +15,7 @@ from trainer.errors import UserError
 from trainer.memory.blocks import repeated_blocks
 from trainer.memory.estimate import Estimator
 from trainer.memory.meter import Meter
-from trainer.memory.plan import Plan, below, for_gpus, plain, rungs
+from trainer.memory.plan import LADDER, Plan, below, for_gpus, plain, rungs
 from trainer.memory.probe import FULL, Build, first_to_try, settle, told
 from trainer.memory.shards import Neighbours
 from trainer.memory.trace import META
@@ -68,7 +68,7 @@ def remembered(known: dict[str, Any] | None, ladder: Sequence[Plan], limit: int)
     """The ladder from the plan on that an earlier run like this found under such a limit; empty: measure."""
     try:
         plan, peak, before = Plan(**known["plan"]), known["peak"], known["limit"]
-        fits = peak <= FULL * limit and limit <= LIKE * before and plan in ladder
+        fits = peak <= FULL * limit and limit <= LIKE * before and plan in ladder and known["ladder"] == LADDER
         return list(ladder[ladder.index(plan):]) if fits else []
     except (KeyError, TypeError):  # nothing is known, or a file that somebody else wrote
         return []

@@ -23,7 +23,7 @@ from trainer.memory.weights import bytes_of
 from trainer.quantize.linear import QuantizedLinear
 from trainer.quantize.model import linears_in_blocks, weight_bytes
 from trainer.schema import Preset
-from trainer.session import find_targets, models_by_name
+from trainer.session import checkpoint_blocks, find_targets, models_by_name
 
 STATE = {"adamw": 8, "adamw8bit": 2, "scaled_adamw": 8, "sgd": 4, "stiefel": 4}  # bytes a trained number, by optimizer
 HELD = 4 + 4 + 2  # parameter, gradient, and in 16 bits the start, from which drift is measured
@@ -98,7 +98,7 @@ class Estimator:
         denoiser = nn.Module.to(copy.deepcopy(self.skeleton), META, self.dtype).requires_grad_(False)
         for path, linear in linears_in_blocks(denoiser).items() if quantised else ():
             denoiser.set_submodule(path, UnmadeLinear(linear.weight.shape, linear.bias, self.dtype))
-        self.family.set_gradient_checkpointing(denoiser, checkpointing == "full")
+        checkpoint_blocks(self.family, denoiser, checkpointing)
         targets = find_targets(self.preset, models_by_name(self.family, denoiser, copy.deepcopy(self.text_encoder)))
         method, leaves = make_leaves(self.preset, Layout(tuple(targets), self.preset.adapter.rank))
         for target in targets:

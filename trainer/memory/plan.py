@@ -8,7 +8,9 @@ from trainer.errors import UserError
 from trainer.schema import Memory, Preset
 
 WORDS = {"none": "unquantised", "fp8": "FP8", "int8": "INT8", "nf4": "NF4"}
-CHECKPOINTING = {"none": "no checkpointing", "full": "checkpointing"}
+CHECKPOINTING = {"none": "no checkpointing", "selective": "selective checkpointing", "full": "checkpointing"}
+LEVELS = list(CHECKPOINTING)  # from the fastest to the most sparing
+LADDER = 2  # of these rungs: what was found to fit on an older ladder may not be the fastest on this one
 
 
 @dataclass(frozen=True)
@@ -16,7 +18,7 @@ class Plan:
     """How a run holds its model in memory."""
 
     quantize: str = "none"  # none, fp8, int8, nf4: the frozen weights
-    checkpointing: str = "none"  # none, full
+    checkpointing: str = "none"  # of LEVELS
     offload_blocks: int = 0  # blocks whose weights stay in the host's memory
     shards: int = 1  # GPUs of one computer that hold the blocks together, a part each
 
@@ -33,12 +35,13 @@ class Plan:
 def rungs(preset: Preset, blocks: int, gpus: int = 1) -> list[Plan]:
     """The plans that a preset leaves open for a model of so many blocks, from the fastest to the most sparing.
 
-    gpus: that can hold the model together. The pictures come first: what changes only the time (checkpointing, and
-    sharing the blocks between GPUs) goes before what changes the weights. FP8 with a scale a row is close to 16 bits;
-    NF4 halves once more. INT8 holds as much as FP8 and is slower, so it is taken only when asked for. Offloading comes
-    last, since it can cost many times the step, and over NF4, of which the least has to travel; DoRA reads all weights
-    at each step, so it keeps them. What the preset fixes stays fixed. Raises `UserError` for more blocks than there
-    are.
+    gpus: that can hold the model together. The pictures come first: what changes only the time (checkpointing: hardly
+    when it is selective, by about a third when it is full; and sharing the blocks between GPUs) goes before what
+    changes the weights; with fewer bits there may be room again to checkpoint less. FP8 with a scale a row is close to
+    16 bits; NF4 halves once more. INT8 holds as much as FP8 and is slower, so it is taken only when asked for.
+    Offloading comes last, since it can cost many times the step, and over NF4, of which the least has to travel; DoRA
+    reads all weights at each step, so it keeps them. What the preset fixes stays fixed. Raises `UserError` for more
+    blocks than there are.
     """
     memory = preset.memory
     if memory.offload_blocks >= max(blocks, 1):
@@ -47,7 +50,8 @@ def rungs(preset: Preset, blocks: int, gpus: int = 1) -> list[Plan]:
                         "budget needs")
     gpus = gpus if blocks and memory.shard != "off" else 1
     counts = [gpus] if memory.shard == "on" else sorted({1, gpus})
-    ladder = [Plan(), *(Plan(mode, "full", shards=count) for mode in ("none", "fp8", "nf4") for count in counts),
+    ladder = [*(Plan(mode, level, shards=count) for mode in ("none", "fp8", "nf4") for level in LEVELS
+                for count in counts if level == "full" or count == 1),
               *(Plan("nf4", "full", count) for count in (blocks // 3, 2 * blocks // 3, blocks - 1)
                 if count > 0 and not preset.adapter.dora)]
     return list(dict.fromkeys(_fixed(plan, memory) for plan in ladder
@@ -67,14 +71,17 @@ def for_gpus(plan: Plan, memory: Memory, gpus: int) -> Plan:
 
 
 def below(preset: Preset, blocks: int, plan: Plan, gpus: int = 1) -> list[Plan]:
-    """More sparing plans than `plan`, for a run that has begun with it: first those that keep its quantisation."""
+    """More sparing plans than `plan`, for a run that has begun with it: first those that keep its quantisation, then
+    those with fewer bits that checkpoint no less."""
     fixed = preset.memory.model_copy(update={"quantize": plan.quantize})
     same = rungs(preset.model_copy(update={"memory": fixed}), blocks, gpus)
     same = same[same.index(plan) + 1:] if plan in same else []
     ladder = rungs(preset, blocks, gpus)
     modes = list(dict.fromkeys(other.quantize for other in ladder))
     fewer_bits = modes[modes.index(plan.quantize) + 1:] if plan.quantize in modes else []
-    return same + [other for other in ladder if other.quantize in fewer_bits]
+    level = max(LEVELS.index(other.checkpointing) for other in [plan, *same])
+    return same + [other for other in ladder
+                   if other.quantize in fewer_bits and LEVELS.index(other.checkpointing) >= level]
 
 
 def text_rungs(memory: Memory) -> list[str]:
@@ -91,10 +98,9 @@ def _fixed(plan: Plan, memory: Memory) -> Plan:
 
 def _possible(plan: Plan, memory: Memory) -> bool:
     """A block that leaves the GPU must be run again in the backward pass, so offloading and sharing need
-    checkpointing; and it leaves for one place."""
-    if plan.shards > 1 and (memory.gradient_checkpointing == "none" or memory.offload_blocks > 0):
+    all of it to be checkpointed; and it leaves for one place."""
+    if plan.shards > 1 and (memory.gradient_checkpointing not in ("auto", "full") or memory.offload_blocks > 0):
         return False
-    keeps = plan.checkpointing == "none" if memory.gradient_checkpointing == "auto" else (
-        memory.gradient_checkpointing == "none")
+    level = plan.checkpointing if memory.gradient_checkpointing == "auto" else memory.gradient_checkpointing
     offloads = plan.offload_blocks > 0 if memory.offload_blocks < 0 else memory.offload_blocks > 0
-    return not (keeps and offloads)
+    return level == "full" or not offloads

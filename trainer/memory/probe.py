@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 
@@ -28,13 +28,12 @@ Build = Callable[[Plan], Session]
 Peaks = dict[Plan, int | None]
 
 
-def first_to_try(ladder: Sequence[Plan], need: Callable[[Plan], float], limit: int) -> list[Plan]:
-    """The ladder from the first plan on that may fit by its estimate in bytes; the last one at least."""
-    fitting = (number for number, plan in enumerate(ladder) if need(plan) * OPTIMISM <= limit)
-    return list(ladder[next(fitting, len(ladder) - 1):])
+def first_to_try(ladder: Sequence[Plan], need: Callable[[Plan], float], limit: int) -> Iterator[Plan]:
+    """The plans that may fit by their estimates in bytes, which are made when it comes to them; the last one always."""
+    return (plan for plan in ladder if plan == ladder[-1] or need(plan) * OPTIMISM <= limit)
 
 
-def settle(build: Build, plans: Sequence[Plan], blocks: int, meter: Meter | None, recorder: Recorder,
+def settle(build: Build, plans: Iterable[Plan], blocks: int, meter: Meter | None, recorder: Recorder,
            world: World = ALONE) -> tuple[Session, Peaks]:
     """A session that holds its model in the first way that fits, and each measured plan's peak in bytes (None: it
     did not fit).
