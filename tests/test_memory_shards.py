@@ -8,9 +8,14 @@ import torch
 
 from tests.test_distributed import Member, outcomes
 from tests.test_memory_offload import DEPTH, make, trained
+from trainer import preset as presets
 from trainer.adapters.layer import base_matrix
+from trainer.distributed import ALONE
+from trainer.families import sd15
+from trainer.memory.blocks import repeated_blocks
 from trainer.memory.fetch import BUFFERS, tensors_of
 from trainer.memory.shards import Neighbours, Shards, meet
+from trainer.session import open_base
 
 CPU = torch.device("cpu")
 
@@ -74,6 +79,25 @@ def test_weights_are_there_for_those_that_read_them_between_passes() -> None:
                 for target, weight in zip(adapter.layout.targets, expected)]
 
     assert outcomes(2, work) == [[True] * DEPTH] * 2
+
+
+def test_no_more_than_one_block_is_whole_while_weights_are_loaded(tiny_project) -> None:
+    base = open_base(presets.load(tiny_project))
+    shards, seen = Shards(Neighbours(ALONE, [0, 1]), CPU), []
+
+    def keep(block: torch.nn.Module) -> None:
+        seen.append(block)
+        assert not any(tensor.is_meta for tensor in tensors_of(block))
+        shards.keep(block)
+        assert bytes_of(block) <= 4 * sum(1 for _ in tensors_of(block))
+
+    denoiser = sd15.load_denoiser(base, CPU, torch.float32, "fp8", keep)
+    assert {id(block) for block in seen} == {id(block) for block in repeated_blocks(denoiser)}
+    whole = sd15.load_denoiser(base, CPU, torch.float32, "fp8")
+    kept = bytes_of(whole) - bytes_of(denoiser)
+    assert kept / 2 < shards.kept < 0.7 * kept
+    beside = [name for name in denoiser.state_dict() if "transformer_blocks" not in name]
+    assert all(torch.equal(denoiser.state_dict()[name], whole.state_dict()[name]) for name in beside) and beside
 
 
 def test_one_process_of_a_computer_shares_nothing() -> None:

@@ -137,6 +137,7 @@ def _chosen(options: argparse.Namespace) -> tuple[Run, Preset, Path]:
 def _train_together(options: argparse.Namespace) -> int:
     """Be one of several processes; the first one alone begins the run, and speaks."""
     os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"  # who is lost is noticed elsewhere, and there is work to save
+    os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"  # GPUs read from one another, and never write to all at once
     from trainer import distributed  # late: it loads torch
 
     world = distributed.join(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
