@@ -326,6 +326,7 @@ def test_a_preset_that_cannot_be_opened_starts_nothing_and_leaves_the_list_as_it
     file_of(server, "going").write_text(PRESET.format(steps=5))
     page.reload()
     show(page, "own/mine")
+    expect(text_of(page)).to_have_value(MINE)
     file_of(server, "going").unlink()
     before = sorted(server.workspace.glob("runs/*"))
     page.evaluate(SLOW, {"going": 500})
