@@ -73,7 +73,7 @@ def set_up(run: Run, preset: Preset, device: torch.device, workspace: Path, reco
     material = Material(preset, family.bucket_step(preset.data.resolution), lambda done, of: (
         guard(), recorder.phase("reading images", done, of)))
     saved = _held_before(run)
-    modes = _text_modes(preset, family, base, device, saved, meter)
+    modes = _text_modes(preset, family, base, device, saved, meter, partial(_text_store, material, cache, base, dtype))
     texts, text_encoder, quantize = _prepare_text(preset, family, base, material, cache, device, dtype, recorder, guard,
                                                   min(world.together(lambda: modes), key=len), world)
     latents, held = prepare_latents(family, base, material, cache, device, recorder, guard, world)
@@ -176,14 +176,28 @@ def check_warm_up(preset: Preset, steps: int) -> None:
                         "the learning rate would never be reached; make it smaller")
 
 
+def _text_store(material: Material, cache: Cache, base: Any, dtype: torch.dtype, mode: str) -> TextStore:
+    """All texts of a run, as a text encoder that is held in this way encodes them."""
+    return TextStore(material.prompts(), cache, quantised_id(base.text_id, mode), dtype)
+
+
 def _text_modes(preset: Preset, family: ModuleType, base: Any, device: torch.device, saved: Progress | None,
-                meter: Meter | None) -> list[str]:
-    """How the text encoder may be held, from what is likely to fit; a resumed run's own way comes first."""
-    modes = [mode for mode in text_rungs(preset.memory) if works(mode, device)]
+                meter: Meter | None, store: Callable[[str], TextStore]) -> list[str]:
+    """How the text encoder may be held, from what is likely to fit; a resumed run's own way comes first.
+
+    Where the cache has all texts of one way, it is that: nothing of a text encoder has to be loaded then.
+    """
+    modes = text_rungs(preset.memory)
     if saved is not None:
-        return modes[modes.index(saved.text_quantize):] if saved.text_quantize in modes else [saved.text_quantize]
-    if meter is None or len(modes) == 1:
+        modes = modes[modes.index(saved.text_quantize):] if saved.text_quantize in modes else [saved.text_quantize]
+    if len(modes) == 1 or "text_encoder" in preset.adapter.targets or (saved is None and meter is None):
         return modes[:1]
+    for mode in modes if saved is None else modes[:1]:
+        if not store(mode).missing():
+            return [mode]
+    modes = [mode for mode in modes if works(mode, device) or mode == modes[0]]
+    if saved is not None:
+        return modes
     skeleton = family.load_text_encoder(base, torch.device("meta"), family.TEXT_DTYPE)
     fitting = [number for number, mode in enumerate(modes)
                if bytes_of(skeleton, mode, family.TEXT_DTYPE) <= FULL * meter.limit]
@@ -197,7 +211,7 @@ def _prepare_text(preset: Preset, family: ModuleType, base: Any, material: Mater
     if "text_encoder" in preset.adapter.targets:
         return None, family.load_text_encoder(base, device, dtype), "none"
     for mode in modes:
-        texts = TextStore(material.prompts(), cache, quantised_id(base.text_id, mode), dtype)
+        texts = _text_store(material, cache, base, dtype, mode)
         try:
             world.together(lambda mode=mode, texts=texts: fill_texts(texts, family, base, device, mode, recorder,
                                                                      guard, world))
