@@ -79,7 +79,7 @@ def memory(preset: Preset, base: Any, denoiser: nn.Module, material: Material, d
     ladder = [plan for plan in rungs(preset, blocks) if works(plan.quantize, device)]
     if earlier := remembered(dict(known or {}), ladder, limit):
         return Memory(earlier[0], blocks, estimator(earlier[0]), (known or {})["peak"], text, mode)
-    plan = next((plan for plan in ladder if estimator(plan).peak <= FULL * limit), ladder[-1])
+    plan = next((plan for plan in ladder if estimator.fits(plan, FULL * limit)), ladder[-1])
     return Memory(plan, blocks, estimator(plan), None, text, mode)
 
 

@@ -38,7 +38,8 @@ from trainer.update import Update
 GIB = 2**30
 RANK = 16
 QUANTIZE = ("none", "fp8", "nf4", "int8")
-MODES = ("plain", "full", "offload")  # no checkpointing; checkpointing; and all blocks but one on the host as well
+MODES = ("plain", "selective", "full", "offload")  # how much is checkpointed; and all blocks but one on the host
+PEERS_MODES = ("plain", "full")
 FIRST = ("klein-4b:nf4:full", "klein-4b:none:full", "klein-9b:nf4:full", "flux1-dev:nf4:full", "flux1-dev:nf4:offload",
          "sdxl:none:full", "sd15:none:full", "klein-4b:none:plain", "klein-4b:none:plain:peer",
          "klein-4b:none:full:peer", "sdxl:none:plain", "sdxl:none:plain:peer", "sd15:none:plain",
@@ -132,13 +133,14 @@ def our_step(case: Case, size: Size, device: torch.device, dtype: torch.dtype, m
 
 def plan_of(case: Case, blocks: int) -> Plan:
     """How a case holds its model: offloaded, all blocks but one are."""
-    return Plan(case.quantize, "none" if case.mode == "plain" else "full", blocks - 1 if case.mode == "offload" else 0)
+    level = {"plain": "none", "offload": "full"}.get(case.mode, case.mode)
+    return Plan(case.quantize, level, blocks - 1 if case.mode == "offload" else 0)
 
 
 def peer_step(case: Case, size: Size, device: torch.device, dtype: torch.dtype, method: str) -> tuple[Step, dict]:
     """The peer's step for the same work."""
-    if case.quantize != "none" or case.mode == "offload":
-        raise SystemExit(f"{case.name}: the peer is measured in 16 bits, without offload")
+    if case.quantize != "none" or case.mode not in PEERS_MODES:
+        raise SystemExit(f"{case.name}: the peer is measured in 16 bits, with all checkpointing or none")
     denoiser = true_size.denoiser_of(size, "none", device, dtype)
     built = peer.build(size, denoiser, RANK, case.mode == "full", device, dtype, *true_size.batch_of(size, dtype))
     return built.step, {"trained": built.trained}
@@ -258,6 +260,7 @@ class Predictions:
 def grid(rows: list[dict[str, Any]]) -> str:
     """The table of presets/README.md: a line for each model and way to hold its weights."""
     found = {row["name"]: row for row in rows if "error" not in row}
+    modes = [mode for mode in MODES if any(row["mode"] == mode for row in found.values())]
 
     def cell(*name: str) -> str:
         row = found.get(":".join(name))
@@ -266,8 +269,8 @@ def grid(rows: list[dict[str, Any]]) -> str:
     lines = []
     for size, shown in SHOWN.items():
         for quantize, called in (("none", "bf16"), ("fp8", "FP8"), ("nf4", "NF4")):
-            cells = [shown, called, *(cell(size, quantize, mode) for mode in MODES),
-                     *(cell(size, quantize, mode, "peer") for mode in MODES[:2])]
+            cells = [shown, called, *(cell(size, quantize, mode) for mode in modes),
+                     *(cell(size, quantize, mode, "peer") for mode in PEERS_MODES)]
             lines.append(f"| {' | '.join(cells)} |".replace("|  |", "| |").replace("|  |", "| |"))
     return "\n".join(lines)
 

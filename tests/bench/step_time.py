@@ -1,11 +1,12 @@
 """Step times of true-size models, ours beside the peer's: `python -m tests.bench.step_time --case sd15:4 --json FILE`.
 
-A case is model:batch, with :full for checkpointing and then :fp8 or :nf4 for our weights (the peer's have 16 bits).
+A case is model:batch, with :selective or :full for checkpointing (the peer's is none, or full) and then :fp8 or :nf4
+for our weights (the peer's have 16 bits).
 Its rows run one after the other, each in a process of its own: the peer (see peer.py) and the trainer's whole step
 (gradients, clipping, optimizer with retraction, average), by method. `+` adds to a row: peer+compile, lora+eager
-(without CUDA graphs), lora+nhwc (channels last in convolutions). `--agree` compares both sides' losses over 20 steps
-from the same start instead. `--table FILE…` puts rows together. `--tiny` rehearses on a CPU, `--profile` prints what
-the GPU's time goes to.
+(without CUDA graphs), lora+nhwc (channels last in convolutions), lora+attention (its kernels chosen as in a long run).
+`--agree` compares both sides' losses over 20 steps from the same start instead. `--table FILE…` puts rows together.
+`--tiny` rehearses on a CPU, `--profile` prints what the GPU's time goes to.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import json
 import os
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -32,15 +34,15 @@ from tests.bench import memory, peer, true_size
 from tests.bench.memory import RANK, Step, wait
 from tests.bench.true_size import SIZES, Size
 from trainer import families
-from trainer.fast import start
-from trainer.memory.plan import Plan
+from trainer.fast import attention, convolutions, start
+from trainer.memory.plan import LEVELS, Plan
 from trainer.schema import FLOW_FAMILIES
 from trainer.session import Session, hold
 from trainer.update import Update
 
 ROWS = ("peer", "lora", "stiefel", "stella")
 FLAGS = {"compile": ("train.compile=on",), "eager": ("memory.cuda_graphs=off",), "graph": ("memory.cuda_graphs=on",),
-         "nhwc": ()}
+         "nhwc": (), "attention": ()}
 WARM = 6  # steps: the third pass and the fourth update are recorded
 AGREE_STEPS, AGREE = 20, 0.02
 PASSES = 2.0  # work of a step over that of a forward pass: the gradient of each input, and none of frozen weights
@@ -59,7 +61,7 @@ class Row:
     @property
     def case(self) -> str:
         extra = [self.checkpointing, self.quantize] if self.quantize != "none" else (
-            ["full"] if self.checkpointing == "full" else [])
+            [self.checkpointing] if self.checkpointing != "none" else [])
         return ":".join([self.size, str(self.batch), *extra])
 
     @property
@@ -74,7 +76,7 @@ def rows_of(case: str, names: Sequence[str]) -> list[Row]:
     """The rows of a case such as klein-4b:1:full:nf4."""
     size, batch, checkpointing, quantize = [*case.split(":"), "none", "none"][:4] if ":" in case else [case, *"   "]
     known = all(name.split("+")[0] in ROWS and set(name.split("+")[1:]) <= set(FLAGS) for name in names)
-    if (size not in SIZES or not batch.isdigit() or checkpointing not in ("none", "full") or not known
+    if (size not in SIZES or not batch.isdigit() or checkpointing not in LEVELS or not known
             or quantize not in memory.QUANTIZE):
         raise SystemExit(f"there is no case {case} with rows {', '.join(names)}")
     return [Row(size, int(batch), checkpointing, "none" if name.startswith("peer") else quantize, name)
@@ -138,10 +140,12 @@ def our_step(row: Row, size: Size, device: torch.device, dtype: torch.dtype) -> 
     """The trainer's own step, with everything that it does by itself to be fast."""
     method, *flags = row.who.split("+")
     denoiser = true_size.denoiser_of(size, row.quantize, device, dtype)
-    if "nhwc" in flags:
-        denoiser.to(memory_format=torch.channels_last)
     changes = ["train.ema_decay=0.99", *(change for flag in flags for change in FLAGS[flag])]
     session = session_of(size, method, changes, denoiser, device, dtype, row)
+    if "nhwc" in flags:
+        convolutions.lay_out(denoiser, torch.channels_last)
+    if "attention" in flags:
+        session.steps, session.cache = attention.WORTH_STEPS, SimpleNamespace(root=Path(tempfile.mkdtemp()) / "cache")
     notes: list[str] = []
     step = trainer_step(session, size, notes)
     return step, {"trained": sum(leaf.numel() for leaf in session.adapter.parameters()), "notes": notes}
@@ -266,7 +270,7 @@ def line(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     chosen = parser.add_mutually_exclusive_group(required=True)
-    chosen.add_argument("--case", nargs="+", help="model:batch[:full[:quantize]]")
+    chosen.add_argument("--case", nargs="+", help="model:batch[:checkpointing[:quantize]]")
     chosen.add_argument("--table", nargs="+", type=Path, metavar="FILE", help="rows of earlier runs as a table")
     parser.add_argument("--rows", nargs="+", default=list(ROWS), help=f"of {', '.join(ROWS)}, with +{' +'.join(FLAGS)}")
     parser.add_argument("--agree", action="store_true", help="compare losses with the peer's instead of times")

@@ -16,7 +16,7 @@ from trainer.memory.blocks import repeated_blocks
 from trainer.memory.estimate import Estimator
 from trainer.memory.meter import Meter
 from trainer.memory.plan import LADDER, Plan, below, for_gpus, plain, rungs
-from trainer.memory.probe import FULL, Build, first_to_try, settle, told
+from trainer.memory.probe import FULL, Build, settle, told, worth_trying
 from trainer.memory.shards import Neighbours
 from trainer.memory.trace import META
 from trainer.quantize.available import works
@@ -56,7 +56,7 @@ def choose(build: Build, preset: Preset, base: Any, device: torch.device, saved:
     if "text_encoder" in preset.adapter.targets:
         text_encoder = family.load_text_encoder(base, META, family.TEXT_DTYPE)
     estimate = Estimator(preset, skeleton, pick_dtype(preset, device), text_encoder=text_encoder)
-    likely = first_to_try(ladder, lambda plan: estimate(plan).peak, limit)
+    likely = worth_trying(ladder, estimate.fits, limit)
     session, tried = settle(build, likely, blocks, meter, recorder, world)
     recorder.note(0, told(session.plan, tried, blocks, limit))
     if world.first:

@@ -76,15 +76,23 @@ class Estimator:
         if kind not in self.steps:
             self.steps[kind] = self._trace(*kind)
         trained, activations = self.steps[kind]
-        weights, host = held_weights(self.skeleton, plan, self.dtype)
-        if self.text_encoder is not None:
-            weights += bytes_of(self.text_encoder, "none", self.dtype)
+        weights, host = self._weights(plan)
         train, method = self.preset.train, self.preset.adapter.method
         rule = 0 if train.optimizer == "stiefel" else RULE.get(method, 0)
         held = HELD + STATE[train.optimizer] + rule + (EMA if train.ema_decay else 0)
         convolves = any(isinstance(module, nn.Conv2d) for module in self.skeleton.modules())
         workspace = WORKSPACE + (CONVOLUTIONS if convolves else 0)
         return Estimate(weights, trained * held, max(activations, self._update(trained)) + workspace, host)
+
+    def fits(self, plan: Plan, room: float) -> bool:
+        """Whether a step takes at most so many bytes; none is run where the weights alone take more."""
+        return self._weights(plan)[0] <= room and self(plan).peak <= room
+
+    def _weights(self, plan: Plan) -> tuple[int, int]:
+        """Bytes of all frozen weights on the device, and on the host."""
+        weights, host = held_weights(self.skeleton, plan, self.dtype)
+        text = 0 if self.text_encoder is None else bytes_of(self.text_encoder, "none", self.dtype)
+        return weights + text, host
 
     def _update(self, trained: int) -> int:
         """Bytes that come and go in an optimizer step, beside the slices of the last forward pass."""

@@ -28,9 +28,10 @@ Build = Callable[[Plan], Session]
 Peaks = dict[Plan, int | None]
 
 
-def first_to_try(ladder: Sequence[Plan], need: Callable[[Plan], float], limit: int) -> Iterator[Plan]:
-    """The plans that may fit by their estimates in bytes, which are made when it comes to them; the last one always."""
-    return (plan for plan in ladder if plan == ladder[-1] or need(plan) * OPTIMISM <= limit)
+def worth_trying(ladder: Sequence[Plan], fits: Callable[[Plan, float], bool], limit: int) -> Iterator[Plan]:
+    """The plans that may fit the limit by their estimates, which are made when it comes to them; the last one always.
+    """
+    return (plan for plan in ladder if plan == ladder[-1] or fits(plan, limit / OPTIMISM))
 
 
 def settle(build: Build, plans: Iterable[Plan], blocks: int, meter: Meter | None, recorder: Recorder,
