@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from tests.bench import step_time, true_size
 from trainer.errors import UserError
 from trainer.fast import compile as block_compiler
 from trainer.fast import start
+from trainer.memory.hold import step_down
 from trainer.memory.plan import Plan
 from trainer.preset import load
 from trainer.session import Session
@@ -45,7 +47,7 @@ def gradients(session: Session, size: true_size.Size) -> list[Tensor]:
     return found
 
 
-@pytest.mark.parametrize("case, method", [("klein-4b:1", "stella"), ("flux1-dev:1:full", "lora")])
+@pytest.mark.parametrize("case, method", [("klein-4b:1:selective", "stella"), ("flux1-dev:1:full", "lora")])
 def test_compiled_blocks_have_the_same_gradients_and_share_their_code(quick_compiler, case: str, method: str) -> None:
     session, size = tiny(case, method)
     plain = gradients(session, size)
@@ -118,3 +120,17 @@ def test_unasked_only_long_runs_of_transformers_are_measured(tiny_project, tmp_p
     assert start.may_pay(session)
     session.progress.step = 900
     assert not start.may_pay(session)
+
+
+def test_a_step_that_does_not_fit_gives_up_compiled_blocks_before_selective_checkpointing() -> None:
+    session, _ = tiny("klein-4b:1:selective", "lora")
+    notes: list[str] = []
+    session.recorder = SimpleNamespace(note=lambda step, text: notes.append(text))
+    block_compiler.install(session.denoiser)
+    step_down(session)
+    assert session.plan == Plan(checkpointing="selective") and not block_compiler.remove(session.denoiser)
+    step_down(session)
+    assert session.plan == Plan(checkpointing="full") and session.denoiser.is_gradient_checkpointing
+    assert [note.partition(". ")[0] for note in notes] == [
+        "Step 1 did not fit into the GPU's memory with compiled blocks",
+        "Step 1 did not fit into the GPU's memory with unquantised, selective checkpointing"]

@@ -54,11 +54,12 @@ def install(denoiser: nn.Module) -> None:
             block.__class__ = compiled_class(type(block))
 
 
-def remove(denoiser: nn.Module) -> None:
-    """Give the blocks their own classes back."""
-    for block in blocks_of(denoiser):
-        if isinstance(block, CompiledBlock):
-            block.__class__ = block.plain_kind
+def remove(denoiser: nn.Module) -> bool:
+    """Give the blocks their own classes back; says whether any was compiled."""
+    compiled = [block for block in blocks_of(denoiser) if isinstance(block, CompiledBlock)]
+    for block in compiled:
+        block.__class__ = block.plain_kind
+    return bool(compiled)
 
 
 def compiler_missing() -> str | None:

@@ -72,9 +72,13 @@ def step_down(session: Session) -> None:
                                 "the GPU's memory beside them, and is done again without")
         return
     session.graphs = None  # there is no room for them
-    block_compiler.remove(session.denoiser)
     before, blocks = session.plan, len(repeated_blocks(session.denoiser))
     failed = f"Step {session.progress.step + 1} did not fit into the GPU's memory"
+    compiled = any(session.world.together(lambda: block_compiler.remove(session.denoiser)))
+    if compiled and before.checkpointing == "selective":  # of which the compiler knows nothing
+        session.recorder.note(session.progress.step, f"{failed} with compiled blocks. It is done again, and the run "
+                              "goes on, without: so they hold less")
+        return
     if session.limit:
         failed += f", of which the run may take {session.limit / GIB:.1f} GiB,"
     for plan in below(session.preset, blocks, before, session.gpus):
