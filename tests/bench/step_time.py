@@ -4,7 +4,8 @@ A case is model:batch, with :selective or :full for checkpointing (the peer's is
 for our weights (the peer's have 16 bits).
 Its rows run one after the other, each in a process of its own: the peer (see peer.py) and the trainer's whole step
 (gradients, clipping, optimizer with retraction, average), by method. `+` adds to a row: peer+compile, lora+eager
-(without CUDA graphs), lora+nhwc (channels last in convolutions), lora+attention (its kernels chosen as in a long run).
+(without CUDA graphs), lora+nhwc (channels last in convolutions), lora+attention (its kernels chosen as in a long run),
+lora+fp8 and lora+int8 (frozen layers multiply so, as far as they are large).
 `--agree` compares both sides' losses over 20 steps from the same start instead. `--table FILE…` puts rows together.
 `--tiny` rehearses on a CPU, `--profile` prints what the GPU's time goes to.
 """
@@ -42,7 +43,7 @@ from trainer.update import Update
 
 ROWS = ("peer", "lora", "stiefel", "stella")
 FLAGS = {"compile": ("train.compile=on",), "eager": ("memory.cuda_graphs=off",), "graph": ("memory.cuda_graphs=on",),
-         "nhwc": (), "attention": ()}
+         "nhwc": (), "fp8": ("train.matmul=fp8",), "int8": ("train.matmul=int8",), "attention": ()}
 WARM = 6  # steps: the third pass and the fourth update are recorded
 AGREE_STEPS, AGREE = 20, 0.02
 PASSES = 2.0  # work of a step over that of a forward pass: the gradient of each input, and none of frozen weights

@@ -40,8 +40,8 @@ def begin(session: Session) -> Found | None:
     Returns what `settle` is to decide after that: what was not asked for, gives the right gradients, and may be faster.
     """
     asked, progress = session.preset.train.matmul, session.progress
-    goes_on = progress.step > 0 and progress.matmul != "auto"
-    wanted = progress.matmul if goes_on and asked == "auto" else asked
+    before = progress.matmul if progress.step else "auto"
+    wanted = before if asked == "auto" else asked
     progress.matmul = "off"
     if wanted == "off" or (wanted == "auto" and not may_pay(session)):
         return None
@@ -50,7 +50,7 @@ def begin(session: Session) -> Found | None:
         if wanted != "auto":
             _refuse(session, why_not)
         return None
-    if goes_on:
+    if wanted == before != "auto":
         use(session, able[0])
         _tell(session, f"Frozen layers multiply in {WORDS[wanted]}, as they did before")
         return None

@@ -1,0 +1,153 @@
+"""Products in 8 bits on a real GPU: right, without waiting, alike in graphs and compiled blocks, exact in a resume.
+
+    pytest -m gpu tests/test_gpu_matmul.py
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from tests import family_runs, models_flux
+from tests.test_gpu_fast import of, steps, tiny
+from trainer import run as runs
+from trainer.fast import low_bits, matmul
+from trainer.fast.matmul import CODES, LowBits
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
+
+GPU = torch.device("cuda", 0)
+LARGE = "low_bits.SIDE = low_bits.ROWS = low_bits.WORK = 1"  # tiny layers count as large ones
+NEAR = {"fp8": 0.02, "int8": 0.003}  # of losses, relative: what rounding inputs and weights may change
+
+
+@pytest.fixture
+def large(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SIDE", "ROWS", "WORK"):
+        monkeypatch.setattr(low_bits, name, 1)
+
+
+@pytest.fixture(params=CODES)
+def kind(request: pytest.FixtureRequest) -> str:
+    if fault := matmul.fault(request.param, GPU):
+        pytest.skip(f"{request.param}: {fault}")
+    return request.param
+
+
+def distance(found: Tensor, expected: Tensor) -> float:
+    return ((found.float() - expected.float()).norm() / expected.float().norm()).item()
+
+
+@pytest.mark.parametrize("rows, n, m", [(33, 64, 96), (77, 3072, 1024), (4097, 3072, 3072), (4608, 12288, 3072)])
+def test_products_are_those_of_the_codes(kind: str, rows: int, n: int, m: int) -> None:
+    torch.manual_seed(0)
+    x = (torch.randn(rows, n, device=GPU) * torch.rand(rows, 1, device=GPU)).bfloat16()
+    weight, bias = torch.randn(m, n, device=GPU).bfloat16(), torch.randn(m, device=GPU).bfloat16()
+    for by_row in {True, matmul.scales_by_row(GPU)} if kind == "int8" else {False, matmul.scales_by_row(GPU)}:
+        codes, scale = matmul.to_codes(weight, None, CODES[kind], by_row)
+        own, own_scale = matmul.to_codes(x, None, CODES[kind], by_row)
+        exact = ((own.double() * own_scale) @ (codes.double() * scale).t() + bias).float()
+        assert distance(matmul.multiplied(x, codes, by_row, scale=scale, bias=bias), exact) < 0.01
+        grad = torch.randn(rows, m, device=GPU, dtype=torch.bfloat16)
+        back = matmul.multiplied(grad, codes.t().contiguous(), by_row, gain=scale)
+        assert distance(back, grad.float() @ weight.float()) < 0.05
+
+
+def test_codes_made_in_one_kernel_are_those_of_plain_operations(kind: str) -> None:
+    x = torch.randn(100, 512, device=GPU, dtype=torch.bfloat16)
+    one = matmul.in_one_kernel(matmul.to_codes, x, None, CODES[kind], True)
+    plain = matmul.to_codes(x, None, CODES[kind], True)
+    torch.testing.assert_close(one[1], plain[1])
+    assert (one[0].float() != plain[0].float()).float().mean() < 1e-3  # a division may round otherwise
+
+
+def chain(count: int = 6, width: int = 3072) -> nn.Module:
+    layers = [nn.Linear(width, width, device=GPU, dtype=torch.bfloat16) for _ in range(count)]
+    net = nn.Module()
+    net.block = nn.ModuleList([nn.Sequential(*layers)])
+    return net.requires_grad_(False)
+
+
+def test_passes_never_wait_hold_no_more_memory_and_are_timed(kind: str) -> None:
+    net, x = chain(), torch.randn(4608, 3072, device=GPU, dtype=torch.bfloat16, requires_grad=True)
+
+    def passes() -> float:
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        net.block[0](x).backward(x.detach())
+        torch.cuda.synchronize()
+        return time.perf_counter() - began
+
+    before = sorted(passes() for _ in range(12))[6]
+    weights = torch.cuda.memory_allocated()
+    matmul.install(net, LowBits(kind, matmul.scales_by_row(GPU), frozenset(matmul.able_linears(net, kind))))
+    assert torch.cuda.memory_allocated() <= weights + 2**20
+    after = sorted(passes() for _ in range(12))[6]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        net.block[0](x).backward(x.detach())
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    print(f"\n{kind}: forward and backward of 6 layers 3072 x 3072, 4608 rows: {1000 * after:.2f} ms, in 16 bits "
+          f"{1000 * before:.2f} ms")
+
+
+WAYS = [("stella", "klein-4b:1"), ("lora", "flux1-dev:1:full"), ("stella", "sd15:2:none:fp8"), ("lora", "sdxl:1")]
+
+
+@pytest.mark.parametrize("way", WAYS, ids=[" ".join(way) for way in WAYS])
+def test_steps_stay_near_those_of_whole_products_and_graphs_change_nothing(large, kind: str, way) -> None:
+    if way[1].endswith("fp8") and kind != "fp8":
+        pytest.skip("a model in FP8 multiplies in FP8")
+    whole, low, graphs = (steps(*tiny(*way, *changes)) for changes in (
+        ("memory.cuda_graphs=off", "train.matmul=off"), ("memory.cuda_graphs=off", f"train.matmul={kind}"),
+        ("memory.cuda_graphs=on", f"train.matmul={kind}")))
+    assert any("frozen layers multiply in" in note for note in low[2]), low[2]
+    assert graphs[2][-1] == "1 graphs", graphs[2]
+    print(f"\n{way}: {next(note for note in low[2] if 'cosine' in note)}")
+    torch.testing.assert_close(torch.tensor(low[0]), torch.tensor(whole[0]), rtol=NEAR[kind], atol=1e-3)
+    torch.testing.assert_close(torch.tensor(graphs[0]), torch.tensor(low[0]), rtol=5e-3, atol=1e-3)
+
+
+def test_compiled_blocks_multiply_alike(large, kind: str) -> None:
+    way = "stella", "klein-4b:1", "memory.cuda_graphs=off", f"train.matmul={kind}"
+    plain, fast = steps(*tiny(*way)), steps(*tiny(*way, "train.compile=on"))
+    assert any("blocks are compiled" in note for note in fast[2]), fast[2]
+    torch.testing.assert_close(torch.tensor(fast[0]), torch.tensor(plain[0]), rtol=NEAR[kind], atol=1e-3)
+
+
+def command(*arguments: object) -> None:
+    """The trainer's command, for which tiny layers are large, in a process of its own: exact repeats on a GPU are
+    decided when CUDA starts."""
+    program = f"import sys; from trainer import __main__; from trainer.fast import low_bits; {LARGE}; " \
+              "sys.exit(__main__.main())"
+    done = subprocess.run([sys.executable, "-c", program, *map(str, arguments)], capture_output=True, text=True,
+                          cwd=Path(__file__).parent.parent)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("extra", [[], ["train.compile=on"]], ids=["plain", "compiled"])
+def test_a_run_resumes_to_the_bit(tmp_path: Path, kind: str, extra: list[str]) -> None:
+    base = models_flux.klein_folder(tmp_path / "base")
+    preset = family_runs.project(tmp_path, "flux2", base)
+    settings = [*family_runs.SMALL, "adapter.method=stella", f"train.matmul={kind}", "memory.device=cuda",
+                "train.deterministic=true", *extra]
+    command("--preset", preset, "--workspace", tmp_path, "--name", kind,
+            *(word for setting in settings for word in ("--set", setting)))
+    run = runs.open_run(tmp_path / "runs" / kind)
+    last = run.checkpoint_steps()[-1]
+    again = runs.open_run(shutil.copytree(run.path, run.path.with_name(f"{kind}-again")))
+    shutil.rmtree(again.checkpoint(last))
+    command("--resume", again.path, "--workspace", tmp_path)
+    assert any("as they did before" in event["text"] for event in of(again, "note"))
+    for file in ("adapter.safetensors", "optimizer.safetensors"):
+        first, second = (load_file(one.checkpoint(last) / file) for one in (run, again))
+        assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
