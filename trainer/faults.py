@@ -37,7 +37,7 @@ def as_user_error(error: BaseException) -> UserError | None:
         return error
     if out_of_memory(error):
         return UserError("the GPU ran out of memory: make train.batch_size or data.resolution smaller, "
-                         "or set memory.gradient_checkpointing = 'full'")
+                         "or set memory.gradient_checkpointing = 'selective' or, for less still, 'full'")
     if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
         return UserError("the memory of this machine ran out: make train.batch_size or data.resolution smaller, "
                          "or close other programs")

@@ -180,7 +180,7 @@ class StepGraphs:
             return True
         self.stop(f"CUDA graphs are not used: with them this run would take about {need / 2**30:.1f} GiB of the "
                   f"{self.room / 2**30:.1f} GiB that it may. Steps take longer so; a smaller train.batch_size or "
-                  "memory.gradient_checkpointing = 'full' makes room")
+                  "memory.gradient_checkpointing = 'selective' or 'full' makes room")
         return False
 
     def _make_place(self, key: Key) -> bool:
