@@ -117,9 +117,9 @@ def train(session: Session, requests: Requests) -> str:
     update = Update(session.adapter, session.optimizer, preset.train.max_grad_norm)
     readback = Readback(session.recorder, session.steps, session.device, preset.log.every, _sample_losses(session))
     saved_at = time.monotonic()
+    world.together(lambda: fast.prepare(session))  # first, so that what is measured before the steps is measured alike
     world.together(lambda: housekeeping.before(session))
     progress = session.progress
-    world.together(lambda: fast.prepare(session))
     readback.restart_clock()
     due = world.union(_stop(requests))
     while progress.step < session.steps and not progress.early and "stop" not in due:

@@ -7,7 +7,8 @@ import time
 import torch
 from torch import Tensor
 
-from trainer.data.order import share, stream
+from trainer.data.order import stream
+from trainer.fast.attention import one_pass
 from trainer.session import Session
 
 
@@ -50,13 +51,9 @@ def rows_of_inputs(session: Session, paths: frozenset[str]) -> dict[str, int]:
     hooks = [session.denoiser.get_submodule(path).register_forward_pre_hook(
         lambda layer, given, path=path: rows.__setitem__(path, given[0].numel() // given[0].shape[-1]))
         for path in sorted(paths)]
-    world = session.world
     try:
-        with torch.no_grad():
-            session.use("raw")
-            session.loss(share(session.order.batch(0), world.rank, world.size, 0, session.preset.train.grad_accum))
+        one_pass(session)
     finally:
         for hook in hooks:
             hook.remove()
-        session.use("off")
     return rows
