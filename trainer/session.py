@@ -284,7 +284,7 @@ def load_denoiser(family: ModuleType, base: Any, device: torch.device, dtype: to
 
 def hold(family: ModuleType, denoiser: nn.Module, plan: Plan, device: torch.device) -> Offload | None:
     """Checkpoint and offload a loaded denoiser's blocks as `plan` says; what is not offloaded comes to the device."""
-    checkpoint_blocks(family, denoiser, plan.checkpointing)
+    selective.checkpoint_blocks(family, denoiser, plan.checkpointing)
     torch.backends.cuda.enable_cudnn_sdp(family.CUDNN_ATTENTION)  # for good: the backward pass chooses as well
     if device.type == "cuda":
         convolutions.lay_out(denoiser)
@@ -296,13 +296,6 @@ def hold(family: ModuleType, denoiser: nn.Module, plan: Plan, device: torch.devi
         if id(tensor) not in away:
             tensor.data = tensor.data.to(device)
     return offload
-
-
-def checkpoint_blocks(family: ModuleType, denoiser: nn.Module, level: str) -> None:
-    """Keep everything for the backward pass ("none"), redo what is cheap ("selective"), or blocks as a whole ("full").
-    """
-    family.set_gradient_checkpointing(denoiser, level == "full")
-    (selective.install if level == "selective" else selective.remove)(denoiser)
 
 
 def models_by_name(family: ModuleType, denoiser: nn.Module, text_encoder: Any) -> dict[str, nn.Module]:

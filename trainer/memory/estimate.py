@@ -18,12 +18,13 @@ from trainer.memory.blocks import repeated_blocks
 from trainer.memory.fetch import BUFFERS
 from trainer.memory.offload import spread
 from trainer.memory.plan import Plan
+from trainer.memory.selective import checkpoint_blocks
 from trainer.memory.trace import META, Alive, gpu_kernels
 from trainer.memory.weights import bytes_of
 from trainer.quantize.linear import QuantizedLinear
 from trainer.quantize.model import linears_in_blocks, weight_bytes
 from trainer.schema import Preset
-from trainer.session import checkpoint_blocks, find_targets, models_by_name
+from trainer.session import find_targets, models_by_name
 
 STATE = {"adamw": 8, "adamw8bit": 2, "scaled_adamw": 8, "sgd": 4, "stiefel": 4}  # bytes a trained number, by optimizer
 HELD = 4 + 4 + 2  # parameter, gradient, and in 16 bits the start, from which drift is measured

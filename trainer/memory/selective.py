@@ -6,6 +6,8 @@ of its arithmetic. Blocks take another class for it, as adapters and compiled bl
 
 from __future__ import annotations
 
+from types import ModuleType
+
 from diffusers.models.activations import GEGLU, GELU
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
@@ -63,6 +65,13 @@ KINDS: dict[type[nn.Module], type[nn.Module]] = {
     GEGLU: RemadeGEGLU, Flux2SwiGLU: RemadeSwiGLU, BasicTransformerBlock: SelectiveBlock,
     ResnetBlock2D: SelectiveResnet} | selective_flux.KINDS
 PLAIN = {selective: plain for plain, selective in KINDS.items()}
+
+
+def checkpoint_blocks(family: ModuleType, denoiser: nn.Module, level: str) -> None:
+    """Keep everything for the backward pass ("none"), redo what is cheap ("selective"), or blocks as a whole ("full").
+    """
+    family.set_gradient_checkpointing(denoiser, level == "full")
+    (install if level == "selective" else remove)(denoiser)
 
 
 def install(denoiser: nn.Module) -> None:
