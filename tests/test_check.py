@@ -59,6 +59,8 @@ def test_steps_follow_from_epochs(tiny_project, tmp_path) -> None:
     (tmp_path / "epochs.toml").write_text(text, "utf-8")
     facts = check.inspect(presets.load(tmp_path / "epochs.toml"), tmp_path).facts
     assert (facts["steps"], facts["epochs"]) == (12, 3.0)
+    facts = check.inspect(presets.load(tmp_path / "epochs.toml", ["memory.device=cuda:0,1"]), tmp_path).facts
+    assert (facts["steps"], facts["epochs"]) == (6, 3.0)  # two GPUs take twice as many images a step
 
 
 def test_all_faults_come_at_once_and_the_code_is_1(tiny_project, tmp_path, trainer) -> None:

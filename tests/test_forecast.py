@@ -22,11 +22,12 @@ PLENTY = 1 << 40
 def foresee(tiny_project):
     """The forecast of a tiny project for a GPU that lets a run take so many bytes."""
 
-    def memory(limit: int | None, *changes: str, known: dict | None = None, encodes: bool = False) -> forecast.Memory:
+    def memory(limit: int | None, *changes: str, known: dict | None = None, encodes: bool = False,
+               gpus: int = 1) -> forecast.Memory:
         preset = presets.load(tiny_project, changes)
         family, base = families.get("sd15"), open_base(preset)
         denoiser = family.load_denoiser(base, torch.device("meta"), torch.float32)
-        return forecast.memory(preset, base, denoiser, Material(preset, 8), CPU, limit, known, encodes)
+        return forecast.memory(preset, base, denoiser, Material(preset, 8), CPU, limit, known, encodes, gpus)
 
     return memory
 
@@ -44,6 +45,12 @@ def test_the_first_plan_that_fits_is_told(foresee) -> None:
     smallest = foresee(1)
     assert smallest.plan.offload_blocks == smallest.blocks - 1 == 15
     assert smallest.estimate.host > 0
+
+
+def test_several_gpus_share_what_does_not_fit_one(foresee) -> None:
+    whole, shared = foresee(PLENTY, "memory.gradient_checkpointing=full"), foresee(PLENTY, "memory.shard=on", gpus=2)
+    assert shared.plan == Plan("none", "full", shards=2) and shared.estimate.host == 0
+    assert shared.estimate.weights < whole.estimate.weights
 
 
 def test_what_an_earlier_run_measured_counts_more(foresee) -> None:

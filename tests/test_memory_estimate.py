@@ -12,11 +12,13 @@ from tests.bench import true_size
 from tests.bench.true_size import SIZES
 from trainer import families
 from trainer.adapters import Target, build
+from trainer.distributed import ALONE
 from trainer.memory.blocks import repeated_blocks
 from trainer.memory.estimate import UPDATE, UPDATE_FREE, Estimate, Estimator, held_weights
 from trainer.memory.fetch import tensors_of
 from trainer.memory.offload import Offload
 from trainer.memory.plan import Plan
+from trainer.memory.shards import Neighbours, Shards
 from trainer.memory.trace import Alive, gpu_kernels
 from trainer.optim import build_optimizer
 from trainer.session import hold
@@ -106,6 +108,18 @@ def test_weights_are_counted_as_they_will_be_held(name: str, mode: str) -> None:
                 if tensor.untyped_storage().data_ptr() not in hosts)
     assert host == pytest.approx(offload.host_bytes, rel=0.35)  # tiny tensors are mostly filling
     assert device == pytest.approx(stays + 2 * offload.buffers[0].numel(), rel=0.25)
+
+
+@pytest.mark.parametrize("mode", ["none", "fp8"])
+def test_of_a_shared_model_each_gpu_holds_a_part_and_two_blocks(mode: str) -> None:
+    size = true_size.shrunk(SIZES["klein-4b"])
+    denoiser, shards = true_size.denoiser_of(size, mode, CPU, torch.bfloat16), Shards(Neighbours(ALONE, [0, 1]), CPU)
+    for block in repeated_blocks(denoiser):
+        shards.keep(block)
+    held = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors_of(denoiser)}
+    buffers = 2 * max(block.size for block in shards.found.values())
+    device, host = held_weights(true_size.skeleton(size), Plan(mode, "full", shards=2), torch.bfloat16)
+    assert host == 0 and device == pytest.approx(sum(held.values()) + shards.kept + buffers, rel=0.25)
 
 
 @pytest.mark.parametrize("name", list(SIZES))

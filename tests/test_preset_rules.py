@@ -125,6 +125,14 @@ FAULTS = {
     "blocks offloaded under DoRA": (
         {"adapter": {"dora": True}, "memory": {"offload_blocks": 2}}, "memory.offload_blocks",
         "does not go with adapter.dora, which reads all weights at each step; take one of them out"),
+    "a model shared by GPUs and kept": (
+        {"memory": {"gradient_checkpointing": "selective", "shard": "on"}}, "memory.shard",
+        "'on' needs memory.gradient_checkpointing = 'full' (or 'auto'): without it every block's weights stay on the "
+        "GPU until the backward pass"),
+    "a model shared by GPUs and offloaded": (
+        {"memory": {"offload_blocks": 2, "shard": "on"}}, "memory.shard",
+        "'on' does not go with memory.offload_blocks: a block is kept by the other GPUs or by the computer; take one "
+        "of them out"),
     "a path of Windows in double quotes": (
         {"model": {"base": "C:\bas"}}, "model.base",
         "'C:\\x08as' holds a character that no path has: in \"double quotes\" a \\ begins an escape, such as \\b or "

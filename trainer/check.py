@@ -30,6 +30,7 @@ from trainer.metrics.features import find_weights
 from trainer.optim import check_packages
 from trainer.quantize.available import check_settings
 from trainer.record import clock
+from trainer.runner import chosen_gpus
 from trainer.schema import Preset
 from trainer.session import LATENT_DTYPE, find_targets, open_base, pick_device, pick_dtype
 from trainer.setup import check_warm_up
@@ -74,7 +75,7 @@ def inspect(preset: Preset, workspace: Path) -> Report:
     if device is not None:
         _collect(report, lambda: check_settings(preset.memory.quantize, preset.memory.quantize_text_encoder, device))
         _collect(report, lambda: check_packages(preset.train.optimizer))
-        report.facts["device"] = speed.device_name(device)
+        report.facts["device"] = speed.device_name(device, _gpus(preset))
     if base and layers and material and device is not None and not report.errors:
         _collect(report, lambda: _memory_and_disk(preset, base, layers, material, workspace, device, report))
     if material and device is not None:
@@ -87,8 +88,8 @@ def _memory_and_disk(preset: Preset, base: Any, layers: Layers, material: Materi
     """What the run will take, beside what there is."""
     cache, dtype, limit = Cache(workspace / "cache"), pick_dtype(preset, device), _limit(preset, device, report)
     prompts = forecast.texts_to_encode(preset, base, material, cache, dtype, "none")
-    known = speed.recall(workspace, preset, speed.device_name(device))
-    found = forecast.memory(preset, base, layers.denoiser, material, device, limit, known, prompts > 0)
+    known = speed.recall(workspace, preset, speed.device_name(device, _gpus(preset)))
+    found = forecast.memory(preset, base, layers.denoiser, material, device, limit, known, prompts > 0, _gpus(preset))
     if found.text_mode != "none":
         prompts = forecast.texts_to_encode(preset, base, material, cache, dtype, found.text_mode)
     disk = forecast.disk(preset, base, material, cache, dtype, prompts, layers.trained)
@@ -112,6 +113,11 @@ def _memory_and_disk(preset: Preset, base: Any, layers: Layers, material: Materi
                                f"{_size(disk.caches + disk.checkpoints)} are needed. Free some space")
     report.numbers |= {"peak": found.peak, "limit": limit, "host": host, "disk": disk.caches + disk.checkpoints,
                        "disk_free": disk.free}
+
+
+def _gpus(preset: Preset) -> int:
+    """How many GPUs the preset names; one, where it leaves the choice."""
+    return max(1, len(chosen_gpus(preset.memory.device)))
 
 
 def _limit(preset: Preset, device: torch.device, report: Report) -> int | None:
@@ -179,7 +185,7 @@ def _data(preset: Preset, workspace: Path, report: Report) -> Material:
     report.facts["buckets"] = {f"{width}×{height}": count for (width, height), count in sorted(buckets.items())}
     cache = Cache(workspace / "cache")
     store = material.latent_store(material.trained, cache, "", LATENT_DTYPE, training=True)
-    order = material.order(store, preset.train.batch_size * preset.train.grad_accum)
+    order = material.order(store, preset.train.batch_size * preset.train.grad_accum * _gpus(preset))
     steps = preset.train.steps or (preset.train.epochs or 0) * order.steps_per_epoch
     report.facts["steps"] = steps
     report.facts["epochs"] = round(steps / order.steps_per_epoch, 2)

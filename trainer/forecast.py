@@ -58,11 +58,12 @@ class Disk:
 
 
 def memory(preset: Preset, base: Any, denoiser: nn.Module, material: Material, device: torch.device, limit: int | None,
-           known: Mapping[str, Any] | None, encodes: bool) -> Memory:
+           known: Mapping[str, Any] | None, encodes: bool, gpus: int = 1) -> Memory:
     """The plan that the run will choose, and what it takes.
 
     denoiser: its skeleton on the meta device. limit: bytes of the GPU that the run may take, None on a device whose
-    memory is not counted. known: what `speed.recall` has. encodes: whether captions are still to be encoded.
+    memory is not counted. known: what `speed.recall` has. encodes: whether captions are still to be encoded. gpus: on
+    which the run trains, taken to be in one computer.
     """
     blocks, trained, mode, text = len(repeated_blocks(denoiser)), None, "none", 0
     if "text_encoder" in preset.adapter.targets or encodes:
@@ -74,9 +75,9 @@ def memory(preset: Preset, base: Any, denoiser: nn.Module, material: Material, d
             trained = encoder
     estimator = Estimator(preset, denoiser, pick_dtype(preset, device), largest(material), trained)
     if limit is None:
-        plan = plain(preset, blocks)
+        plan = plain(preset, blocks, gpus)
         return Memory(plan, blocks, estimator(plan), None, text, mode)
-    ladder = [plan for plan in rungs(preset, blocks) if works(plan.quantize, device)]
+    ladder = [plan for plan in rungs(preset, blocks, gpus) if works(plan.quantize, device)]
     if earlier := remembered(dict(known or {}), ladder, limit):
         return Memory(earlier[0], blocks, estimator(earlier[0]), (known or {})["peak"], text, mode)
     plan = next((plan for plan in ladder if estimator.fits(plan, FULL * limit)), ladder[-1])
