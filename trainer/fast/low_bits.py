@@ -24,7 +24,7 @@ SIDE, ROWS, WORK = 1024, 512, 2**32  # of a layer that gains: sides of W, rows o
 FIRST = {"fp8": (8, 9), "int8": (8, 0)}  # compute capability that tensor cores multiply so from: Ada, Ampere
 STEPS = 2  # whose gradients are compared
 SAVES = 0.15  # of a step's time, where it works
-COST, PAYS = 20.0, 3.0  # seconds that finding out takes, and times that they must be saved to try it unasked
+COST, PAYS = 30.0, 3.0  # seconds that finding out takes, and times that they must be saved to try it unasked
 
 
 class Found(NamedTuple):

@@ -144,7 +144,10 @@ def make_leaves(preset: Preset, layout: Layout) -> tuple[Any, dict[str, Tensor]]
 
 
 def held_weights(denoiser: nn.Module, plan: Plan, dtype: torch.dtype) -> tuple[int, int]:
-    """Bytes of a denoiser's weights on the device, and of those on the host."""
+    """Bytes of a denoiser's weights on the device, and of those on the host.
+
+    Layers that multiply in 8 bits take as much: codes in both orders what 16 bits took, stored ones what they took.
+    """
     linears = linears_in_blocks(denoiser).values() if plan.quantize != "none" else ()
     small = {id(linear.weight): weight_bytes((linear.out_features, linear.in_features), plan.quantize)
              for linear in linears}
