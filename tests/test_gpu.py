@@ -44,3 +44,16 @@ def test_another_gpu_and_a_cpu_are_free(tmp_path: Path) -> None:
     with gpu.turn(tmp_path, torch.device("cuda", 0), never), gpu.turn(tmp_path, torch.device("cuda", 1), never), \
             gpu.turn(tmp_path, torch.device("cpu"), never), gpu.turn(tmp_path, torch.device("cpu"), never):
         assert sorted(path.name for path in tmp_path.glob("*.lock")) == ["gpu-0.lock", "gpu-1.lock"]
+
+
+def test_torch_uses_no_more_threads_than_there_are_cores_for_it(monkeypatch) -> None:
+    before, counts = torch.get_num_threads(), []
+    try:
+        for cores, sharing in ((4, 1), (4, 2), (4, 8), (64, 1)):
+            torch.set_num_threads(6)
+            monkeypatch.setattr(gpu, "usable", lambda cores=cores: cores)
+            gpu.use_cores(sharing)
+            counts.append(torch.get_num_threads())
+    finally:
+        torch.set_num_threads(before)
+    assert counts == [4, 2, 1, 6]

@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TextIO
 
-from trainer import branch, facts, several, shelf, shell, shell_bases, shell_queue, shell_shelf, shell_sweep
+from trainer import branch, cores, facts, several, shelf, shell, shell_bases, shell_queue, shell_shelf, shell_sweep
 from trainer import preset as presets
 from trainer import run as runs
 from trainer.errors import UserError
@@ -37,6 +37,7 @@ MPI = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; the exit code is 0 done or stopped, 1 a user's error, 2 a bug."""
+    os.environ.setdefault(*cores.WAIT)
     quiet_bitsandbytes()
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:

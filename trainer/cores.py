@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+# For the environment, before torch is loaded: a thread that waits for another one sleeps. It would spin otherwise, and
+# where the other waits for a core that a third program uses, steps took ten times as long.
+WAIT = "OMP_WAIT_POLICY", "PASSIVE"
 CONTROL_GROUP = Path("/sys/fs/cgroup")  # of a container: its own
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from filelock import FileLock, Timeout
 
+from trainer.cores import usable
 from trainer.errors import UserError
 
 POLL = 0.5  # seconds between two tries
@@ -71,6 +72,14 @@ def pick_device(name: str, setting: str) -> torch.device:
 
     found = PartialState().device
     return torch.device("cuda", found.index or 0) if found.type == "cuda" else found  # many calls want its number
+
+
+def use_cores(sharing: int) -> None:
+    """Let torch compute with as many threads as there are cores for this process, one of `sharing` on its machine.
+
+    torch counts the machine's cores, also in a container that may use two of them; never more than it would use.
+    """
+    torch.set_num_threads(max(1, min(torch.get_num_threads(), usable() // sharing)))
 
 
 def pick_dtype(precision: str, device: torch.device) -> torch.dtype:

@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from pydantic_core import PydanticUndefined
 
-from trainer import captions
+from trainer import captions, cores
 from trainer.__main__ import BUG, DONE, USER_ERROR, Parser
 from trainer.caption.task import Settings, Suggestion, Task, create, parse
 from trainer.errors import UserError
@@ -25,6 +25,7 @@ from trainer.quantize import quiet_bitsandbytes
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; the exit code is 0 done or stopped, 1 a user's error, 2 a bug."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    os.environ.setdefault(*cores.WAIT)
     quiet_bitsandbytes()
     task = None
     try:

@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
+from trainer import cores
 from trainer.__main__ import BUG, DONE, USER_ERROR, Parser
 from trainer.errors import UserError
 from trainer.tryout import origin
@@ -22,6 +23,7 @@ from trainer.tryout.task import Draw, Settings, Task, parse
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; the exit code is 0 done, 1 a user's error, 2 a bug."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    os.environ.setdefault(*cores.WAIT)
     try:
         options = _parser().parse_args(arguments)
         if options.task is not None:
