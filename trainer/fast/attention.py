@@ -42,7 +42,10 @@ def choose(session: Session) -> None:
     """Let attention run by the fastest kernels from now on, where the run is long enough for that to be found out."""
     progress = session.progress
     if progress.step == 0:
-        progress.attention = session.world.from_first(lambda: _found(session)) if worth_it(session) else USUAL
+        progress.attention = USUAL
+        if worth_it(session):
+            calls = recorded(lambda: one_pass(session))  # in all processes, which may share the model
+            progress.attention = session.world.from_first(lambda: _found(session, calls))
     if progress.attention != USUAL:
         session.attention = preferred(progress.attention)
         session.attention.__enter__()
@@ -67,11 +70,10 @@ def candidates(device: torch.device, cudnn: bool) -> list[str]:
     return [name for name in BACKENDS if name != "cudnn" or (cudnn and newer)]
 
 
-def _found(session: Session) -> str:
+def _found(session: Session, calls: Counter[Call]) -> str:
     """The fastest kernels as remembered or as measured now, with a note where they are not the usual ones."""
     device = session.device
     names = candidates(device, session.family.CUDNN_ATTENTION)
-    calls = recorded(lambda: one_pass(session))
     workspace, key = session.cache.root.parent, signature(calls, names, speed.device_name(device))
     known = speed.recall_attention(workspace, key)
     if known in (USUAL, *names):
