@@ -13,7 +13,7 @@ import torch
 
 from tests.test_distributed import assert_alike, events
 from tests.test_kill import PATIENCE, ROOT, wait_for_step
-from trainer import several
+from trainer import checkpoint, several
 from trainer.run import Run
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs")]
@@ -25,15 +25,19 @@ def command(preset: Path, workspace: Path, *words: str) -> list[str]:
             *words]
 
 
-@pytest.mark.parametrize("method", ["lora", "stella", "stiefel"])
-def test_two_gpus_do_what_one_does(tiny_project: Path, tmp_path: Path, method: str) -> None:
+@pytest.mark.parametrize(("method", "shard"), [("lora", "off"), ("stella", "off"), ("stiefel", "off"), ("lora", "on"),
+                                               ("stella", "on")])
+def test_two_gpus_do_what_one_does(tiny_project: Path, tmp_path: Path, method: str, shard: str) -> None:
+    """Holding the whole model each, and holding it together."""
     runs = []
-    for name, words in (("one", ["--set=train.grad_accum=2"]), ("two", ["--gpus", "0,1"])):
+    ways = {"one": ["--set=train.grad_accum=2"], "two": ["--gpus", "0,1", f"--set=memory.shard={shard}"]}
+    for name, words in ways.items():
         done = subprocess.run(command(tiny_project, tmp_path / name, f"--set=adapter.method={method}", *EXACT, *words),
                               cwd=ROOT, capture_output=True, text=True, timeout=300)
         runs.append(Run(tmp_path / name / "runs" / "run"))
         assert done.returncode == 0, done.stderr + runs[-1].log_tail()
     assert events(runs[1], "start")[0]["processes"] == 2
+    assert checkpoint.last_progress(runs[1]).plan["shards"] == (2 if shard == "on" else 1)
     assert_alike(*runs, step=6)
 
 
@@ -49,11 +53,12 @@ def test_other_launchers_do(tiny_project: Path, tmp_path: Path, launcher: list[s
     assert run.state().word == "done" and events(run, "start")[0]["processes"] == 2
 
 
-@pytest.mark.parametrize("graphs", ["off", "on"])
-def test_a_killed_process_leaves_a_whole_checkpoint_that_one_gpu_goes_on_from(tiny_project, tmp_path, graphs) -> None:
-    """The survivor's GPU waits for the dead one for ever, with the update of a step behind that."""
+@pytest.mark.parametrize("chosen", ["memory.cuda_graphs=off", "memory.cuda_graphs=on", "memory.shard=on"])
+def test_a_killed_process_leaves_a_whole_checkpoint_that_one_gpu_goes_on_from(tiny_project, tmp_path, chosen) -> None:
+    """The survivor's GPU waits for the dead one for ever, with the update of a step behind that; a part of the model
+    that the dead one kept stays readable."""
     words = command(tiny_project, tmp_path, "--set=train.steps=100000", "--set=output.save_every=0",
-                    "--set=evaluate.every=0", "--set=log.rank_every=0", f"--set=memory.cuda_graphs={graphs}")
+                    "--set=evaluate.every=0", "--set=log.rank_every=0", f"--set={chosen}")
     processes = [subprocess.Popen(words, cwd=ROOT, env=each) for each in several.environments(2, os.environ)]
     run = Run(tmp_path / "runs" / "run")
     try:

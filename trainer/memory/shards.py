@@ -76,7 +76,7 @@ def _trouble(neighbours: Neighbours, device: torch.device) -> str:
         parts = GpuParts(neighbours, device)
         parts.put(torch.full((ALIGNMENT,), neighbours.place, dtype=torch.uint8, device=device))
         [found] = parts.open()
-        right = all(int(part[-1]) == place for place, part in enumerate(found))
+        right = all(int(part.clone()[-1]) == place for place, part in enumerate(found))
         return "" if right else "what was read is wrong"
     except (RuntimeError, ImportError, AttributeError) as error:
         return (str(error).strip().splitlines() or [type(error).__name__])[0]
