@@ -47,7 +47,7 @@ def test_gpus_that_a_preset_names_in_vain_are_told_by_its_setting(tiny_project, 
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a")
     assert main(["--preset", str(tiny_project), "--workspace", str(tmp_path), "--set=memory.device=cuda:0,1"]) == 1
     assert capsys.readouterr().err == ("memory.device = 'cuda:0,1': there is no GPU 1; this machine has 1, numbered "
-                                       "from 0\n")
+                                       "from 0; --gpus chooses others, such as --gpus 0\n")
 
 
 def test_the_choice_is_not_passed_on() -> None:

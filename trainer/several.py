@@ -29,7 +29,8 @@ def choose(text: str, environment: Mapping[str, str], asked: str = "--gpus {}") 
     there = [name for name in gpus(environment) if name]
     if missing := [number for number in numbers if int(number) >= len(there)]:
         raise UserError(f"{asked}: there is no GPU {', '.join(missing)}; this machine has "
-                        + (f"{len(there)}, numbered from 0" if there else "none"))
+                        + (f"{len(there)}, numbered from 0" if there else "none")
+                        + ("" if asked.startswith("--gpus") else "; --gpus chooses others, such as --gpus 0"))
     return [there[number] for number in sorted(map(int, numbers))]
 
 
