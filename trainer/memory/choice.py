@@ -45,13 +45,16 @@ def choose(build: Build, preset: Preset, base: Any, device: torch.device, saved:
         return settle(build, [plan, *below(preset, blocks, plan, gpus)], blocks, None, recorder, world)[0]
     if meter is None:
         return settle(build, [_without_gpu(preset, blocks, device, gpus)], blocks, None, recorder, world)[0]
-    ladder = [plan for plan in rungs(preset, blocks, gpus) if works(plan.quantize, device)]
+    ladder = rungs(preset, blocks, gpus)
     name, limit = speed.device_name(device, gpus), min(world.together(lambda: meter.limit))
-    if known := remembered(world.from_first(lambda: speed.recall(workspace, preset, name)), ladder, limit):
-        session, tried = settle(build, known, blocks, None, recorder, world)
+    known = remembered(world.from_first(lambda: speed.recall(workspace, preset, name)), ladder, limit)
+    if known and works(known[0].quantize, device):  # the others are asked when their turn comes: that takes a second
+        possible = (plan for plan in known if works(plan.quantize, device))
+        session, tried = settle(build, possible, blocks, None, recorder, world)
         recorder.note(0, told(session.plan, tried, blocks, limit) + " As measured in an earlier run like this.")
         return session
 
+    ladder = [plan for plan in ladder if works(plan.quantize, device)]
     text_encoder = None
     if "text_encoder" in preset.adapter.targets:
         text_encoder = family.load_text_encoder(base, META, family.TEXT_DTYPE)
