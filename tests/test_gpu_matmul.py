@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -26,6 +27,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 GPU = torch.device("cuda", 0)
 LARGE = "low_bits.SIDE = low_bits.ROWS = low_bits.WORK = 1"  # tiny layers count as large ones
+LIKE = {"fp8": 0.998, "int8": 0.9995}  # cosine of gradients, of tiny transformers
 NEAR = {"fp8": 0.02, "int8": 0.003}  # of losses, relative: what rounding inputs and weights may change
 
 
@@ -110,9 +112,13 @@ def test_steps_stay_near_those_of_whole_products_and_graphs_change_nothing(large
     whole, low, graphs = (steps(*tiny(*way, *changes)) for changes in (
         ("memory.cuda_graphs=off", "train.matmul=off"), ("memory.cuda_graphs=off", f"train.matmul={kind}"),
         ("memory.cuda_graphs=on", f"train.matmul={kind}")))
-    assert any("frozen layers multiply in" in note for note in low[2]), low[2]
+    [note] = [note for note in low[2] if "frozen layers multiply in" in note]
+    print(f"\n{way}: {note}")
+    if way[1].startswith(("klein", "flux")):  # a tiny U-Net of random weights hardly has gradients
+        assert float(re.search(r"cosine of ([\d.]+)", note)[1]) > LIKE[kind]
     assert graphs[2][-1] == "1 graphs", graphs[2]
-    print(f"\n{way}: {next(note for note in low[2] if 'cosine' in note)}")
+    for one, other in zip(graphs[1], low[1]):
+        assert (one - other).norm() <= 0.1 * (other.norm() + 1e-3)
     torch.testing.assert_close(torch.tensor(low[0]), torch.tensor(whole[0]), rtol=NEAR[kind], atol=1e-3)
     torch.testing.assert_close(torch.tensor(graphs[0]), torch.tensor(low[0]), rtol=5e-3, atol=1e-3)
 
@@ -134,12 +140,14 @@ def command(*arguments: object) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-@pytest.mark.parametrize("extra", [[], ["train.compile=on"]], ids=["plain", "compiled"])
-def test_a_run_resumes_to_the_bit(tmp_path: Path, kind: str, extra: list[str]) -> None:
+@pytest.mark.parametrize("kind, compiled", [("fp8", "off"), ("int8", "off"), ("fp8", "on")])
+def test_a_run_resumes_to_the_bit(tmp_path: Path, kind: str, compiled: str) -> None:
+    if fault := matmul.fault(kind, GPU):
+        pytest.skip(f"{kind}: {fault}")
     base = models_flux.klein_folder(tmp_path / "base")
     preset = family_runs.project(tmp_path, "flux2", base)
     settings = [*family_runs.SMALL, "adapter.method=stella", f"train.matmul={kind}", "memory.device=cuda",
-                "train.deterministic=true", *extra]
+                "train.deterministic=true", f"train.compile={compiled}"]
     command("--preset", preset, "--workspace", tmp_path, "--name", kind,
             *(word for setting in settings for word in ("--set", setting)))
     run = runs.open_run(tmp_path / "runs" / kind)
