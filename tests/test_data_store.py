@@ -127,6 +127,19 @@ def test_an_image_that_breaks_while_decoding_is_named_and_left_out(items, tmp_pa
         fill(latent_store(items, tmp_path / "other"))
 
 
+def test_what_processes_decode_has_the_same_bits_and_the_same_faults(items, tmp_path, monkeypatch):
+    Path(items[3].path).write_bytes(b"gone bad")
+    here, apart, skipped = latent_store(items, tmp_path / "one"), latent_store(items, tmp_path / "two"), []
+    fill(here, skipped=skipped)
+    started = []
+    monkeypatch.setattr(store, "processes_for", lambda files, sharing: started.append(len(files)) or 2)
+    fill(apart, skipped=skipped)
+    assert started == [5] and skipped[0] == skipped[1] and len(skipped) == 2 and apart.readable() == [0, 1, 2, 4]
+    for i in apart.readable():
+        draws = [Draw(i, 0, crop, flip, 0) for crop in (0, 1) for flip in (False, True)]
+        assert torch.equal(here.latents(draws, "cpu"), apart.latents(draws, "cpu"))
+
+
 def test_a_store_without_images_has_nothing_to_fill(tmp_path):
     assert fill(latent_store([], tmp_path / "cache"))
 

@@ -4,13 +4,14 @@ import io
 import math
 import os
 import struct
+import time
 
 import pytest
 
 from trainer import record
 from trainer import run as runs
 from trainer.events import Event, EventReader
-from trainer.record import Recorder, clock
+from trainer.record import Recorder, clock, with_rate
 from trainer.run import Run
 
 
@@ -217,3 +218,24 @@ def test_a_resumed_run_goes_on_in_the_same_event_file(run):
     (0, "0 s"), (89.4, "89 s"), (90, "2 min"), (600, "10 min"), (5399, "90 min"), (5400, "1.5 h"), (90_000, "25.0 h")])
 def test_durations_are_said_as_people_say_them(seconds, text):
     assert clock(seconds) == text
+
+
+class Said:
+    """Keeps what a recorder is told."""
+
+    def __init__(self) -> None:
+        self.details: list[str] = []
+
+    def phase(self, name: str, done: int = 0, of: int = 0, detail: str = "") -> None:
+        self.details.append(detail)
+
+
+def test_the_rate_counts_only_what_this_run_encoded() -> None:
+    said = Said()
+    tell = with_rate(said, "caching latents", "images")  # type: ignore[arg-type]
+    tell(100, 200)  # were there already
+    time.sleep(0.2)
+    tell(110, 200)
+    assert said.details[0] == ""
+    words, rate = said.details[1].split(", ")
+    assert words == "110 of 200" and 5 < float(rate.removesuffix(" images/s")) <= 50

@@ -1,10 +1,9 @@
-"""What a run says of its preparation, and what it leaves out of it."""
+"""What a run leaves out of its preparation."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,28 +12,7 @@ import pytest
 import torch
 
 from trainer import preset as presets
-from trainer.setup import _text_modes, with_rate
-
-
-class Said:
-    """Keeps what a recorder is told."""
-
-    def __init__(self) -> None:
-        self.details: list[str] = []
-
-    def phase(self, name: str, done: int = 0, of: int = 0, detail: str = "") -> None:
-        self.details.append(detail)
-
-
-def test_the_rate_counts_only_what_this_run_encoded() -> None:
-    said = Said()
-    tell = with_rate(said, "caching latents")  # type: ignore[arg-type]
-    tell(100, 200)  # were there already
-    time.sleep(0.2)
-    tell(110, 200)
-    assert said.details[0] == ""
-    words, rate = said.details[1].split(", ")
-    assert words == "110 of 200" and 5 < float(rate.removesuffix(" images/s")) <= 50
+from trainer.setup import _text_modes
 
 
 @pytest.mark.parametrize("cached, found", [({"fp8"}, ["fp8"]), ({"none", "nf4"}, ["none"])])

@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any, TextIO
@@ -131,6 +132,19 @@ class Silent(Recorder):
     def say(self, text: str) -> None: ...
 
     def close(self) -> None: ...
+
+
+def with_rate(recorder: Recorder, name: str, things: str) -> Callable[[int, int], None]:
+    """Tells how far a phase is, and how many of these things a second it takes, counted from its first call."""
+    began: tuple[float, int] | None = None
+
+    def tell(done: int, of: int) -> None:
+        nonlocal began
+        began = began or (time.monotonic(), done)
+        rate = (done - began[1]) / max(time.monotonic() - began[0], 1e-9)
+        recorder.phase(name, done, of, f"{done} of {of}, {rate:.3g} {things}/s" if done > began[1] else "")
+
+    return tell
 
 
 def clock(seconds: float) -> str:

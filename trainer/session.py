@@ -37,7 +37,7 @@ from trainer.memory.offload import Offload
 from trainer.memory.plan import Plan
 from trainer.memory.shards import Neighbours, Shards, load_shared
 from trainer.objective import Objective, per_sample_loss, pixel_weights
-from trainer.record import Recorder
+from trainer.record import Recorder, with_rate
 from trainer.run import Run
 from trainer.runner import chosen_gpus
 from trainer.schema import FAMILY_MODEL, FLOW_FAMILIES, Preset
@@ -392,6 +392,6 @@ def fill_texts(texts: TextStore, family: ModuleType, base: Any, device: torch.de
             with torch.no_grad():
                 return family.encode_prompts(encoder, prompts)
 
-        texts.fill(encode, ENCODE_BATCH, lambda done, of: recorder.phase("caching captions", done, of),
+        texts.fill(encode, ENCODE_BATCH, with_rate(recorder, "caching captions", "captions"),
                    should_stop=lambda: False,  # `encode` looks for a stop itself
                    length=lambda text: family.prompt_chunks(encoder, text), world=world)

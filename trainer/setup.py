@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -35,7 +34,7 @@ from trainer.memory.shards import Neighbours, meet
 from trainer.memory.weights import bytes_of
 from trainer.metrics.features import find_weights
 from trainer.quantize.available import check_settings, works
-from trainer.record import Recorder
+from trainer.record import Recorder, with_rate
 from trainer.run import Run
 from trainer.schema import Preset
 from trainer.session import (
@@ -242,24 +241,11 @@ def prepare_latents(family: ModuleType, base: Any, material: Material, cache: Ca
                     return family.encode_images(vae, pixels)
 
             for store, name in zip(stores, ("caching latents", "caching held-out latents")):
-                store.fill(encode, ENCODE_BATCH, with_rate(recorder, name),
+                store.fill(encode, ENCODE_BATCH, with_rate(recorder, name, "images"),
                            should_stop=lambda: False, on_skip=material.skip, world=world, device=device)
         found = world.together(lambda: material.skipped[known:])
         material.skipped[known:] = [skipped for part in found for skipped in part]
     return stores
-
-
-def with_rate(recorder: Recorder, name: str) -> Callable[[int, int], None]:
-    """Tells how far a phase is, and how many images a second it takes, counted from its first call."""
-    began: tuple[float, int] | None = None
-
-    def tell(done: int, of: int) -> None:
-        nonlocal began
-        began = began or (time.monotonic(), done)
-        rate = (done - began[1]) / max(time.monotonic() - began[0], 1e-9)
-        recorder.phase(name, done, of, f"{done} of {of}, {rate:.3g} images/s" if done > began[1] else "")
-
-    return tell
 
 
 def _continue(session: Session) -> None:
