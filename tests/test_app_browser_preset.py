@@ -382,39 +382,3 @@ def test_all_can_be_reached_by_keyboard(page):
         page.keyboard.press("Tab")
         reached.append(page.evaluate("document.activeElement.id || document.activeElement.textContent.trim()"))
     assert reached[:3] == ["Save as…", "Duplicate", "Delete"] and "studio-run" in reached, reached
-
-
-CARDS = """(() => { let studio, ask;
-  const instead = async (server, name, request) => {
-    const cards = [[0, "A", 8], [1, "B", 24], [3, "C", null]].map(([index, name, gib]) => ({ index, name, gib }));
-    if (name === "list_cards") return { cards };
-    if (name === "start_run") { globalThis.started = request.cards ?? []; return { run: request.run, waits: true }; }
-    return ask(server, name, request); };
-  Object.defineProperty(globalThis, "Studio", { get: () => studio, set: (value) => { studio = value;
-    Object.defineProperty(value, "ask", { get: () => instead, set: (own) => { ask = own; } }); } }); })()"""
-
-
-def test_a_run_takes_one_gpu_or_several_that_are_ticked(page):
-    page.add_init_script(CARDS)
-    page.reload()
-    show(page, "own/mine")
-    gpu, started = page.get_by_label("GPU", exact=True), lambda: page.evaluate("globalThis.started")
-
-    def start():
-        page.evaluate("delete globalThis.started")
-        button(page, "Add to queue").click()
-        wait_for(lambda: started() is not None)
-        page.get_by_role("tab", name="Preset").click()  # the run was shown
-        return started()
-
-    gpu.select_option("together")
-    page.get_by_label("0: A, 8 GiB").uncheck()
-    expect(page.get_by_text("so a step has 2 times as many")).to_be_visible()
-    assert page.get_by_label("3: C").evaluate("box => getComputedStyle(box).appearance") == "auto"  # a tick is seen
-    assert start() == [1, 3]
-    for name in ("1: B, 24 GiB", "3: C"):
-        page.get_by_label(name, exact=True).uncheck()
-    button(page, "Add to queue").click()
-    expect(page.get_by_text("Choose at least one GPU.").first).to_be_visible()
-    gpu.select_option("1")
-    assert start() == [1]

@@ -57,7 +57,7 @@ SETTINGS = {
     "a family that is not there": ("model.family=sd3", r"should be 'sd15'"),
     "a GPU that is not there": ("memory.device=cuda:99", r"memory\.device = 'cuda:99': torch sees \d+ CUDA GPUs here"),
     "an Apple GPU that is not there": ("memory.device=mps", r"torch sees no Apple GPU here"),
-    "a device that is none": ("memory.device=tpu", r"should be one of these: auto, cpu, cuda, .* as cuda:0,1, not 'tpu'"),
+    "a device that is none": ("memory.device=tpu", r"should be one of these: auto, cpu, .* as cuda:0,1, not 'tpu'"),
     "a rank beyond a layer": (
         "adapter.rank=64", r"adapter\.rank = 64 is too high for unet\.\S+, a 32 x 32 matrix: choose at most"),
     "a base that is not there": (
