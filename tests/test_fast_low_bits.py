@@ -159,3 +159,20 @@ def test_what_cannot_be_is_refused_in_the_preset(tiny_project, change: str, word
         preset.load(tiny_project, [change, "train.matmul=fp8"])
     preset.load(tiny_project, [change])
     preset.load(tiny_project, ["memory.quantize=fp8", "train.matmul=fp8"])
+
+
+def test_unasked_only_long_runs_of_transformers_are_measured(tiny_project, tmp_path, monkeypatch) -> None:
+    session = ready(tiny_project, tmp_path, "train.steps=1000")
+    monkeypatch.setattr(passes, "seconds", lambda session: 0.5)  # 1000 * 0.15 * s against 3 * 30
+    session.device = torch.device("cuda", 0)
+    assert not low_bits.may_pay(session), "a UNet"
+    model, train = session.preset.model.model_copy(update={"family": "flux2"}), session.preset.train
+    session.preset = session.preset.model_copy(update={"model": model})
+    assert not low_bits.may_pay(session), "too quick"
+    monkeypatch.setattr(passes, "seconds", lambda session: 1.0)
+    assert low_bits.may_pay(session)
+    exact = session.preset.model_copy(update={"train": train.model_copy(update={"deterministic": True})})
+    session.preset, whole = exact, session.preset
+    assert not low_bits.may_pay(session), "two runs might decide differently"
+    session.preset, session.progress.step = whole, 700
+    assert not low_bits.may_pay(session), "too short"

@@ -23,6 +23,7 @@ FASTER = 0.95  # of the time of a step's passes: what they must take to multiply
 SIDE, ROWS, WORK = 1024, 512, 2**32  # of a layer that gains: sides of W, rows of its input, and all three multiplied
 FIRST = {"fp8": (8, 9), "int8": (8, 0)}  # compute capability that tensor cores multiply so from: Ada, Ampere
 STEPS = 2  # whose gradients are compared
+LONG = 400  # steps that a run must have left to be measured at all
 SAVES = 0.15  # of a step's time, where it works
 COST, PAYS = 30.0, 3.0  # seconds that finding out takes, and times that they must be saved to try it unasked
 
@@ -48,7 +49,7 @@ def begin(session: Session) -> Found | None:
     able, why_not = choices(session, list(FIRST) if wanted == "auto" else [wanted])
     if not able:
         if wanted != "auto":
-            _refuse(session, why_not)
+            _refuse(session, f"{why_not}; they did until here" if wanted == before else why_not)
         return None
     if wanted == before != "auto":
         use(session, able[0])
@@ -84,7 +85,9 @@ def may_pay(session: Session) -> bool:
     runs may decide differently."""
     preset, left = session.preset, session.steps - session.progress.step
     able = preset.model.family in FLOW_FAMILIES and session.device.type == "cuda" and not preset.train.deterministic
-    return able and left * SAVES * max(session.world.together(lambda: passes.seconds(session))) >= PAYS * COST
+    if not able or left < LONG:
+        return False
+    return left * SAVES * max(session.world.together(lambda: passes.seconds(session))) >= PAYS * COST
 
 
 def choices(session: Session, kinds: Sequence[str]) -> tuple[list[LowBits], str]:

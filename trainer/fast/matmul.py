@@ -14,7 +14,8 @@ from trainer.fast.compile import VARIANTS, compiler_missing
 from trainer.quantize.linear import FP8, RowScaledLinear, rows_to_codes, with_scale
 from trainer.quantize.model import linears_in_blocks
 
-CODES = {"fp8": FP8, "int8": torch.int8}  # of weights, inputs and gradients alike
+# Of weights, inputs and gradients alike: e5m2 has more range, which scales make needless, and half the precision.
+CODES = {"fp8": FP8, "int8": torch.int8}
 STEP = 16  # both sides of a weight are multiples of it: what the kernels ask for
 FEWEST_ROWS = 32  # of an input; with fewer the product is made in the model's dtype
 OUT = torch.bfloat16  # what products of 8-bit floats come in
@@ -67,7 +68,7 @@ class TrialLinear(LowBitLinear):
         return self._parameters["weight"]
 
     def held(self) -> tuple[Tensor, Tensor]:
-        return in_one_kernel(to_codes, self.weight.detach(), None, self.code_kind, self.by_row)
+        return to_codes(self.weight.detach(), None, self.code_kind, self.by_row)
 
 
 # Products.
@@ -137,7 +138,8 @@ def in_one_kernel(function: Callable, x: Tensor, *others: Tensor | torch.dtype |
 
 @cache
 def compiled(function: Callable) -> Callable:
-    """The compiled function."""
+    """The compiled function; widths of layers, kinds of codes and gains are compiled each for itself."""
+    torch._dynamo.config.recompile_limit = max(VARIANTS, torch._dynamo.config.recompile_limit)
     return torch.compile(function)
 
 
@@ -183,7 +185,6 @@ def able_linears(denoiser: nn.Module, kind: str) -> dict[str, nn.Module]:
 
 def install(denoiser: nn.Module, low: LowBits) -> None:
     """Let linears multiply so; plain ones give their weights up for codes, one after the other."""
-    torch._dynamo.config.recompile_limit = max(VARIANTS, torch._dynamo.config.recompile_limit)
     for path in sorted(low.paths):
         module = denoiser.get_submodule(path)
         if is_plain(module):
@@ -212,7 +213,7 @@ def is_plain(module: nn.Module) -> bool:
 
 def _encode(module: nn.Module, low: LowBits) -> None:
     weight = module._parameters.pop("weight").detach()
-    codes, scale = in_one_kernel(to_codes, weight, None, CODES[low.kind], low.by_row)
+    codes, scale = to_codes(weight, None, CODES[low.kind], low.by_row)
     module.compute_dtype = weight.dtype
     for name, tensor in (("codes", codes), ("scale", scale), ("turned", codes.t().contiguous())):
         module.register_buffer(name, tensor, persistent=False)
