@@ -140,7 +140,7 @@ def command(*arguments: object) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-@pytest.mark.parametrize("kind, compiled", [("fp8", "off"), ("int8", "off"), ("fp8", "on")])
+@pytest.mark.parametrize("kind, compiled", [("fp8", "off"), ("int8", "off"), ("fp8", "on"), ("int8", "on")])
 def test_a_run_resumes_to_the_bit(tmp_path: Path, kind: str, compiled: str) -> None:
     if fault := matmul.fault(kind, GPU):
         pytest.skip(f"{kind}: {fault}")
