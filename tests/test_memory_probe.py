@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from tests import projects
+from tests.test_distributed import Member, outcomes
 from tests.test_loop import assert_same_weights, events
 from trainer import checkpoint
 from trainer import preset as presets
@@ -156,3 +158,22 @@ def test_plans_that_cannot_fit_are_not_tried_though_one_before_them_may() -> Non
     tried = probe.worth_trying(plans, lambda plan, room: asked.append(plan) or needs[plan] <= room, 6)
     assert next(tried) == plans[1] and asked == plans[:2]  # an estimate takes a second
     assert list(tried) == plans[3:], "the last one always"
+
+
+def test_several_processes_take_the_first_plan_that_fits_all_of_them(monkeypatch) -> None:
+    """One cannot load the first, another has less room for the second and runs out of memory with the third."""
+    plans = [Plan(), Plan("none", "full", shards=2), Plan("fp8", "full"), Plan("nf4", "full")]
+    peaks = {1: [4, 4, 4, 4], 0: [4, 9, None, 5]}
+    monkeypatch.setattr(probe, "measure", lambda session, meter: meter.peaks[plans.index(session.plan)])
+
+    def work(member: Member) -> tuple[Plan, probe.Peaks]:
+        def build(plan: Plan) -> SimpleNamespace:
+            if member.rank == 1 and plan == plans[0]:
+                raise torch.OutOfMemoryError("full")
+            return SimpleNamespace(plan=plan)
+
+        meter = SimpleNamespace(limit=8, peaks=peaks[member.rank])
+        session, tried = probe.settle(build, iter(plans), 16, meter, SimpleNamespace(phase=print), member)
+        return session.plan, tried
+
+    assert outcomes(2, work) == [(plans[3], dict(zip(plans, [None, 9, None, 5])))] * 2
