@@ -29,5 +29,5 @@ def test_parts_add_up_to_the_time_until_the_step() -> None:
               {"t": 3.5, "kind": "phase", "name": "reading images"}, {"t": 5.0, "kind": "step"}]
     found = start_up.parts(1.0, events)
     assert found == [("Python, imports", 1.0), ("after start", 0.5), ("reading images", 2.5)]
-    log = "import time:    100 | 3000000 |   torch.nn\nimport time: 2000000 | 9 | torch.nn.init\nimport time: 1 | 1 | json"
+    log = "import time:  100 | 3000000 |   torch.nn\nimport time: 2000000 | 9 | torch.nn.init\nimport time: 1 | 1 | io"
     assert start_up.slowest_imports(log, 1) == ["  2.00 s  torch.nn"]
