@@ -92,6 +92,14 @@ def test_an_image_that_ends_each_process_is_named_and_no_more(files: list[Wanted
     assert "ends the process" in found[2]
 
 
+@pytest.mark.skipif(os.name != "posix", reason="/bin/false")
+@pytest.mark.parametrize("program", ["/bin/false", "/no/python"])
+def test_where_no_process_can_be_started_this_one_decodes(files: list[Wanted], monkeypatch, program: str) -> None:
+    here = decoded(files, 0)
+    monkeypatch.setattr(sys, "executable", program)
+    assert decoded(files, 2) == here
+
+
 @pytest.mark.parametrize("pixels, most", [(1, 5), (decoding.AHEAD // 3, 3), (2 * decoding.AHEAD, 1)])
 def test_no_more_is_on_its_way_than_there_is_room_for(tmp_path: Path, monkeypatch, pixels: int, most: int) -> None:
     asked = []

@@ -32,6 +32,7 @@ MOST = 16  # processes, each of some 50 MB and its image
 WORTH = 200_000_000  # pixels in files, some five seconds of one core: no process is started for fewer
 AHEAD = 1 << 29  # pixels, as they are in files, that may be on their way at a time: 1.6 GB
 TRIES = 2  # a process may be killed where memory is short; an image that ends two is to blame
+READY = b"ready\n"
 PIPE = 1 << 20  # bytes, where the system lets us choose
 
 
@@ -117,10 +118,9 @@ class Decoders:
             room += pixels
 
     def _make(self, image: Wanted) -> Picture:
-        if not self.processes:
-            return picture_of(cover_image(image.path, image.sha256, image.size))
         for _ in range(TRIES):
-            decoder = self._take()
+            if (decoder := self._take()) is None:
+                return picture_of(cover_image(image.path, image.sha256, image.size))
             try:
                 found = decoder.ask(image)
             except (OSError, ValueError):  # it is gone, in the middle of whatever it did
@@ -134,27 +134,40 @@ class Decoders:
             return found
         raise ImageError("broken: it ends the process that decodes it, each time")
 
-    def _take(self) -> Decoder:
-        try:
+    def _take(self) -> Decoder | None:
+        """A process that is idle or new; None where none is wanted, or none can be started (no room, no rights)."""
+        with suppress(Empty):
             return self.idle.get_nowait()
-        except Empty:
+        if not self.processes:
+            return None
+        try:
             decoder = Decoder()
+        except OSError:
+            self.processes = 0
+            return None
         self.started.append(decoder)
         if not self.open:
             decoder.kill()
-        return decoder
+        if decoder.is_ready():
+            return decoder
+        self.processes = 0
+        return None
 
 
 class Decoder:
     """This module as a process of its own, which answers one request after the other."""
 
     def __init__(self) -> None:
-        # In a session of its own, since Ctrl-C is for the trainer, which ends its processes when it stops.
+        # Apart from the terminal, since Ctrl-C is for the trainer, which ends its processes when it stops.
         posix = sys.platform != "win32"
         self.process = subprocess.Popen([sys.executable, "-m", __name__], cwd=HOME, stdin=subprocess.PIPE,
                                         stdout=subprocess.PIPE, pipesize=PIPE if sys.platform == "linux" else -1,
                                         start_new_session=posix,
-                                        creationflags=0 if posix else subprocess.CREATE_NEW_PROCESS_GROUP)
+                                        creationflags=0 if posix else subprocess.CREATE_NO_WINDOW)
+
+    def is_ready(self) -> bool:
+        """Wait until it has begun; False when it ends instead."""
+        return self.process.stdout is not None and self.process.stdout.readline() == READY
 
     def ask(self, image: Wanted) -> Picture | str:
         """The covering image, or why there is none.  Raises `OSError` or `ValueError` when the process is gone."""
@@ -189,8 +202,10 @@ def picture_of(image: Image.Image) -> Picture:
 
 
 def serve(requests: BinaryIO, answers: BinaryIO) -> None:
-    """Answer requests until there are no more: each is a line of JSON, and answered by another (width and height, or
-    what is wrong), and the pixels."""
+    """Say that it begins, and answer requests until there are no more: each is a line of JSON, and answered by another
+    one (width and height, or what is wrong) and the pixels."""
+    answers.write(READY)
+    answers.flush()
     for line in requests:
         path, sha256, size = json.loads(line)
         try:
