@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from trainer import branch
+from trainer import branch, checkpoint
 from trainer import preset as presets
 from trainer import run as runs
 from trainer.__main__ import main
@@ -18,6 +19,7 @@ from trainer.errors import UserError
 from trainer.events import Event, EventReader
 from trainer.loop import run_training
 from trainer.run import Origin, Run
+from trainer.setup import share_batch
 
 QUIET = ("sample.prompts=[]", "log.rank_every=0", "output.keep=9")
 
@@ -69,6 +71,12 @@ def test_other_settings_count_from_the_checkpoint_on(origin) -> None:
     progress = json.loads((run.checkpoint(8) / "progress.json").read_text())
     assert (progress["global_batch"], progress["patient_since"], progress["fresh"]) == (1, 3, [])
     assert [event["step"] for event in events(run, "best")] and not run.export_of(3).samefile(origin.export_of(3))
+
+
+def test_a_branch_begins_on_any_number_of_gpus_as_a_new_run_does(origin) -> None:
+    run = begin(origin)
+    preset, saved = presets.load(run.preset), checkpoint.last_progress(run)
+    assert [share_batch(preset, saved, SimpleNamespace(size=size), None) for size in (1, 3)] == [preset, preset]
 
 
 @pytest.mark.parametrize(("override", "said"), [

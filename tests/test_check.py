@@ -63,6 +63,12 @@ def test_steps_follow_from_epochs(tiny_project, tmp_path) -> None:
     assert (facts["steps"], facts["epochs"]) == (6, 3.0)  # two GPUs take twice as many images a step
 
 
+def test_all_of_several_gpus_must_be_there(tiny_project, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    report = check.inspect(presets.load(tiny_project, ["memory.device=cuda:0,1"]), tmp_path)
+    assert report.errors == ["memory.device = 'cuda:1': torch sees 1 CUDA GPUs here; choose another, or 'auto'"]
+
+
 def test_all_faults_come_at_once_and_the_code_is_1(tiny_project, tmp_path, trainer) -> None:
     wrong = ["data.folder=/nowhere", "model.base=/nowhere.safetensors", "memory.device=cuda:99",
              "evaluate.inception_weights=/nowhere.pth", "evaluate.distance=inception"]

@@ -96,3 +96,7 @@ def test_distances_come_with_intervals_counts_and_the_bases_own(session, monkeyp
     evaluation.measure_distance(session, 9)
     assert drawn == [session.shown_weights]  # the base's own pictures are drawn once
     assert last(session, "distance")["base_fd"] == event["base_fd"]
+    session.progress.matmul = "int8"  # which makes other pictures
+    evaluation.measure_distance(session, 12)
+    session.progress.matmul = "off"
+    assert drawn[1:] == ["off", session.shown_weights]

@@ -152,6 +152,12 @@ def test_each_process_has_its_own_of_the_gpus_that_a_preset_names(tiny_project, 
         pick_device(presets.load(tiny_project, ["memory.device=cuda:2,3"]), world)
 
 
+def test_one_gpu_chosen_in_place_of_several_that_a_preset_names_is_the_first_that_is_seen(tiny_project, monkeypatch
+                                                                                          ) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # as --gpus leaves it
+    assert pick_device(presets.load(tiny_project, ["memory.device=cuda:2,3"])) == torch.device("cuda:0")
+
+
 def test_a_cpu_computes_in_fp32_unless_told_otherwise(tiny_project) -> None:
     assert pick_device(presets.load(tiny_project, ["memory.device=cpu"])) == CPU
     assert pick_dtype(presets.load(tiny_project), CPU) == torch.float32

@@ -119,7 +119,7 @@ def _fresh(step: int, progress: dict[str, Any], before: Preset, after: Preset) -
         ("average", (before.train.ema_decay > 0) != (after.train.ema_decay > 0)),
         ("plan", held_anew)) if is_new]
     return {"fresh": fresh, "early": "", "patient_since": step, **({"matmul": "auto"} if held_anew else {}),
-            "global_batch": after.train.batch_size * after.train.grad_accum}
+            "global_batch": 0}  # as many images a step as its preset and the processes that begin it make
 
 
 def _changed(before: Preset, after: Preset, watched: dict[str, tuple[str, ...] | None]) -> list[str]:

@@ -13,7 +13,7 @@ import psutil
 import torch
 from torch import nn
 
-from trainer import download, families, forecast, speed
+from trainer import download, families, forecast, gpu, speed
 from trainer.adapters import median_size
 from trainer.adapters.target import Target, check_targets, part_rows
 from trainer.adapters.transfer import check_pairs
@@ -70,7 +70,7 @@ def inspect(preset: Preset, workspace: Path) -> Report:
     base = _collect(report, lambda: _base(preset, report))
     material = _collect(report, lambda: _data(preset, workspace, report))
     layers = _collect(report, lambda: _adapter(preset, base, report)) if base else None
-    device = _collect(report, lambda: pick_device(preset))
+    device = _collect(report, lambda: _device(preset))
     _collect(report, lambda: find_weights(preset.evaluate.distance, preset.evaluate.inception_weights))
     if device is not None:
         _collect(report, lambda: check_settings(preset.memory.quantize, preset.memory.quantize_text_encoder, device))
@@ -113,6 +113,13 @@ def _memory_and_disk(preset: Preset, base: Any, layers: Layers, material: Materi
                                f"{_size(disk.caches + disk.checkpoints)} are needed. Free some space")
     report.numbers |= {"peak": found.peak, "limit": limit, "host": host, "disk": disk.caches + disk.checkpoints,
                        "disk_free": disk.free}
+
+
+def _device(preset: Preset) -> torch.device:
+    """The device, or the first of several GPUs, all of which have to be there."""
+    for number in chosen_gpus(preset.memory.device):
+        gpu.pick_device(f"cuda:{number}", "memory.device")
+    return pick_device(preset)
 
 
 def _gpus(preset: Preset) -> int:

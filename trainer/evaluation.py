@@ -190,7 +190,8 @@ def _base_features(session: Session, extractor: Extractor, texts: Sequence[str],
     """Features of the base model's own pictures: the same for every run, so computed once; the first process's alone.
     """
     settings, data = session.preset.sample, session.preset.data
-    key = session.cache.key("base pictures", quantised_id(session.base.denoiser_id, session.plan.quantize),
+    products = [] if session.progress.matmul == "off" else [session.progress.matmul]
+    key = session.cache.key("base pictures", quantised_id(session.base.denoiser_id, session.plan.quantize), *products,
                             session.base.vae_id, quantised_id(session.base.text_id, session.text_quantize),
                             extractor.name, extractor.resize, json.dumps([list(texts), list(seeds)]),
                             json.dumps(settings.model_dump(exclude={"prompts", "every", "before", "seed"})),

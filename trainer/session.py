@@ -351,7 +351,7 @@ def pick_device(preset: Preset, world: World = ALONE) -> torch.device:
     """The device of `memory.device`, and each of several processes' own; `UserError` when it is not there."""
     name, numbers = preset.memory.device, chosen_gpus(preset.memory.device)
     if len(numbers) > max(1, world.local_rank):  # those that this process sees may be these alone, numbered anew
-        only_these = torch.cuda.device_count() == len(numbers)
+        only_these = torch.cuda.device_count() <= len(numbers)  # fewer: --gpus chose them instead
         name = f"cuda:{world.local_rank if only_these else numbers[world.local_rank]}"
     elif world.size > 1 and name not in ("auto", "cpu"):
         count = "one device" if len(numbers) < 2 else f"{len(numbers)} devices"

@@ -302,7 +302,7 @@ def _resume(session: Session) -> None:
     if step:
         progress, state, optimizer = checkpoint.load(run.checkpoint(step))
         _take_over(session, state, optimizer, progress.fresh)
-        progress.fresh = []
+        progress.fresh, progress.global_batch = [], session.order.global_batch
         if progress.data != session.progress.data:
             session.recorder.note(step, "the data set changed since this run was last trained; it goes on with the new "
                                   "one")

@@ -55,7 +55,7 @@ class MaskStore:
         if draw.item not in self.masked:
             return torch.ones(1, *self._grid(draw.item))
         mask = self._shelf.get(self._key(draw.item, self.latents.offsets[draw.item][draw.crop]))["mask"]  # 1 h w
-        return mask.flip(-1) if draw.flip else mask  # as `crop_pixels` does: cut first, then mirrored
+        return mask.flip(-1) if draw.flip else mask  # as `crop_picture` does: cut first, then mirrored
 
     def _grid(self, item: int) -> tuple[int, int]:
         size = self.latents.sizes[item]
