@@ -11,10 +11,11 @@ from tests.test_memory_offload import DEPTH, make, trained
 from trainer import preset as presets
 from trainer.adapters.layer import base_matrix
 from trainer.distributed import ALONE
+from trainer.errors import UserError
 from trainer.families import sd15
 from trainer.memory.blocks import repeated_blocks
 from trainer.memory.fetch import BUFFERS, tensors_of
-from trainer.memory.shards import Neighbours, Shards, meet
+from trainer.memory.shards import FileParts, Neighbours, Shards, meet, nothing, try_out
 from trainer.session import open_base
 
 CPU = torch.device("cpu")
@@ -103,6 +104,28 @@ def test_no_more_than_one_block_is_whole_while_weights_are_loaded(tiny_project) 
 def test_one_process_of_a_computer_shares_nothing() -> None:
     [error] = outcomes(1, lambda member: meet(member, CPU))
     assert "it needs two GPUs or more in each computer" in str(error)
+
+
+def test_what_keeps_one_from_sharing_is_told_in_all_and_they_stay_in_step() -> None:
+    class Unable(FileParts):
+        def put(self, part: torch.Tensor) -> None:
+            if self.neighbours.place == 1:
+                raise ImportError("no such memory")
+            super().put(part)
+
+    def work(member: Member) -> tuple[str, list[int]]:
+        neighbours = Neighbours(member, [0, 1])
+        try_out(neighbours, FileParts(neighbours), CPU)
+        with pytest.raises(UserError, match="cannot be read from other processes here") as told:
+            try_out(neighbours, Unable(neighbours), CPU)
+        return "no such memory" in str(told.value), member.together(lambda: member.rank)
+
+    assert outcomes(2, work) == [(True, [0, 1])] * 2
+
+
+def test_what_stands_for_absent_weights_is_sent_to_a_device_once() -> None:
+    assert nothing(torch.bfloat16, CPU) is nothing(torch.bfloat16, CPU)
+    assert nothing(torch.float8_e4m3fn, CPU).float().isnan() and nothing(torch.int8, CPU) == 0
 
 
 def test_neighbours_speak_by_place() -> None:

@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from trainer.distributed import World
 from trainer.errors import UserError
 from trainer.memory.blocks import repeated_blocks
-from trainer.memory.fetch import ALIGNMENT, Block, Fetching, Piece, lay_out, padded
+from trainer.memory.fetch import ALIGNMENT, Block, Fetching, lay_out, padded
 from trainer.memory.plan import Plan
 
 T = TypeVar("T")
@@ -64,22 +64,25 @@ def meet(world: World, device: torch.device) -> Neighbours:
                         "weights would go by way of the computer's memory: memory.offload_blocks is as fast")
     groups = {host: dist.new_group(members, backend="gloo") for host, members in hosts.items()}
     neighbours = Neighbours(world, ranks, groups[told[world.rank][0]])
-    reasons = [reason for reason in world.together(lambda: _trouble(neighbours, device)) if reason]
-    if reasons:
-        raise UserError(f"the GPUs' memory cannot be read from other processes here ({reasons[0]})")
+    try_out(neighbours, GpuParts(neighbours, device), device)
     return neighbours
 
 
-def _trouble(neighbours: Neighbours, device: torch.device) -> str:
-    """What goes wrong when some bytes are shared; "" when all is well."""
-    try:
-        parts = GpuParts(neighbours, device)
-        parts.put(torch.full((ALIGNMENT,), neighbours.place, dtype=torch.uint8, device=device))
+def try_out(neighbours: Neighbours, parts: Parts, device: torch.device) -> None:
+    """Share some bytes.  What goes wrong in one process is a `UserError` in all."""
+    own = torch.full((ALIGNMENT,), neighbours.place, dtype=torch.uint8, device=device)
+
+    def look() -> None:
         [found] = parts.open()
-        right = all(int(part.clone()[-1]) == place for place, part in enumerate(found))
-        return "" if right else "what was read is wrong"
+        if any(int(part.clone()[-1]) != place for place, part in enumerate(found)):
+            raise RuntimeError("what was read is wrong")
+
+    try:
+        neighbours.world.together(lambda: parts.put(own))  # by itself: in `open` others would wait for one that cannot
+        neighbours.world.together(look)
     except (RuntimeError, ImportError, AttributeError) as error:
-        return (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"the GPUs' memory cannot be read from other processes here ({reason})") from error
 
 
 class Parts(Protocol):
@@ -158,17 +161,17 @@ class SharedBlock(Block):
     def leave(self) -> None:
         """The tensors keep their shapes, and one number that nobody can take for a weight."""
         for piece in self.pieces:
-            piece.tensor.data = _absent(piece)
+            piece.tensor.data = nothing(piece.tensor.dtype, piece.tensor.device).expand(piece.shape)
 
     def copy_to(self, target: Tensor) -> None:
         for part, place in zip(self.parts, target.chunk(self.count)):
             place.copy_(part, non_blocking=True)
 
 
-def _absent(piece: Piece) -> Tensor:
-    dtype, device = piece.tensor.dtype, piece.tensor.device
-    one = torch.tensor(float("nan") if dtype.is_floating_point else 0, device=device).to(dtype)
-    return one.expand(piece.shape)
+@cache
+def nothing(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """What stands for a weight that is not here; made once, since the host waits until it has come to a GPU."""
+    return torch.tensor(float("nan") if dtype.is_floating_point else 0, device=device).to(dtype)
 
 
 class Shards(Fetching):
