@@ -186,6 +186,19 @@ def test_each_gpu_gets_a_runner_whose_runs_see_that_gpu_alone(tmp_path):
     assert {saw["a"], saw["b"]} == {"GPU-a", "GPU-b"} and saw["pinned"] == "GPU-a, GPU-b"
 
 
+def test_a_run_of_several_gpus_has_them_alone_also_when_all_runners_look_at_once(tmp_path):
+    put(tmp_path, "both", "memory.device=cuda:0,1")
+    put(tmp_path, "one")
+    queue, known = Queue(tmp_path), ["GPU-a", "GPU-b"]
+    with queue.claim(lambda entry: runner._has_room(queue, entry, "GPU-a", known)) as first:
+        assert first.name == "both" and not (tmp_path / "runs").exists()
+        with queue.claim(lambda entry: runner._has_room(queue, entry, "GPU-b", known)) as second:
+            assert second is None and [entry.name for entry in queue.waiting()] == ["one"]
+        queue.let_go("both")
+    with queue.claim(lambda entry: runner._has_room(queue, entry, "GPU-b", known)) as second:
+        assert second.name == "one"
+
+
 def test_runners_are_started_only_when_something_waits_and_nobody_serves(tmp_path):
     assert runner.start_runners(tmp_path, STAND_IN, dict(os.environ)) == 0
     put(tmp_path, "a", "train.steps=2")

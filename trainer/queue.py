@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -147,15 +147,16 @@ class Queue:
             os.replace(entry.path, goal)
 
     @contextmanager
-    def claim(self) -> Iterator[Entry | None]:
+    def claim(self, has_room: Callable[[Entry], bool] = lambda entry: True) -> Iterator[Entry | None]:
         """The next entry to train, for no other runner until the block ends; None when there is none.
 
-        First what a killed runner left half done, then the first that waits, which moves to `running/`.
+        First what a killed runner left half done, then the first that waits, which moves to `running/` if `has_room`
+        says so; it is asked while no other runner claims anything, and all that is in `running/` has its runner.
         """
         with ExitStack() as after:
             with self._whole():
                 entry = next((entry for entry in self.begun() if self._take(entry.name, after)), None)
-                if entry is None and (waiting := self.waiting()):
+                if entry is None and (waiting := self.waiting()) and has_room(waiting[0]):
                     entry = self._begin(waiting[0])
                     self._take(entry.name, after)
             yield entry

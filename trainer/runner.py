@@ -76,12 +76,11 @@ def serve(workspace: Path, gpu: str, trainer: Sequence[str], environment: Mappin
 
 def _serve_one(queue: Queue, gpu: str, known: Sequence[str], trainer: Sequence[str], masked: Mapping[str, str],
                whole: Mapping[str, str], say: Say) -> bool:
-    """Train the next entry; False when there is none left."""
-    while (waiting := queue.waiting()) and not _has_room(queue, waiting[0], gpu, known):
-        time.sleep(POLL)
-    with queue.claim() as entry:
+    """Train the next entry, if it can begin; False when there is none left."""
+    with queue.claim(lambda entry: _has_room(queue, entry, gpu, known)) as entry:
         if entry is None:
-            return False
+            time.sleep(POLL if queue.waiting() else 0.0)
+            return bool(queue.waiting())
         say(f"{entry.name} begins")
         try:
             _train(queue, entry, trainer, masked, whole)
@@ -162,7 +161,9 @@ def _has_room(queue: Queue, entry: Entry, gpu: str, known: Sequence[str]) -> boo
 
     A run takes one GPU, or as many as it names; runs that were started without the queue count too.
     """
-    living = [_gpus_of(run.preset) for run in _living(queue)]
+    presets_of = {run.name: run.preset for run in _living(queue)} | {
+        begun.name: begun.path for begun in queue.begun()}  # one that another runner just took has no folder yet
+    living = [_gpus_of(path) for path in presets_of.values()]
     own = _gpus_of(entry.path)
     if sum(max(1, len(numbers)) for numbers in living) + min(max(1, len(own)), len(known)) > len(known):
         return False
