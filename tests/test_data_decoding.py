@@ -122,7 +122,8 @@ def test_leaving_in_the_middle_waits_for_nothing_and_leaves_nothing(files: list[
 
 
 PROGRAM = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # it may be ignored where the tests were started
 from trainer.data.decoding import Decoders
 from tests.test_data_decoding import *
 with Decoders(2) as decoders:
@@ -140,7 +141,7 @@ def test_processes_end_with_their_trainer_however_it_ends(tmp_path: Path, number
     while len(pids := program.stdout.readline().split()) < 2:
         pass
     program.send_signal(number)
-    program.communicate()
+    program.communicate(timeout=60)
     wait_for(lambda: not any(psutil.pid_exists(int(pid)) for pid in pids), 10)
 
 
