@@ -97,10 +97,10 @@ class Sequence:
         killed = self.rng.randrange(STEPS)
         for step in range(STEPS):
             self.rng.choice([self.edit, self.edit, self.bulk, self.back])(step == killed)
-        while not undo(self.page).is_disabled():
-            what = undo(self.page).text_content()
+        while entry := Journal(self.folder).next_undo():
+            expect(undo(self.page)).to_have_text(f"Undo: {entry.what}", timeout=1000 * PATIENCE)
             undo(self.page).click()
-            expect(self.page.get_by_text(f"Undone: {what.removeprefix('Undo: ')}.")).to_be_visible()
+            expect(self.page.get_by_text(f"Undone: {entry.what}.")).to_be_visible()
             self.page.evaluate("document.querySelector('.st-data .st-asked').textContent = ''")
 
 
