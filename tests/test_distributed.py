@@ -96,6 +96,7 @@ def test_two_processes_do_what_one_does_with_the_same_global_batch(server, tiny_
     [first], [second] = events(one, "distance"), events(two, "distance")
     assert first["kid"] == pytest.approx(second["kid"], rel=1e-3, abs=1e-6)
     assert first["base_kid"] == pytest.approx(second["base_kid"], rel=1e-6)
+    assert all(key.startswith("2 × ") for key in json.loads((tmp_path / "two" / "cache" / "speed.json").read_bytes()))
 
 
 def test_a_shared_model_trains_as_a_whole_one_and_stops_and_goes_on_with_one_process(server, tiny_project,

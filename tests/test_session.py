@@ -156,6 +156,7 @@ def test_one_gpu_chosen_in_place_of_several_that_a_preset_names_is_the_first_tha
                                                                                           ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # as --gpus leaves it
     assert pick_device(presets.load(tiny_project, ["memory.device=cuda:2,3"])) == torch.device("cuda:0")
+    assert pick_device(presets.load(tiny_project, ["memory.device=cuda:0,0"])) == torch.device("cuda:0")
 
 
 def test_a_cpu_computes_in_fp32_unless_told_otherwise(tiny_project) -> None:

@@ -7,7 +7,7 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from trainer import files, preset, speed
+from trainer import check, files, preset, speed
 from trainer import run as runs
 from trainer.memory.plan import LADDER, Plan
 from trainer.record import Recorder
@@ -49,6 +49,16 @@ def test_the_same_work_is_recalled_whatever_does_not_change_its_speed(tmp_path, 
     remember([0.5, 0.75, 9.0])
     for overrides in ([], ["train.lr=1e-5"], ["train.steps=99"], ["data.folder=other"], ["sample.every=3"]):
         assert recall(tmp_path, *overrides) == {"sec": 0.75, "vram_peak": None}
+
+
+def test_what_several_gpus_took_together_is_not_told_of_one(tmp_path):
+    named = preset.parse(TEXT, "p", ["memory.device=cuda:0,1"])
+    speed.remember(tmp_path, named, CPU, 0.5, gpus=2)
+    assert recall(tmp_path) is None
+    alone, both = (check.Report(facts={"steps": 10}) for _ in range(2))
+    check._time(preset.parse(TEXT, "p", []), tmp_path, CPU, alone)
+    check._time(named, tmp_path, CPU, both)
+    assert alone.facts["time"].startswith("unknown") and both.facts["time"] == "0.50 s/it, 5 s in all"
 
 
 @pytest.mark.parametrize("override", [

@@ -234,7 +234,7 @@ def _trained(preset: Preset, target: Target) -> int:
 
 
 def _time(preset: Preset, workspace: Path, device: torch.device, report: Report) -> None:
-    known = speed.recall(workspace, preset, speed.device_name(device))
+    known = speed.recall(workspace, preset, speed.device_name(device, _gpus(preset)))
     if known is None or "sec" not in known:  # a run may have measured its memory and no more
         report.facts["time"] = "unknown until a probe: it is measured when a run like this one trains here"
         return

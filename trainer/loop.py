@@ -156,7 +156,7 @@ def train(session: Session, requests: Requests) -> str:
     fast.finish(session)
     reason = world.together(lambda: _finish(session))[0]
     housekeeping.attempt(session, "noting down the speed", lambda: speed.remember(
-        session.cache.root.parent, preset, session.device, session.recorder.seconds_per_step()))
+        session.cache.root.parent, preset, session.device, session.recorder.seconds_per_step(), world.size))
     return reason
 
 

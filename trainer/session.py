@@ -349,7 +349,8 @@ def open_base(preset: Preset) -> Any:
 
 def pick_device(preset: Preset, world: World = ALONE) -> torch.device:
     """The device of `memory.device`, and each of several processes' own; `UserError` when it is not there."""
-    name, numbers = preset.memory.device, chosen_gpus(preset.memory.device)
+    numbers = chosen_gpus(preset.memory.device)
+    name = f"cuda:{numbers[0]}" if len(numbers) == 1 else preset.memory.device  # one may be named twice
     if len(numbers) > max(1, world.local_rank):  # those that this process sees may be these alone, numbered anew
         only_these = torch.cuda.device_count() <= len(numbers)  # fewer: --gpus chose them instead
         name = f"cuda:{world.local_rank if only_these else numbers[world.local_rank]}"

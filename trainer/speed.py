@@ -13,14 +13,15 @@ from trainer.memory.plan import LADDER, Plan
 from trainer.schema import Preset
 
 
-def remember(workspace: Path, preset: Preset, device: Any, seconds: float | None) -> None:
-    """Put down seconds per step (None: no step was made) and the GPU's peak memory of a run that has trained."""
+def remember(workspace: Path, preset: Preset, device: Any, seconds: float | None, gpus: int = 1) -> None:
+    """Put down seconds per step (None: no step was made) and the GPU's peak memory of a run that has trained, on so
+    many GPUs."""
     import torch
 
     if seconds is None:
         return
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-    _add(workspace, preset, device_name(device), sec=seconds, vram_peak=peak)
+    _add(workspace, preset, device_name(device, gpus), sec=seconds, vram_peak=peak)
 
 
 def remember_plan(workspace: Path, preset: Preset, device: str, plan: Plan, peak: int, limit: int) -> None:
@@ -66,7 +67,7 @@ def _add(workspace: Path, preset: Preset, device: str, **facts: Any) -> None:
 
 
 def device_name(device: Any, gpus: int = 1) -> str:
-    """The GPU's or the processor's name, or that of several which can hold a model together."""
+    """The GPU's or the processor's name, or that of several which train or hold a model together."""
     import torch
 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} {platform.machine()}"
