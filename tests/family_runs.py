@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -42,12 +44,41 @@ def train(preset_file: Path, workspace: Path, name: str, *overrides: str) -> Run
 
 def assert_resume_is_exact(run: Run) -> None:
     """A copy of the run as a kill after its first checkpoint leaves it, resumed, ends with the same bits."""
-    steps = run.checkpoint_steps()
-    copy = runs.open_run(shutil.copytree(run.path, run.path.with_name(f"{run.name}-again")))
-    shutil.rmtree(copy.checkpoint(steps[-1]))
+    copy = _cut_short(run)
     run_training(copy, presets.load(copy.preset, []), run.path.parent.parent)
+    _assert_same_end(run, copy)
+
+
+def assert_command_resumes_exactly(preset: Path, *overrides: str, program: Sequence[str] = ("-m", "trainer")) -> Run:
+    """The same of a run that is started and resumed in processes of their own, beside its preset; returns the resumed
+    one.  `program` are the interpreter's arguments that make it the trainer.
+
+    On a GPU whether steps repeat to the bit is decided when CUDA starts.
+    """
+    def trainer(*arguments: object) -> None:
+        done = subprocess.run([sys.executable, *program, *map(str, arguments), "--workspace", str(preset.parent)],
+                              capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+        assert done.returncode == 0, done.stderr[-2000:]
+
+    trainer("--preset", preset, "--name", "whole", *(word for one in (*SMALL, *overrides) for word in ("--set", one)))
+    run = runs.open_run(preset.parent / "runs" / "whole")
+    copy = _cut_short(run)
+    trainer("--resume", copy.path)
+    _assert_same_end(run, copy)
+    return copy
+
+
+def _cut_short(run: Run) -> Run:
+    """A copy of a run without its last checkpoint."""
+    copy = runs.open_run(shutil.copytree(run.path, run.path.with_name(f"{run.name}-again")))
+    shutil.rmtree(copy.checkpoint(run.checkpoint_steps()[-1]))
+    return copy
+
+
+def _assert_same_end(run: Run, copy: Run) -> None:
+    last = run.checkpoint_steps()[-1]
     for file in ("adapter.safetensors", "optimizer.safetensors"):
-        first, second = (load_file(one.checkpoint(steps[-1]) / file) for one in (run, copy))
+        first, second = (load_file(one.checkpoint(last) / file) for one in (run, copy))
         assert first.keys() == second.keys()
         assert all(torch.equal(tensor, second[key]) for key, tensor in first.items())
 

@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend
 
 from tests.bench import true_size
 from tests.test_memory_selective import tiny
-from trainer.fast import attention
+from trainer.fast import attention, passes
 from trainer.fast.attention import USUAL, Call
 
 CPU = torch.device("cpu")
@@ -49,7 +49,7 @@ def test_the_runs_own_calls_are_recorded(case: str, count: int) -> None:
     session, size = tiny(case, "lora", ())
     session.order = SimpleNamespace(batch=lambda step: true_size.draws(size, step))
     before = F.scaled_dot_product_attention
-    calls = attention.recorded(lambda: attention.one_pass(session))
+    calls = attention.recorded(lambda: passes.first_forward(session))
     assert calls.total() == count and F.scaled_dot_product_attention is before
     for call in calls:
         assert 0 < attention.seconds(call, USUAL, CPU) < 1

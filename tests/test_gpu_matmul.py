@@ -6,20 +6,15 @@
 from __future__ import annotations
 
 import re
-import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tests import family_runs, models_flux
 from tests.test_gpu_fast import of, steps, tiny
-from trainer import run as runs
 from trainer.fast import low_bits, matmul
 from trainer.fast.matmul import CODES, LowBits
 
@@ -130,32 +125,14 @@ def test_compiled_blocks_multiply_alike(large, kind: str) -> None:
     torch.testing.assert_close(torch.tensor(fast[0]), torch.tensor(plain[0]), rtol=NEAR[kind], atol=1e-3)
 
 
-def command(*arguments: object) -> None:
-    """The trainer's command, for which tiny layers are large, in a process of its own: exact repeats on a GPU are
-    decided when CUDA starts."""
-    program = f"import sys; from trainer import __main__; from trainer.fast import low_bits; {LARGE}; " \
-              "sys.exit(__main__.main())"
-    done = subprocess.run([sys.executable, "-c", program, *map(str, arguments)], capture_output=True, text=True,
-                          cwd=Path(__file__).parent.parent)
-    assert done.returncode == 0, done.stderr[-2000:]
-
-
 @pytest.mark.parametrize("kind, compiled", [("fp8", "off"), ("int8", "off"), ("fp8", "on"), ("int8", "on")])
 def test_a_run_resumes_to_the_bit(tmp_path: Path, kind: str, compiled: str) -> None:
     if fault := matmul.fault(kind, GPU):
         pytest.skip(f"{kind}: {fault}")
-    base = models_flux.klein_folder(tmp_path / "base")
-    preset = family_runs.project(tmp_path, "flux2", base)
-    settings = [*family_runs.SMALL, "adapter.method=stella", f"train.matmul={kind}", "memory.device=cuda",
-                "train.deterministic=true", f"train.compile={compiled}"]
-    command("--preset", preset, "--workspace", tmp_path, "--name", kind,
-            *(word for setting in settings for word in ("--set", setting)))
-    run = runs.open_run(tmp_path / "runs" / kind)
-    last = run.checkpoint_steps()[-1]
-    again = runs.open_run(shutil.copytree(run.path, run.path.with_name(f"{kind}-again")))
-    shutil.rmtree(again.checkpoint(last))
-    command("--resume", again.path, "--workspace", tmp_path)
+    preset = family_runs.project(tmp_path, "flux2", models_flux.klein_folder(tmp_path / "base"))
+    program = f"import sys; from trainer import __main__; from trainer.fast import low_bits; {LARGE}; " \
+              "sys.exit(__main__.main())"
+    again = family_runs.assert_command_resumes_exactly(
+        preset, "adapter.method=stella", f"train.matmul={kind}", f"train.compile={compiled}", "memory.device=cuda",
+        "train.deterministic=true", program=("-c", program))
     assert any("as they did before" in event["text"] for event in of(again, "note"))
-    for file in ("adapter.safetensors", "optimizer.safetensors"):
-        first, second = (load_file(one.checkpoint(last) / file) for one in (run, again))
-        assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import shutil
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import nn
 
 from tests import family_runs, models_flux
 from tests.bench.host_memory import load_peak, make_shards
-from trainer import run as runs
 from trainer.adapters import Target, build
 from trainer.quantize.available import check
 from trainer.quantize.model import MODES, quantised_linear, weight_bytes
@@ -99,29 +93,12 @@ def test_a_step_keeps_no_dequantised_weight(mode):
     assert peak <= 2.5 * 2 * WIDTH**2 + (COUNT + 6) * activation
 
 
-def command(*arguments: object) -> None:
-    """The real command, in a process of its own: exact repeats on a GPU are decided when CUDA starts."""
-    done = subprocess.run([sys.executable, "-m", "trainer", *map(str, arguments)], capture_output=True, text=True,
-                          cwd=Path(__file__).parent.parent)
-    assert done.returncode == 0, done.stderr[-2000:]
-
-
 @pytest.mark.parametrize("mode", MODES)
 def test_a_run_on_the_gpu_resumes_to_the_bit(tmp_path, mode):
-    base = models_flux.klein_folder(tmp_path / "base")
-    preset = family_runs.project(tmp_path, "flux2", base)
-    settings = [*family_runs.SMALL, "adapter.method=stella", f"memory.quantize={mode}", "memory.device=cuda",
-                f"memory.quantize_text_encoder={mode}", "train.deterministic=true"]
-    command("--preset", preset, "--workspace", tmp_path, "--name", mode,
-            *(word for setting in settings for word in ("--set", setting)))
-    run = runs.open_run(tmp_path / "runs" / mode)
-    last = run.checkpoint_steps()[-1]
-    again = runs.open_run(shutil.copytree(run.path, run.path.with_name(f"{mode}-again")))
-    shutil.rmtree(again.checkpoint(last))
-    command("--resume", again.path, "--workspace", tmp_path)
-    for file in ("adapter.safetensors", "optimizer.safetensors"):
-        first, second = (load_file(one.checkpoint(last) / file) for one in (run, again))
-        assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+    preset = family_runs.project(tmp_path, "flux2", models_flux.klein_folder(tmp_path / "base"))
+    family_runs.assert_command_resumes_exactly(
+        preset, "adapter.method=stella", f"memory.quantize={mode}", f"memory.quantize_text_encoder={mode}",
+        "memory.device=cuda", "train.deterministic=true")
 
 
 @pytest.mark.parametrize("mode", ["none", *MODES])

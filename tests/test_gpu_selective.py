@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tests.bench import step_time, true_size
 from tests.test_gpu_fast import STEPS, close, steps, tiny
-from trainer.fast import attention, convolutions
+from trainer.fast import attention, convolutions, passes
 from trainer.fast.attention import USUAL
 from trainer.memory.hold import change
 from trainer.memory.plan import Plan
@@ -83,7 +83,7 @@ def test_attention_runs_by_the_kernels_that_were_timed_and_a_resume_keeps_them(c
     chosen = session.progress.attention
     assert chosen in (USUAL, *attention.BACKENDS) and len(notes) == (chosen != USUAL)
     attention.release(session)
-    calls = attention.recorded(lambda: attention.one_pass(session))
+    calls = attention.recorded(lambda: passes.first_forward(session))
     for call in calls:
         times = {name: attention.seconds(call, name, device) for name in (USUAL, *attention.BACKENDS)}
         assert times[USUAL] and times["flash"] and times["efficient"], times

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from trainer import speed
-from trainer.data.order import share
+from trainer.fast import passes
 from trainer.session import Session
 
 BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -44,7 +44,7 @@ def choose(session: Session) -> None:
     if progress.step == 0:
         progress.attention = USUAL
         if worth_it(session):
-            calls = recorded(lambda: one_pass(session))  # in all processes, which may share the model
+            calls = recorded(lambda: passes.first_forward(session))  # in all processes, which may share the model
             progress.attention = session.world.from_first(lambda: _found(session, calls))
     if progress.attention != USUAL:
         session.attention = preferred(progress.attention)
@@ -88,17 +88,6 @@ def _found(session: Session, calls: Counter[Call]) -> str:
         session.recorder.note(0, f"Attention runs by the kernels of {WORDS[chosen]}, which are the fastest for this "
                               f"run's shapes on this GPU: {told}")
     return chosen
-
-
-def one_pass(session: Session) -> None:
-    """The first micro-batch's forward pass."""
-    draws = share(session.order.batch(0), session.world.rank, session.world.size, 0, session.preset.train.grad_accum)
-    try:
-        with torch.no_grad():
-            session.use("raw")
-            session.loss(draws)
-    finally:
-        session.use("off")
 
 
 def recorded(work: Callable[[], None]) -> Counter[Call]:

@@ -7,8 +7,7 @@ import time
 import torch
 from torch import Tensor
 
-from trainer.data.order import stream
-from trainer.fast.attention import one_pass
+from trainer.data.order import share, stream
 from trainer.session import Session
 
 
@@ -44,15 +43,25 @@ def gradients(session: Session, steps: int) -> list[list[Tensor]]:
     return found
 
 
+def first_forward(session: Session) -> None:
+    """The forward pass of the run's very first micro-batch, which a resumed run takes alike."""
+    draws = share(session.order.batch(0), session.world.rank, session.world.size, 0, session.preset.train.grad_accum)
+    try:
+        with torch.no_grad():
+            session.use("raw")
+            session.loss(draws)
+    finally:
+        session.use("off")
+
+
 def rows_of_inputs(session: Session, paths: frozenset[str]) -> dict[str, int]:
-    """How many rows the inputs of layers have, by the layers' paths, in the run's very first micro-batch: a resumed run
-    finds the same."""
+    """How many rows the inputs of layers have in the first forward pass, by the layers' paths."""
     rows: dict[str, int] = {}
     hooks = [session.denoiser.get_submodule(path).register_forward_pre_hook(
         lambda layer, given, path=path: rows.__setitem__(path, given[0].numel() // given[0].shape[-1]))
         for path in sorted(paths)]
     try:
-        one_pass(session)
+        first_forward(session)
     finally:
         for hook in hooks:
             hook.remove()
