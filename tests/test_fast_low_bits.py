@@ -78,16 +78,16 @@ def test_unasked_only_the_first_kind_with_the_right_gradients_is_left_to_settle(
         able, tiny_project, tmp_path, monkeypatch) -> None:
     session = ready(tiny_project, tmp_path)
     before = gradients(session)
-    cosines = {"fp8": 0.99, "int8": 0.9995}
+    cosines = {"fp8": 0.9995, "int8": 0.99}
     measured, real = [], low_bits._cosine
     monkeypatch.setattr(low_bits, "_cosine", lambda session, low, expected: (
         measured.append(real(session, low, expected)), cosines[low.kind])[1])
     found = low_bits.begin(session)
-    assert found.low.kind == "int8" and "0.99950" in found.words and all(0.5 < value < 1 for value in measured)
+    assert found.low.kind == "fp8" and "0.99950" in found.words and all(0.5 < value < 1 for value in measured)
     assert same(gradients(session), before) and not low_linears(session) and session.progress.matmul == "off"
-    cosines["int8"] = 0.998
+    cosines["fp8"] = 0.998
     assert low_bits.begin(session) is None
-    assert told(session)[-1].endswith("a median cosine of 0.999 with those without it: FP8 0.99000, INT8 0.99800")
+    assert told(session)[-1].endswith("a median cosine of 0.999 with those without it: INT8 0.99000, FP8 0.99800")
 
 
 @pytest.mark.parametrize("after, kept", [(0.8, True), (0.99, False), (RuntimeError("no kernel\nand more"), False)])
@@ -104,7 +104,7 @@ def test_products_that_are_not_faster_are_taken_back_to_the_bit(
 
     monkeypatch.setattr(passes, "seconds", seconds)
     paths = frozenset(matmul.able_linears(session.denoiser, "int8"))
-    low_bits.settle(session, Found(LowBits("int8", True, paths), "all right"))
+    low_bits.settle(session, Found(LowBits("int8", paths), "all right"))
     assert any(isinstance(block, block_compiler.CompiledBlock) for block in block_compiler.blocks_of(session.denoiser))
     block_compiler.remove(session.denoiser)
     assert bool(low_linears(session)) is kept is not same(gradients(session), before)
@@ -133,13 +133,13 @@ def test_a_run_that_is_resumed_goes_on_with_the_same_products_to_the_bit(
     broken = run.create(tmp_path, "broken", whole.preset.read_text("utf-8"))
     stop_at(broken, 3)
     run_training(broken, preset.load(broken.preset), tmp_path)
-    assert checkpoint.last_progress(broken).matmul == "fp8"
+    assert checkpoint.last_progress(broken).matmul == "int8"
     monkeypatch.setattr(passes, "seconds", lambda session: pytest.fail("decided anew"))
     go_on(broken)
-    assert "Frozen layers multiply in FP8, as they did before" in [event["text"] for event in events(broken, "note")]
+    assert "Frozen layers multiply in INT8, as they did before" in [event["text"] for event in events(broken, "note")]
     for file in ("adapter.safetensors", "optimizer.safetensors"):
         assert_same_weights(whole.checkpoint(6) / file, broken.checkpoint(6) / file)
-    for asked, left in (("train.matmul=off", "auto"), ("train.lr=1e-4", "fp8")):
+    for asked, left in (("train.matmul=off", "auto"), ("train.lr=1e-4", "int8")):
         other = branch.begin(tmp_path, whole, 3, branch.preset_of(whole, [asked, "train.steps=9"]))
         assert checkpoint.last_progress(other).matmul == left
 

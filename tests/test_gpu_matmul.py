@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,8 @@ from tests import family_runs, models_flux
 from tests.test_gpu_fast import of, steps, tiny
 from trainer.fast import low_bits, matmul
 from trainer.fast.matmul import CODES, LowBits
+from trainer.fast.product import product_of_codes
+from trainer.quantize.linear import rows_to_codes
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 
@@ -43,25 +46,29 @@ def distance(found: Tensor, expected: Tensor) -> float:
     return ((found.float() - expected.float()).norm() / expected.float().norm()).item()
 
 
-@pytest.mark.parametrize("rows, n, m", [(33, 64, 96), (77, 3072, 1024), (4097, 3072, 3072), (4608, 12288, 3072)])
-def test_products_are_those_of_the_codes(kind: str, rows: int, n: int, m: int) -> None:
+@pytest.mark.parametrize("rows, n, m, rank", [(33, 64, 96, 0), (77, 3072, 1024, 24), (4097, 3072, 3072, 16),
+                                              (300, 144, 80, 100), (4608, 12288, 3072, 4)])
+def test_products_are_those_of_the_codes(kind: str, rows: int, n: int, m: int, rank: int) -> None:
     torch.manual_seed(0)
-    x = (torch.randn(rows, n, device=GPU) * torch.rand(rows, 1, device=GPU)).bfloat16()
-    weight, bias = torch.randn(m, n, device=GPU).bfloat16(), torch.randn(m, device=GPU).bfloat16()
-    for by_row in {True, matmul.scales_by_row(GPU)} if kind == "int8" else {False, matmul.scales_by_row(GPU)}:
-        codes, scale = matmul.to_codes(weight, None, CODES[kind], by_row)
-        own, own_scale = matmul.to_codes(x, None, CODES[kind], by_row)
-        exact = ((own.double() * own_scale) @ (codes.double() * scale).t() + bias).float()
-        assert distance(matmul.multiplied(x, codes, by_row, scale=scale, bias=bias), exact) < 0.01
-        grad = torch.randn(rows, m, device=GPU, dtype=torch.bfloat16)
-        back = matmul.multiplied(grad, codes.t().contiguous(), by_row, gain=scale)
-        assert distance(back, grad.float() @ weight.float()) < 0.05
+    make = partial(torch.randn, device=GPU, dtype=torch.bfloat16)
+    x, weight, bias, grad = make(rows, n) * make(rows, 1), make(m, n), make(m), make(rows, m)
+    hidden, up, down = (make(size, rank) for size in (rows, m, n)) if rank else (None, None, None)
+    codes, scale = rows_to_codes(weight, CODES[kind])
+    own, own_scale = rows_to_codes(x, CODES[kind])
+    exact = (own.double() * own_scale) @ (codes.double() * scale).t() + bias
+    exact = exact + hidden.double() @ up.double().t() if rank else exact
+    assert distance(matmul.multiplied(x, codes, scale=scale, bias=bias, hidden=hidden, factor=up), exact) < 0.005
+    back = matmul.multiplied(grad, codes.t().contiguous(), gain=scale, hidden=hidden, factor=down)
+    exact = grad.float() @ weight.float() + (hidden.float() @ down.float().t() if rank else 0)
+    assert distance(back, exact) < 0.05
+    torch.library.opcheck(product_of_codes, (own, codes, own_scale, scale, bias, hidden, up, torch.bfloat16),
+                          test_utils=("test_schema", "test_faketensor"))
 
 
 def test_codes_made_in_one_kernel_are_those_of_plain_operations(kind: str) -> None:
     x = torch.randn(100, 512, device=GPU, dtype=torch.bfloat16)
-    one = matmul.in_one_kernel(matmul.to_codes, x, None, CODES[kind], True)
-    plain = matmul.to_codes(x, None, CODES[kind], True)
+    one = matmul.in_one_kernel(matmul.to_codes, x, None, CODES[kind])
+    plain = matmul.to_codes(x, None, CODES[kind])
     torch.testing.assert_close(one[1], plain[1])
     assert (one[0].float() != plain[0].float()).float().mean() < 1e-3  # a division may round otherwise
 
@@ -85,7 +92,7 @@ def test_passes_never_wait_hold_no_more_memory_and_are_timed(kind: str) -> None:
 
     before = sorted(passes() for _ in range(12))[6]
     weights = torch.cuda.memory_allocated()
-    matmul.install(net, LowBits(kind, matmul.scales_by_row(GPU), frozenset(matmul.able_linears(net, kind))))
+    matmul.install(net, LowBits(kind, frozenset(matmul.able_linears(net, kind))))
     assert torch.cuda.memory_allocated() <= weights + 2**20
     after = sorted(passes() for _ in range(12))[6]
     torch.cuda.set_sync_debug_mode("error")

@@ -3,7 +3,8 @@
     python -m tests.bench.matmul products --json FILE
     python -m tests.bench.matmul curves --seeds 3 --workspace DIR
 
-`products` times Flux's frozen products, forward and for the input's gradient, in 16 bits and in 8, by the GPU's clock.
+`products` times Flux's frozen products with an adapter's added to them, forward and for the input's gradient, in 16
+bits and in 8 (with the making of codes), by the GPU's clock.
 `curves` trains the shipped demo, each seed with whole products, with another seed's draws, and in each kind of 8 bits
 in all layers that can, however small. It prints the mean loss of the last quarter and the validation loss (of one noise
 and with the weights of the file), and how far they are from those of whole products: what another seed's draws change
@@ -33,6 +34,7 @@ from trainer import run as runs
 from trainer.fast import matmul, passes
 from trainer.fast.low_bits import likeness
 from trainer.fast.matmul import CODES, LowBits
+from trainer.quantize.linear import rows_to_codes
 from trainer.record import Recorder
 from trainer.session import Session
 from trainer.setup import set_up
@@ -43,6 +45,7 @@ SHAPES = (  # rows of the input at 1024 pixels, sides of W: klein 4B, then Flux.
     (4608, 3072, 27648), (4608, 12288, 3072), (4096, 3072, 3072), (4096, 3072, 18432), (4096, 9216, 3072),
     (512, 3072, 18432), (4608, 3072, 12288), (4608, 15360, 3072), (4096, 3072, 12288), (1024, 1280, 10240),
     (4096, 640, 5120), (1024, 1280, 1280))
+RANK = 16
 ARMS = ("off", "other seed", "fp8", "int8")
 DEMO = Path(__file__).resolve().parents[2] / "presets" / "demo.toml"
 QUIET = ("sample.prompts=[]", "evaluate.distance=off", "log.rank_every=0", "log.tensorboard=false")
@@ -57,26 +60,27 @@ def products(options: argparse.Namespace) -> None:
     print("| rows × n → m | forward, 16 bits | fp8 | int8 | gradient, 16 bits | fp8 | int8 |\n"
           "|---|---|---|---|---|---|---|")
     for rows, n, m in [(64, 64, 96)] if options.tiny else SHAPES:
-        x = torch.randn(rows, n, device=device, dtype=torch.bfloat16)
-        grad = torch.randn(rows, m, device=device, dtype=torch.bfloat16)
-        weight = torch.randn(m, n, device=device, dtype=torch.bfloat16) / n**0.5
-        seconds = {"off": [clocked(partial(torch.mm, x, weight.t())), clocked(partial(torch.mm, grad, weight))]}
-        for kind in CODES:
-            if matmul.fault(kind, device) is None:
-                seconds[kind] = [clocked(work) for work in of_codes(kind, x, grad, weight)]
+        seconds = seconds_of(rows, n, m, device)
         print(line(f"{rows} × {n} → {m}", seconds), flush=True)
         if options.json:
             with options.json.open("a") as out:
                 out.write(json.dumps({"device": device_name(device), "shape": [rows, n, m], "sec": seconds}) + "\n")
 
 
-def of_codes(kind: str, x: Tensor, grad: Tensor, weight: Tensor) -> tuple[Work, Work]:
-    """Functions that make both products in 8 bits."""
-    by_row = matmul.scales_by_row(x.device)
-    codes, scale = matmul.to_codes(weight, None, CODES[kind], by_row)
-    turned = codes.t().contiguous()
-    return (partial(matmul.multiplied, x, codes, by_row, scale=scale),
-            partial(matmul.multiplied, grad, turned, by_row, gain=scale))
+def seconds_of(rows: int, n: int, m: int, device: torch.device) -> dict[str, list[float]]:
+    """Of both products, in 16 bits and in 8."""
+    make = partial(torch.randn, device=device, dtype=torch.bfloat16)
+    x, grad, weight = make(rows, n), make(rows, m), make(m, n) / n**0.5
+    hidden, up, down = make(rows, RANK), make(m, RANK), make(n, RANK)
+    found = {"off": [clocked(lambda: (x @ weight.t()).addmm_(hidden, up.t())),
+                     clocked(lambda: (grad @ weight).addmm_(hidden, down.t()))]}
+    for kind in CODES:
+        if matmul.fault(kind, device) is None:
+            codes, scale = rows_to_codes(weight, CODES[kind])
+            found[kind] = [clocked(partial(matmul.multiplied, x, codes, scale=scale, hidden=hidden, factor=up)),
+                           clocked(partial(matmul.multiplied, grad, codes.t().contiguous(), gain=scale, hidden=hidden,
+                                           factor=down))]
+    return found
 
 
 def clocked(work: Work) -> float:
@@ -129,8 +133,7 @@ def trained(options: argparse.Namespace, arm: str, seed: int) -> tuple[str, tupl
     session = session_of(options, arm, seed + 1000 * (arm == "other seed"))
     words, low = "", None
     if arm in CODES:
-        low = LowBits(arm, arm == "int8" or matmul.scales_by_row(session.device),
-                      frozenset(matmul.able_linears(session.denoiser, arm)))
+        low = LowBits(arm, frozenset(matmul.able_linears(session.denoiser, arm)))
         whole = passes.gradients(session, 2)
         matmul.try_out(session.denoiser, low)
         words = f"{likeness(passes.gradients(session, 2), whole):.5f}"

@@ -61,6 +61,29 @@ class FusedLayer(torch.autograd.Function):
         return grad_x, grad_dropped, grad_gain, grad_down, grad_up, None
 
 
+class PairedProduct(torch.autograd.Function):
+    """y = W x + bias + up (down x) by a layer that adds the pair's product within its own, and so in the backward pass.
+
+    x [..., n]; down [n, r]; up [m, r]. The compiler takes it as it is.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, down: Tensor, up: Tensor, layer: nn.Module) -> Tensor:
+        hidden = x.to(down.dtype) @ down
+        ctx.save_for_backward(x, hidden, down, up)
+        ctx.layer = layer
+        return layer.product(x, hidden, up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, hidden, down, up = ctx.saved_tensors
+        grad_hidden, grad_up = up_gradients(grad.to(up.dtype), hidden, up, ctx.layer)
+        grad_down = down_gradient(x.to(down.dtype), grad_hidden, down, ctx.layer)
+        grad_x = ctx.layer.input_gradient(grad, grad_hidden, down) if ctx.needs_input_grad[0] else None
+        return grad_x, grad_down, grad_up, None
+
+
 def autocasts(device_type: str) -> bool:
     """Whether autocast is on; the meta device, on which a step's memory is counted, knows none."""
     return device_type != "meta" and torch.is_autocast_enabled(device_type)

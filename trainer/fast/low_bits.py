@@ -21,7 +21,8 @@ from trainer.session import Session
 LIKE = 0.999  # the least median cosine of the adapter's gradients, with and without, to multiply so unasked
 FASTER = 0.95  # of the time of a step's passes: what they must take to multiply so unasked
 SIDE, ROWS, WORK = 1024, 512, 2**32  # of a layer that gains: sides of W, rows of its input, and all three multiplied
-FIRST = {"fp8": (8, 9), "int8": (8, 0)}  # compute capability that tensor cores multiply so from: Ada, Ampere
+# Compute capability that tensor cores multiply so from, Ampere and Ada. Integers first: as fast, and more exact.
+FIRST = {"int8": (8, 0), "fp8": (8, 9)}
 STEPS = 2  # whose gradients are compared
 LONG = 400  # steps that a run must have left to be measured at all
 SAVES = 0.15  # of a step's time, where it works
@@ -98,7 +99,7 @@ def choices(session: Session, kinds: Sequence[str]) -> tuple[list[LowBits], str]
         if reason := next(filter(None, said), None):
             why_not = reason
         elif paths := large_layers(session, kind):
-            able.append(LowBits(kind, all(session.world.together(lambda: matmul.scales_by_row(session.device))), paths))
+            able.append(LowBits(kind, paths))
         else:
             why_not = "no layer of this model is large enough to gain by it"
     return able, why_not
@@ -114,7 +115,7 @@ def obstacle(session: Session, kind: str) -> str | None:
         return f"blocks of the model are fetched from {session.offload.SOURCE} at each step"
     if session.plan.quantize not in ("none", kind):
         return f"the model is held in {WORDS[session.plan.quantize]}"
-    return matmul.fault(kind, session.device)
+    return block_compiler.compiler_missing() or matmul.fault(kind, session.device)
 
 
 def large_layers(session: Session, kind: str) -> frozenset[str]:

@@ -9,55 +9,62 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from trainer.adapters.fused import add_low_rank
 from trainer.adapters.layer import AdaptedLayer, adapted_class
 from trainer.fast.compile import VARIANTS, compiler_missing
-from trainer.quantize.linear import FP8, RowScaledLinear, rows_to_codes, with_scale
+from trainer.fast.product import product_of_codes
+from trainer.quantize.linear import FP8, RowScaledLinear, rows_to_codes
 from trainer.quantize.model import linears_in_blocks
 
 # Of weights, inputs and gradients alike: e5m2 has more range, which scales make needless, and half the precision.
 CODES = {"fp8": FP8, "int8": torch.int8}
-STEP = 16  # both sides of a weight are multiples of it: what the kernels ask for
+STEP = 16  # both sides of a weight are multiples of it: what the kernel loads at a time
 FEWEST_ROWS = 32  # of an input; with fewer the product is made in the model's dtype
-OUT = torch.bfloat16  # what products of 8-bit floats come in
 
 
 class LowBits(NamedTuple):
     """How a model's frozen linears multiply, and which of them do."""
 
     kind: str  # of CODES
-    by_row: bool  # whether floats have a scale for each row, or one for all
     paths: frozenset[str]  # within the denoiser
 
 
 class LowBitLinear(RowScaledLinear):
     """x W^T + bias by a product of codes: those of W [m, n], and those of x, made as it comes.
 
-    Each row of x has its own scale, so that samples do not change each other's numbers; where the kernels for floats
-    have one scale for all, all of x has. The gradient of x is grad W by the same codes of W, whose scales go into grad
-    before its own are made. Kernels want W in the order of its columns there: a linear that had 16 bits keeps its
-    codes in both orders, which takes as much; one that was stored in 8 bits turns them over in each backward pass.
+    Each row of x has its own scale, so that samples do not change each other's numbers. The gradient of x is grad W by
+    the same codes of W, whose scales go into grad before its own are made. The kernel wants W in the order of its
+    columns there: a linear that had 16 bits keeps its codes in both orders, which takes as much; one that was stored in
+    8 bits turns them over in each backward pass. An adapter's product is added in the kernel.
     """
 
-    by_row: bool
+    adds_pair = True
     code_kind: torch.dtype
     turned: Tensor | None  # n m, of those that had 16 bits
 
-    def product(self, x: Tensor) -> Tensor:
+    def product(self, x: Tensor, hidden: Tensor | None = None, up: Tensor | None = None) -> Tensor:
+        """x W^T + bias + hidden up^T: [..., n], [..., r] and [m, r] -> [..., m]."""
         if x.numel() < FEWEST_ROWS * x.shape[-1]:
-            return super().product(x)
+            return self._with_pair(super().product(x), hidden, up)
         codes, scale = self.held()
-        return multiplied(x, codes, self.by_row, scale=scale, bias=self.bias)
+        return multiplied(x, codes, scale=scale, bias=self.bias, hidden=hidden, factor=up)
 
-    def input_gradient(self, grad: Tensor) -> Tensor:
+    def input_gradient(self, grad: Tensor, hidden: Tensor | None = None, down: Tensor | None = None) -> Tensor:
+        """grad W + hidden down^T: [..., m], [..., r] and [n, r] -> [..., n]."""
         if grad.numel() < FEWEST_ROWS * grad.shape[-1]:
-            return super().input_gradient(grad)
+            return self._with_pair(super().input_gradient(grad), hidden, down)
         codes, scale = self.held()
         turned = codes.t().contiguous() if self.turned is None else self.turned
-        return multiplied(grad, turned, self.by_row, gain=scale)
+        return multiplied(grad, turned, gain=scale, hidden=hidden, factor=down)
 
     def held(self) -> tuple[Tensor, Tensor]:
         """Codes of W [m, n], and their scales [m, 1] or [1, 1]."""
         return self.codes, self.scale
+
+    def _with_pair(self, y: Tensor, hidden: Tensor | None, factor: Tensor | None) -> Tensor:
+        if hidden is not None:
+            add_low_rank(y, hidden, factor, self)
+        return y
 
 
 class TrialLinear(LowBitLinear):
@@ -68,72 +75,39 @@ class TrialLinear(LowBitLinear):
         return self._parameters["weight"]
 
     def held(self) -> tuple[Tensor, Tensor]:
-        return to_codes(self.weight.detach(), None, self.code_kind, self.by_row)
+        return rows_to_codes(self.weight.detach(), self.code_kind)
 
 
 # Products.
 
 
-def multiplied(x: Tensor, codes: Tensor, by_row: bool, *, gain: Tensor | None = None, scale: Tensor | None = None,
-               bias: Tensor | None = None) -> Tensor:
-    """(x * gain) (codes * scale)^T + bias in the dtype of x, its codes made on the way: [..., k], [n, k] -> [..., n].
+def multiplied(x: Tensor, codes: Tensor, *, gain: Tensor | None = None, scale: Tensor | None = None,
+               bias: Tensor | None = None, hidden: Tensor | None = None, factor: Tensor | None = None) -> Tensor:
+    """(x * gain) (codes * scale)^T + bias + hidden factor^T in the dtype of x, whose codes are made on the way:
+    [..., k], [n, k] -> [..., n].
 
-    gain: [k, 1] or [1, 1], of the columns of x; scale: [n, 1] or [1, 1]; bias: [n].
+    gain: [k, 1] or [1, 1], of the columns of x; scale: [n, 1] or [1, 1]; bias: [n]; hidden: [..., r]; factor: [n, r].
     """
-    kind = torch.int8 if codes.dtype == torch.int8 else FP8
-    rows, own = in_one_kernel(to_codes, x.detach().reshape(-1, x.shape[-1]), gain, kind, by_row)
-    if kind == torch.int8:
-        y = in_one_kernel(from_total, torch._int_mm(rows, codes.t()), own, scale, bias, x.dtype)
-    else:
-        y = of_floats(rows, own, codes, scale, bias).to(x.dtype)
-    return y.view(*x.shape[:-1], len(codes))
+    rows, own = in_one_kernel(to_codes, x.detach().reshape(-1, x.shape[-1]), gain, codes.dtype)
+    hidden = None if hidden is None else hidden.reshape(len(rows), -1)
+    return product_of_codes(rows, codes, own, scale, bias, hidden, factor, x.dtype).view(*x.shape[:-1], len(codes))
 
 
-def to_codes(x: Tensor, gain: Tensor | None, kind: torch.dtype, by_row: bool) -> tuple[Tensor, Tensor]:
-    """Codes of x * gain [m, k], and their scales [m, 1]; [1, 1] for floats with one scale for all."""
-    if gain is not None:
-        x = x.float() * gain.t()
-    if by_row or kind == torch.int8:
-        return rows_to_codes(x, kind)
-    return with_scale(x, x.abs().amax().view(1, 1), kind)
+def to_codes(x: Tensor, gain: Tensor | None, kind: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Codes of x * gain [m, k], and their scales [m, 1]."""
+    return rows_to_codes(x if gain is None else x.float() * gain.t(), kind)
 
 
-def from_total(total: Tensor, own: Tensor, scale: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """The product [m, n] from the sum of products of integers."""
-    y = total.float() * own
-    y = y if scale is None else y * scale.t()
-    return (y if bias is None else y + bias).to(dtype)
+def in_one_kernel(function: Callable, x: Tensor, gain: Tensor | None, kind: torch.dtype) -> tuple[Tensor, Tensor]:
+    """What a function of rows gives, compiled by itself where nothing around it is compiled.
 
-
-def of_floats(x: Tensor, own: Tensor, codes: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
-    """The product [m, n] of codes [m, k] and [n, k] in 8-bit floats.
-
-    torch's kernel takes a scale a row for both or one number for both: what is otherwise comes after it.
-    """
-    if scale is not None and scale.numel() == 1:
-        own, scale = own * scale, None
-    by_row = own.numel() > 1
-    after = scale is not None and not by_row
-    inner = own.new_ones(1, len(codes) if by_row else 1) if scale is None or after else scale.t()
-    added = bias if bias is not None and bias.dtype == OUT and not after else None
-    y = torch._scaled_mm(x, codes.t(), own, inner, bias=added, out_dtype=OUT, use_fast_accum=True)
-    y = y * scale.t() if after else y
-    return y if bias is None or added is not None else y + bias
-
-
-def in_one_kernel(function: Callable, x: Tensor, *others: Tensor | torch.dtype | bool | None) -> Tensor:
-    """What a function of elements and rows gives, compiled by itself where nothing around it is compiled.
-
-    Its plain operations would read and write x several times. It is compiled for each width, and for any number of
-    rows of x and of what has as many.
+    Its plain operations would read and write x several times. It is compiled for each width, and any number of rows.
     """
     if torch.compiler.is_compiling() or x.device.type != "cuda" or compiler_missing():
-        return function(x, *others)
-    for tensor in (x, *(other for other in others if isinstance(other, Tensor))):
-        if tensor.ndim > 1 and len(tensor) == len(x):
-            torch._dynamo.maybe_mark_dynamic(tensor, 0)
-        torch._dynamo.mark_static(tensor, tensor.ndim - 1)
-    return compiled(function)(x, *others)
+        return function(x, gain, kind)
+    torch._dynamo.maybe_mark_dynamic(x, 0)
+    torch._dynamo.mark_static(x, 1)
+    return compiled(function)(x, gain, kind)
 
 
 @cache
@@ -149,26 +123,15 @@ def compiled(function: Callable) -> Callable:
 @cache
 def fault(kind: str, device: torch.device) -> str | None:
     """Why a device cannot multiply so, in words; None where it can."""
-    by_row = kind == "int8" or scales_by_row(device)
-    return None if by_row and kind == "fp8" else _wrong(kind, by_row, device)
-
-
-@cache
-def scales_by_row(device: torch.device) -> bool:
-    """Whether the kernels for 8-bit floats take a scale for each row: Hopper's do, others' as torch brings them."""
-    return _wrong("fp8", True, device) is None
-
-
-def _wrong(kind: str, by_row: bool, device: torch.device) -> str | None:
-    x, weight = torch.rand(50, 64, device=device) + 1, torch.rand(48, 64, device=device) + 1
-    bias = torch.ones(48, device=device)
+    x, weight, bias = torch.rand(50, 64, device=device) + 1, torch.rand(48, 64, device=device) + 1, torch.ones(48)
+    hidden, factor = torch.rand(50, 4, device=device), torch.rand(48, 4, device=device)
     try:
-        codes, scale = to_codes(weight, None, CODES[kind], by_row)
-        y = multiplied(x.to(OUT), codes, by_row, scale=scale, bias=bias.to(OUT))
-    except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError) as error:
+        codes, scale = rows_to_codes(weight, CODES[kind])
+        y = multiplied(x, codes, scale=scale, bias=bias.to(device), hidden=hidden, factor=factor)
+    except Exception as error:  # of torch, of Triton, of the compiler that it calls
         return (str(error).strip().splitlines() or [type(error).__name__])[0]
-    good = torch.allclose(y.float(), torch.addmm(bias, x, weight.t()), rtol=0.05)
-    return None if good else "the kernels give wrong products"
+    exact = torch.addmm(bias.to(device), x, weight.t()) + hidden @ factor.t()
+    return None if torch.allclose(y, exact, rtol=0.05) else "the kernel gives wrong products"
 
 
 # A model's linears.
@@ -213,7 +176,7 @@ def is_plain(module: nn.Module) -> bool:
 
 def _encode(module: nn.Module, low: LowBits) -> None:
     weight = module._parameters.pop("weight").detach()
-    codes, scale = to_codes(weight, None, CODES[low.kind], low.by_row)
+    codes, scale = rows_to_codes(weight, CODES[low.kind])
     module.compute_dtype = weight.dtype
     for name, tensor in (("codes", codes), ("scale", scale), ("turned", codes.t().contiguous())):
         module.register_buffer(name, tensor, persistent=False)
@@ -221,6 +184,6 @@ def _encode(module: nn.Module, low: LowBits) -> None:
 
 def _become(module: nn.Module, kind: type[nn.Module], low: LowBits) -> None:
     """Change the class of a linear, which may have an adapter."""
-    module.by_row, module.code_kind = low.by_row, CODES[low.kind]
+    module.code_kind = CODES[low.kind]
     module._buffers.setdefault("turned", None)
     module.__class__ = adapted_class(kind) if isinstance(module, AdaptedLayer) else kind

@@ -1,0 +1,84 @@
+"""The GPU's kernel for products of 8-bit codes, in Triton: scales, bias and a product of low rank in the same pass."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+# Rows and columns of the output, and columns of x, that a program works on at a time; its warps, and how many loads are
+# under way. Measured on an H200; the second is for processors with less memory of their own or without its loads.
+LARGE = {"ROWS": 128, "COLUMNS": 128, "DEEP": 128, "num_warps": 4, "num_stages": 3}
+SMALL = {"ROWS": 128, "COLUMNS": 128, "DEEP": 64, "num_warps": 8, "num_stages": 3}
+LARGE_NEEDS = 160 * 1024  # bytes of a multiprocessor's memory
+DESCRIPTORS_FROM = 9  # compute capability that loads and stores whole tiles by themselves
+BAND = 8  # tiles in a column that follow one another, so that they find each other's loads in the cache
+RANKS = 64  # columns of the low-rank product at a time
+FEWEST = 16  # that a product of tiles takes
+
+
+@triton.jit
+def _tiles(x, codes, own, scale, bias, hidden, factor, out, m, n, k, r, scale_step,
+           HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_PAIR: tl.constexpr, RANK: tl.constexpr,
+           INTEGERS: tl.constexpr, TILES: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+           DEEP: tl.constexpr, BAND: tl.constexpr):
+    across, down = tl.cdiv(n, COLUMNS), tl.cdiv(m, ROWS)
+    first = tl.program_id(0) // (BAND * across) * BAND
+    tall = min(down - first, BAND)
+    inside = tl.program_id(0) % (BAND * across)
+    top, left = (first + inside % tall) * ROWS, (inside // tall) * COLUMNS
+    row, column, deep = top + tl.arange(0, ROWS), left + tl.arange(0, COLUMNS), tl.arange(0, DEEP)
+    whole: tl.constexpr = tl.int32 if INTEGERS else tl.float32
+    total = tl.zeros((ROWS, COLUMNS), dtype=whole)
+    near, wide = (row % m).to(tl.int64), (column % n).to(tl.int64)  # what is outside repeats, and is not stored
+    for at in range(0, k, DEEP):
+        if TILES:
+            total = tl.dot(x.load([top, at]), codes.load([left, at]).T, total, out_dtype=whole)
+        else:
+            a, b = x + near[:, None] * k + at + deep[None, :], codes + wide[None, :] * k + at + deep[:, None]
+            if EVEN:
+                total = tl.dot(tl.load(a), tl.load(b), total, out_dtype=whole)
+            else:
+                total = tl.dot(tl.load(a, mask=deep[None, :] < k - at, other=0.0),
+                               tl.load(b, mask=deep[:, None] < k - at, other=0.0), total, out_dtype=whole)
+    y = total.to(tl.float32) * tl.load(own + near)[:, None]
+    if HAS_SCALE:
+        y *= tl.load(scale + wide * scale_step)[None, :]
+    if HAS_BIAS:
+        y += tl.load(bias + wide).to(tl.float32)[None, :]
+    if HAS_PAIR:
+        for at in range(0, r, RANK):
+            rank = at + tl.arange(0, RANK)
+            one = tl.load(hidden + near[:, None] * r + rank[None, :], mask=rank[None, :] < r, other=0.0)
+            other = tl.load(factor + wide[None, :] * r + rank[:, None], mask=rank[:, None] < r, other=0.0)
+            y = tl.dot(one, other, y, input_precision="ieee")
+    if TILES:
+        out.store([top, left], y.to(out.dtype))
+    else:
+        spot = out + row.to(tl.int64)[:, None] * n + column[None, :]
+        tl.store(spot, y.to(out.dtype.element_ty), mask=(row[:, None] < m) & (column[None, :] < n))
+
+
+def product(x: Tensor, codes: Tensor, own: Tensor, scale: Tensor | None, bias: Tensor | None, hidden: Tensor | None,
+            factor: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """As `product_of_codes`, on the GPU that holds x."""
+    (m, k), n, rank = x.shape, len(codes), 0 if hidden is None else hidden.shape[1]
+    properties = torch.cuda.get_device_properties(x.device)
+    tiles = properties.major >= DESCRIPTORS_FROM
+    size = LARGE if tiles and properties.shared_memory_per_block_optin >= LARGE_NEEDS else SMALL
+    out = torch.empty(m, n, dtype=dtype, device=x.device)
+    sides = size["ROWS"], size["COLUMNS"], size["DEEP"]
+    given = [x.contiguous(), codes, out]
+    if tiles:
+        blocks = [(sides[0], sides[2]), (sides[1], sides[2]), (sides[0], sides[1])]
+        given = [TensorDescriptor.from_tensor(tensor, list(block)) for tensor, block in zip(given, blocks)]
+    pair = [own, own] if hidden is None else [hidden.contiguous(), factor.contiguous()]
+    with torch.cuda.device(x.device):
+        _tiles[(triton.cdiv(m, sides[0]) * triton.cdiv(n, sides[1]),)](
+            *given[:2], own, own if scale is None else scale, own if bias is None else bias, *pair, given[2], m, n, k,
+            rank, 0 if scale is None or scale.numel() == 1 else 1, scale is not None, bias is not None,
+            hidden is not None, max(FEWEST, min(RANKS, triton.next_power_of_2(max(rank, 1)))), x.dtype == torch.int8,
+            tiles, k % sides[2] == 0, BAND=BAND, **size)
+    return out
