@@ -15,7 +15,10 @@ from trainer.adapters import Adapter
 
 def whole_weights(adapter: Adapter, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
     """W + up down of every layer, with DoRA's magnitude over the norm of each input column, the norm a constant."""
-    pair, layout, weights = adapter.method.pair(leaves), adapter.layout, {}
+    pair, layout, weights = adapter.method.factors(leaves), adapter.layout, {}
+    if "core" in leaves:
+        cores = adapter.method.cores(leaves)
+        pair |= {key: pair[key] @ (core.diag_embed() if core.ndim == 2 else core) for key, core in cores.items()}
     if adapter.frozen is not None:
         pair = {key: torch.cat([stack, adapter.frozen[key]], dim=-1) for key, stack in pair.items()}
     for number, target in enumerate(layout.targets):

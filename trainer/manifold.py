@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache, partial
 from typing import Any
 
@@ -21,13 +21,14 @@ Step = Callable[[Tensor], Tensor]  # norms of updates [L, 1, 1] -> factors to ta
 
 @contextmanager
 def exact_arithmetic(device: torch.device) -> Iterator[None]:
-    """No autocast, no TF32 and no bf16 inside fp32 products: both break orthonormality at 2e-4."""
+    """No autocast (which the meta device knows not), no TF32 and no bf16 inside fp32 products: both break
+    orthonormality at 2e-4."""
     backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
     before = [backend.fp32_precision for backend in backends]
     for backend in backends:
         backend.fp32_precision = "ieee"
     try:
-        with torch.autocast(device.type, enabled=False):
+        with nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False):
             yield
     finally:
         for backend, precision in zip(backends, before):

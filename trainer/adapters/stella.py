@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from trainer.adapters.layer import base_matrix
 from trainer.adapters.layout import Layout
 from trainer.adapters.lora import Stacks, leading_svd, subtracted
 from trainer.adapters.stiefel import random_orthonormal
-from trainer.manifold import orthonormalize
+from trainer.manifold import exact_arithmetic, gram, orthonormalize, side_by_side
 
 
 class StelLA:
@@ -49,10 +54,10 @@ class StelLA:
 
     def pair(self, leaves: Stacks) -> Stacks:
         """U S by one batched product per size, and V; differentiable in the leaves."""
-        stacks = self.factors(leaves)
-        for key, core in self.cores(leaves).items():
-            stacks[key] = stacks[key] * core.unsqueeze(1) if self.diagonal else stacks[key] @ core
-        return {key: stacks[key] for key in self.layout.pair_shapes()}
+        counts = [self._counts(dim)[0] for dim in self.dims]
+        stacks = Folded.apply(counts, leaves["core"], *(leaves[f"factor.{dim}"] for dim in self.dims))
+        named = zip([f"{kind}.{dim}" for kind in ("up", "down") for dim in self.dims], stacks)
+        return {key: stack for key, stack in named if len(stack)}
 
     def start(self, leaves: Stacks, init: str, generator: torch.Generator) -> Stacks | None:
         """default = zero: S = 0, the base model; random: S = I, which moves the base model at once, as published."""
@@ -90,6 +95,50 @@ class StelLA:
         self.layout.slot(factors, "up", number).copy_(u)
         self.layout.slot(factors, "down", number).copy_(v)
         self.layout.slot(self.cores(leaves), "up", number).copy_(core)
+
+
+class Folded(torch.autograd.Function):
+    """U S and V of every size. counts: how many matrices of each factor [L, dim, r] are U's, which come first.
+
+    Sizes are worked on side by side. The gradient of S, U^T g, is summed piece by piece: down whole tall matrices it
+    would take a GPU longer than everything else here. Those of U and V go into one tensor, without being joined.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, counts: Sequence[int], core: Tensor, *factors: Tensor) -> tuple[Tensor, ...]:
+        ctx.counts = counts
+        ctx.save_for_backward(core, *factors)
+        with exact_arithmetic(core.device):
+            ups = side_by_side([partial(_times, factor[:count], part)
+                                for factor, count, part in zip(factors, counts, core.split(counts))])
+        return (*ups, *(factor[count:] for factor, count in zip(factors, counts)))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        core, *factors = ctx.saved_tensors
+        fresh = [torch.empty_like(factor) for factor in factors]
+        ups, downs = grads[:len(factors)], grads[len(factors):]
+        with exact_arithmetic(core.device):
+            of_core = side_by_side([
+                partial(_unfold, factor, part, up, down, grad)
+                for factor, part, up, down, grad in zip(factors, core.split(ctx.counts), ups, downs, fresh)])
+        return (None, torch.cat(of_core), *fresh)
+
+
+def _times(u: Tensor, core: Tensor, out: Tensor | None = None) -> Tensor:
+    """U S, or U diag(S)."""
+    return torch.mul(u, core.unsqueeze(1), out=out) if core.ndim == 2 else torch.bmm(u, core, out=out)
+
+
+def _unfold(factor: Tensor, core: Tensor, up: Tensor, down: Tensor, grad: Tensor) -> Tensor:
+    """From the gradients of U S and V: that of [U; V], written to `grad`, and that of S."""
+    count = len(up)
+    grad[count:].copy_(down)
+    if not count:
+        return torch.empty_like(core)
+    _times(up, core if core.ndim == 2 else core.mT, out=grad[:count])
+    return (factor[:count] * up).sum(1) if core.ndim == 2 else gram(factor[:count], up)
 
 
 class TriLoRA(StelLA):
