@@ -40,5 +40,5 @@ def test_a_step_has_the_same_numbers(case: str, method: str, changes: tuple[str,
     selective.install(session.denoiser)
     assert all(map(torch.equal, last, gradients(session, size)))
     assert all(map(torch.equal, matrices, map(base_matrix, targets)))  # of which starts and DoRA's norms are made
-    lay_out(session.denoiser)
+    lay_out(session.denoiser, torch.contiguous_format)
     assert layouts(session.denoiser) == {False} and all(map(torch.equal, plain, gradients(session, size)))

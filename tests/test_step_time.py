@@ -25,7 +25,7 @@ def test_a_case_says_model_batch_checkpointing_and_weights() -> None:
     assert (row.size, row.batch, row.checkpointing, row.quantize) == ("klein-4b", 2, "full", "nf4")
     assert row.name == "klein-4b:2:full:nf4 stella+eager" and row.flags() == ["eager"]
     assert [step_time.rows_of(case, ["peer"])[0].case for case in ("sd15:4", "sd15:4:selective")] == [
-        "sd15:4", "sd15:4:selective"]
+        "sd15:4", "sd15:4:full"]
 
 
 @pytest.mark.parametrize("case, who", [("sd15", "lora"), ("sd99:1", "lora"), ("sd15:x", "lora"),

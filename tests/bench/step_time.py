@@ -1,11 +1,11 @@
 """Step times of true-size models, ours beside the peer's: `python -m tests.bench.step_time --case sd15:4 --json FILE`.
 
-A case is model:batch, with :selective or :full for checkpointing (the peer's is none, or full) and then :fp8 or :nf4
-for our weights (the peer's have 16 bits).
+A case is model:batch, with :selective or :full for checkpointing and then :fp8 or :nf4 for our weights. The peer's
+weights have 16 bits; beside our selective checkpointing it has its own, which is full.
 Its rows run one after the other, each in a process of its own: the peer (see peer.py) and the trainer's whole step
 (gradients, clipping, optimizer with retraction, average), by method. `+` adds to a row: peer+compile, lora+eager
-(without CUDA graphs), lora+nhwc (channels last in convolutions), lora+attention (its kernels chosen as in a long run),
-lora+fp8 and lora+int8 (frozen layers multiply so, as far as they are large).
+(without CUDA graphs), lora+nchw (convolutions in torch's own order), lora+attention (its kernels chosen as in a long
+run), lora+fp8 and lora+int8 (frozen layers multiply so, as far as they are large).
 `--agree` compares both sides' losses over 20 steps from the same start instead. `--table FILE…` puts rows together.
 `--tiny` rehearses on a CPU, `--profile` prints what the GPU's time goes to.
 """
@@ -43,7 +43,7 @@ from trainer.update import Update
 
 ROWS = ("peer", "lora", "stiefel", "stella")
 FLAGS = {"compile": ("train.compile=on",), "eager": ("memory.cuda_graphs=off",), "graph": ("memory.cuda_graphs=on",),
-         "nhwc": (), "fp8": ("train.matmul=fp8",), "int8": ("train.matmul=int8",), "attention": ()}
+         "nchw": (), "fp8": ("train.matmul=fp8",), "int8": ("train.matmul=int8",), "attention": ()}
 WARM = 6  # steps: the third pass and the fourth update are recorded
 AGREE_STEPS, AGREE = 20, 0.02
 PASSES = 2.0  # work of a step over that of a forward pass: the gradient of each input, and none of frozen weights
@@ -80,8 +80,13 @@ def rows_of(case: str, names: Sequence[str]) -> list[Row]:
     if (size not in SIZES or not batch.isdigit() or checkpointing not in LEVELS or not known
             or quantize not in memory.QUANTIZE):
         raise SystemExit(f"there is no case {case} with rows {', '.join(names)}")
-    return [Row(size, int(batch), checkpointing, "none" if name.startswith("peer") else quantize, name)
-            for name in names]
+    return [Row(size, int(batch), peer_level(checkpointing), "none", name) if name.startswith("peer")
+            else Row(size, int(batch), checkpointing, quantize, name) for name in names]
+
+
+def peer_level(checkpointing: str) -> str:
+    """The peer's checkpointing beside ours: it knows none and full."""
+    return "none" if checkpointing == "none" else "full"
 
 
 # One row.
@@ -143,8 +148,8 @@ def our_step(row: Row, size: Size, device: torch.device, dtype: torch.dtype) -> 
     denoiser = true_size.denoiser_of(size, row.quantize, device, dtype)
     changes = ["train.ema_decay=0.99", *(change for flag in flags for change in FLAGS[flag])]
     session = session_of(size, method, changes, denoiser, device, dtype, row)
-    if "nhwc" in flags:
-        convolutions.lay_out(denoiser, torch.channels_last)
+    if "nchw" in flags:
+        convolutions.lay_out(denoiser, torch.contiguous_format)
     if "attention" in flags:
         session.steps, session.cache = attention.WORTH_STEPS, SimpleNamespace(root=Path(tempfile.mkdtemp()) / "cache")
     notes: list[str] = []
@@ -259,7 +264,7 @@ def line(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
         return f"| {row['case']} | losses of {row['who']} and peer | differ by {row['agree']:.2%} at most |"
     base = next((other for other in reversed(rows) if other.get("who") == "peer" and "sec" in other
                  and (other["size"], other["batch"], other["checkpointing"]) == (
-                     row["size"], row["batch"], row["checkpointing"])), None)
+                     row["size"], row["batch"], peer_level(row["checkpointing"]))), None)
     seconds = sorted(row["secs"])
     spread = f"{1000 * seconds[len(seconds) // 10]:.1f}–{1000 * seconds[-1 - len(seconds) // 10]:.1f}"
     share = f"{base['flop'] / row['sec'] / base['ceiling']:.0%}" if base else ""
