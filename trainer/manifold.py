@@ -104,42 +104,42 @@ def qr_retraction(x: Tensor, delta: Tensor) -> Tensor:
 
 
 def _retracted(x: Tensor, delta: Tensor, retraction: str) -> Tensor:
-    (y,), (fine,) = advance([x], [delta], torch.ones_like, retraction, project=False)
+    y = x.clone()
+    (fine,) = advance_([y], [delta], torch.ones_like, retraction, project=False)
     return torch.where(fine, y, x)
 
 
-def advance(starts: Stacks, updates: Stacks, step: Step, retraction: str, project: bool = True, measure: bool = True,
-            taken: Tensor | None = None) -> tuple[list[Tensor], list[Tensor]]:
-    """The whole way from X along D, stacks [L, dim, r] of any L and dim and one r.
+def advance_(points: Stacks, updates: Stacks, step: Step, retraction: str, project: bool = True, measure: bool = True,
+             skip: Tensor | None = None) -> list[Tensor]:
+    """The whole way from X along D, in place of X; stacks [L, dim, r] of any L and dim and one r.
 
     D is taken times `step` of its norm, shortened to the trust radius, projected onto the tangent space at X (unless
     it lies there) and retracted: "polar", "exponential" or "qr". measure: whether X^T X - I is measured and corrected;
-    else it is taken to be zero, which is true but for rounding, some 1e-8 a step. taken: a bool on the device; where
-    it is false everything stays. Returns the ends [L, dim, r] and where all was well [L, 1, 1]; elsewhere (X far off
-    the manifold, D not finite) the end is X, with its bits as long as D is finite. All r x r work runs as one batch,
-    and nothing waits for the device.
+    else it is taken to be zero, which is true but for rounding, some 1e-8 a step. skip: a bool on the device; where
+    it is true nothing moves. Returns where all was well, [L, 1, 1] each; elsewhere (X far off the manifold, D not
+    finite) X stays as it is, as long as D is finite. All r x r work runs as one batch, and nothing waits for the
+    device.
     """
-    with exact_arithmetic(starts[0].device):
-        grams = side_by_side([partial(_grams, x, d) for x, d in zip(starts, updates)])
+    with exact_arithmetic(points[0].device):
+        grams = side_by_side([partial(_grams, x, d) for x, d in zip(points, updates)])
         along, square = (torch.cat(stacks) for stacks in zip(*grams))  # L r r each
-        errors = torch.cat([gram_error(x) for x in starts]) if measure else None
+        errors = torch.cat(side_by_side([partial(gram_error, x) for x in points])) if measure else None
         norm = _diagonal(square).sum(-1, dtype=torch.float64).sqrt()[:, None, None]
         scale = torch.minimum(step(norm), TRUST_RADIUS / norm)
-        combine, fine = RETRACTIONS[retraction](errors, along, square, scale, project)
-        rank, counts = along.shape[-1], [len(x) for x in starts]
-        stay = torch.eye(2 * rank, rank, dtype=combine.dtype, device=combine.device)  # X I + D 0
-        combine = torch.where(fine if taken is None else fine & taken, combine, stay)
-        ends = side_by_side([partial(_combined, x, d, part[:, :rank], part[:, rank:])
-                             for x, d, part in zip(starts, updates, combine.split(counts))])
-        return ends, list(fine.split(counts))
+        change, fine = RETRACTIONS[retraction](errors, along, square, scale, project)
+        change.masked_fill_(~fine if skip is None else fine <= skip, 0.0)
+        rank, counts = along.shape[-1], [len(x) for x in points]
+        side_by_side([partial(_change, x, d, part[:, :rank], part[:, rank:])
+                      for x, d, part in zip(points, updates, change.split(counts))])
+        return list(fine.split(counts))
 
 
 def _grams(x: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
     return gram(x, d), gram(d, d)
 
 
-def _combined(x: Tensor, d: Tensor, of_x: Tensor, of_d: Tensor) -> Tensor:
-    return (x @ of_x).baddbmm_(d, of_d)
+def _change(x: Tensor, d: Tensor, of_x: Tensor, of_d: Tensor) -> None:
+    x.add_((d @ of_d).baddbmm_(x, of_x))
 
 
 def side_by_side(work: Sequence[Callable[[], Any]]) -> list[Any]:
@@ -211,29 +211,29 @@ def _diagonal(a: Tensor) -> Tensor:
 
 def _near_identity(e: Tensor | None, along: Tensor, square: Tensor, scale: Tensor, project: bool,
                    normalize: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-    """Coefficients [(I - S)(I + W); s (I + W)] of [X D], W = normalize(F), and where F is small enough."""
+    """Coefficients [(I - S)(I + W) - I; s (I + W)] of [X D], W = normalize(F), and where F is small enough."""
     rank, scale = along.shape[-1], scale.to(along.dtype)
     v, f = along * scale, square * (scale * scale)
-    s = sym(v)
+    double = v + v.mT  # 2 S
     if project:
-        q = v.sub_(s, alpha=0.5) if e is None else v.add_(e).sub_(s, alpha=0.5).baddbmm_(e, s, alpha=-0.5)
-        sq = s @ q
-        f = f.sub_(sq).sub_(sq.mT)
+        q = v.sub_(double, alpha=0.25) if e is None else (
+            v.add_(e).sub_(double, alpha=0.25).baddbmm_(e, double, alpha=-0.25))
+        sq = double @ q  # 2 S Q
+        f = f.sub_(sq, alpha=0.5).sub_(sq.mT, alpha=0.5)
     else:
-        f = f.add_(s, alpha=2.0)
+        f = f.add_(double)
     f = f if e is None else f.add_(e)
     w = normalize(f)
-    combine = f.new_empty(len(f), 2 * rank, rank)
-    of_x = combine[:, :rank]
+    change = f.new_empty(len(f), 2 * rank, rank)
+    of_x = change[:, :rank]
     if project:
-        torch.sub(w, s, out=of_x)
-        of_x.baddbmm_(s, w, alpha=-1)
+        torch.sub(w, double, alpha=0.5, out=of_x)
+        of_x.baddbmm_(double, w, alpha=-0.5)
     else:
         of_x.copy_(w)
-    _diagonal(of_x).add_(1)
     _diagonal(w).add_(1)
-    torch.mul(w, scale, out=combine[:, rank:])
-    return combine, torch.linalg.matrix_norm(f, keepdim=True) < DOMAIN  # false for NaN as well
+    torch.mul(w, scale, out=change[:, rank:])
+    return change, torch.linalg.matrix_norm(f, keepdim=True) < DOMAIN  # false for NaN as well
 
 
 def _polar(e: Tensor | None, along: Tensor, square: Tensor, scale: Tensor, project: bool) -> tuple[Tensor, Tensor]:
@@ -279,7 +279,7 @@ def _inverse_cholesky(f: Tensor) -> Tensor:
 
 def _exponential(e: Tensor | None, along: Tensor, square: Tensor, scale: Tensor,
                  project: bool) -> tuple[Tensor, Tensor]:
-    """Coefficients of the geodesic's end in terms of [X D], normalised as the polar factor; in fp64 throughout."""
+    """Coefficients of the way to the geodesic's end in terms of [X D], normalised as the polar factor; in fp64."""
     rank, v = along.shape[-1], along.double() * scale
     eye = torch.eye(rank, dtype=v.dtype, device=v.device).expand_as(v)
     zero = torch.zeros_like(eye)
@@ -295,6 +295,7 @@ def _exponential(e: Tensor | None, along: Tensor, square: Tensor, scale: Tensor,
     f = sym(combine.mT @ inner @ combine) - eye
     combine = torch.baddbmm(combine, combine, _inverse_sqrt(f))
     combine[:, rank:] *= scale
+    _diagonal(combine[:, :rank]).sub_(1)
     return combine.to(dtype), torch.linalg.matrix_norm(f, keepdim=True) < DOMAIN
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -185,36 +186,51 @@ class StiefelOptimizer(InPlaceState):
 
     @torch.no_grad()
     def step(self) -> None:
+        everything = [leaf for group in self.param_groups for leaf in group["params"]]
+        self._fused(everything, [leaf.grad for leaf in everything], self._momenta(everything), lr=0.0)  # moves no leaf
         for group in self.param_groups:
-            leaves = group["params"]
-            momenta, grads = [self.state[leaf]["momentum"] for leaf in leaves], [leaf.grad for leaf in leaves]
-            for momentum, after in zip(momenta, torch._foreach_add(grads, momenta, alpha=self.momentum)):
-                torch.where(self.skip, momentum, after, out=momentum)  # so that a skipped step goes on from finite ones
-            directions = momenta
+            leaves, momenta = group["params"], self._momenta(group["params"])
+            grads, directions = [leaf.grad for leaf in leaves], momenta
             if self.gradient_weight is not None:
                 directions = [torch.where(self.skip, momentum, momentum + self.gradient_weight * grad)
                               for momentum, grad in zip(momenta, grads)]
             (self._turn if group["role"] == "up" else self._move)(leaves, directions, group)
 
+    def _momenta(self, leaves: Sequence[Tensor]) -> list[Tensor]:
+        return [self.state[leaf]["momentum"] for leaf in leaves]
+
+    def _fused(self, leaves: Sequence[Tensor], grads: Sequence[Tensor], momenta: Sequence[Tensor],
+               lr: float | Tensor, weight_decay: float = 0.0) -> None:
+        """M <- mu M + grad and leaf -= lr M; without momenta leaf -= lr (grad + weight_decay leaf). torch's kernel of
+        SGD takes all leaves at once, and leaves them and M alone in a step that is skipped."""
+        momentum = (self.momentum or torch.finfo(torch.float64).tiny) if momenta else 0.0  # with 0 it writes no M
+        torch._fused_sgd_(leaves, grads, momenta, weight_decay=weight_decay, momentum=momentum, lr=lr, dampening=0.0,
+                          nesterov=False, maximize=False, is_first_step=False, found_inf=self.adapter.found_inf)
+
     def _move(self, leaves: Sequence[Tensor], directions: Sequence[Tensor], group: dict) -> None:
-        """A free factor; a skipped step has rates of zero."""
-        rate = torch.where(self.skip, 0.0, -self.RMS * group["lr"]).to(leaves[0].dtype)
-        decay = -self.decay / self.rank * (group["lr"] / group["initial_lr"])
-        decay = torch.where(self.skip, 0.0, decay).to(rate.dtype)
-        for leaf, direction in zip(leaves, directions):
-            sign = direction.sign()
-            if self.decay and group["role"] != "magnitude":
-                leaf.addcmul_(leaf * (sign * leaf >= 0) if self.cautious else leaf, decay)
-            leaf.addcmul_(sign, rate)
+        """A free factor: -= 0.2 lr (sign + decay leaf)."""
+        signs = torch._foreach_sign(directions)
+        decay = 0.0
+        if self.decay and group["role"] != "magnitude":
+            decay = self.decay / (self.rank * self.RMS * group["initial_lr"])
+        if decay and self.cautious:
+            for leaf, sign in zip(leaves, signs):
+                sign.add_(leaf * (sign * leaf >= 0), alpha=decay)
+        self._fused(leaves, signs, [], self.RMS * group["lr"], 0.0 if self.cautious else decay)
 
     def _turn(self, leaves: Sequence[Tensor], directions: Sequence[Tensor], group: dict) -> None:
         """The factor on the manifold: by a fixed length along the tangent part of -direction."""
-        with manifold.exact_arithmetic(self.skip.device):
-            updates = [torch.baddbmm(direction, leaf, manifold.sym(manifold.gram(leaf, direction)), beta=-1)
-                       for leaf, direction in zip(leaves, directions)]
-        ends, _ = manifold.advance(leaves, updates, lambda norm: self.lengths * group["lr"] / norm.clamp_min(1e-12),
-                                   "qr", project=False, measure=self.adapter.measures, taken=~self.skip)
-        torch._foreach_copy_(leaves, ends)
+        updates = manifold.side_by_side([partial(_downhill, leaf, direction)
+                                         for leaf, direction in zip(leaves, directions)])
+        manifold.advance_(leaves, updates, lambda norm: self.lengths * group["lr"] / norm.clamp_min(1e-12), "qr",
+                          project=False, measure=self.adapter.measures, skip=self.skip)
+
+
+def _downhill(x: Tensor, direction: Tensor) -> Tensor:
+    """The tangent part of -direction, all [L, dim, r]."""
+    with manifold.exact_arithmetic(x.device):
+        inner = manifold.gram(x, direction)
+        return torch.baddbmm(direction, x, inner + inner.mT, beta=-1, alpha=0.5)
 
 
 # -- learning rate and clipping --------------------------------------------------------------------------------------

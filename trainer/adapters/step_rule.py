@@ -58,9 +58,8 @@ class ManifoldRule:
 
     @torch.no_grad()
     def after(self, skip: Tensor, measure: bool) -> None:
-        ends, _ = manifold.advance(self.leaves, self.updates, lambda norm: self.scales, self.retraction,
-                                   measure=measure, taken=~skip)
-        torch._foreach_copy_(self.leaves, ends)
+        manifold.advance_(self.leaves, self.updates, lambda norm: self.scales, self.retraction, measure=measure,
+                          skip=skip)
         torch._foreach_zero_(self.updates)
 
 
