@@ -18,7 +18,7 @@ from tests import family_runs, models_flux
 from tests.test_gpu_fast import of, steps, tiny
 from trainer.fast import low_bits, matmul
 from trainer.fast.matmul import CODES, LowBits
-from trainer.fast.product import product_of_codes
+from trainer.fast.product import codes_of_rows, product_of_codes
 from trainer.quantize.linear import rows_to_codes
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
@@ -65,12 +65,19 @@ def test_products_are_those_of_the_codes(kind: str, rows: int, n: int, m: int, r
                           test_utils=("test_schema", "test_faketensor"))
 
 
-def test_codes_made_in_one_kernel_are_those_of_plain_operations(kind: str) -> None:
-    x = torch.randn(100, 512, device=GPU, dtype=torch.bfloat16)
-    one = matmul.in_one_kernel(matmul.to_codes, x, None, CODES[kind])
-    plain = matmul.to_codes(x, None, CODES[kind])
-    torch.testing.assert_close(one[1], plain[1])
-    assert (one[0].float() != plain[0].float()).float().mean() < 1e-3  # a division may round otherwise
+@pytest.mark.parametrize("m, k", [(5, 64), (100, 3072), (33, 27648), (3, 70000)])
+def test_codes_made_by_the_kernel_are_those_of_plain_operations(kind: str, m: int, k: int) -> None:
+    x, gain = torch.randn(m, 2 * k, device=GPU).bfloat16()[:, :k], torch.rand(k, 1, device=GPU)
+    x[0] = 0
+    for given in (None, gain, gain[:1]):
+        codes, own = codes_of_rows(x, given, CODES[kind])
+        plain, scale = rows_to_codes(x if given is None else x.float() * given.t(), CODES[kind])
+        torch.testing.assert_close(own, scale, rtol=1e-6, atol=0)
+        assert (codes.float() != plain.float()).float().mean() < 1e-3  # a division may round otherwise
+    x[1, 3], x[2, 3] = torch.nan, torch.inf
+    codes, own = codes_of_rows(x, None, CODES[kind])
+    assert own[1:3].isfinite().tolist() == [[False], [False]]
+    torch.library.opcheck(codes_of_rows, (x, gain, CODES[kind]), test_utils=("test_schema", "test_faketensor"))
 
 
 def chain(count: int = 6, width: int = 3072) -> nn.Module:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple
 
@@ -11,8 +10,7 @@ from torch import Tensor, nn
 
 from trainer.adapters.fused import add_low_rank
 from trainer.adapters.layer import AdaptedLayer, adapted_class
-from trainer.fast.compile import VARIANTS, compiler_missing
-from trainer.fast.product import product_of_codes
+from trainer.fast.product import codes_of_rows, product_of_codes
 from trainer.quantize.linear import FP8, RowScaledLinear, rows_to_codes
 from trainer.quantize.model import linears_in_blocks
 
@@ -88,33 +86,9 @@ def multiplied(x: Tensor, codes: Tensor, *, gain: Tensor | None = None, scale: T
 
     gain: [k, 1] or [1, 1], of the columns of x; scale: [n, 1] or [1, 1]; bias: [n]; hidden: [..., r]; factor: [n, r].
     """
-    rows, own = in_one_kernel(to_codes, x.detach().reshape(-1, x.shape[-1]), gain, codes.dtype)
+    rows, own = codes_of_rows(x.detach().reshape(-1, x.shape[-1]), gain, codes.dtype)
     hidden = None if hidden is None else hidden.reshape(len(rows), -1)
     return product_of_codes(rows, codes, own, scale, bias, hidden, factor, x.dtype).view(*x.shape[:-1], len(codes))
-
-
-def to_codes(x: Tensor, gain: Tensor | None, kind: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Codes of x * gain [m, k], and their scales [m, 1]."""
-    return rows_to_codes(x if gain is None else x.float() * gain.t(), kind)
-
-
-def in_one_kernel(function: Callable, x: Tensor, gain: Tensor | None, kind: torch.dtype) -> tuple[Tensor, Tensor]:
-    """What a function of rows gives, compiled by itself where nothing around it is compiled.
-
-    Its plain operations would read and write x several times. It is compiled for each width, and any number of rows.
-    """
-    if torch.compiler.is_compiling() or x.device.type != "cuda" or compiler_missing():
-        return function(x, gain, kind)
-    torch._dynamo.maybe_mark_dynamic(x, 0)
-    torch._dynamo.mark_static(x, 1)
-    return compiled(function)(x, gain, kind)
-
-
-@cache
-def compiled(function: Callable) -> Callable:
-    """The compiled function; widths of layers, kinds of codes and gains are compiled each for itself."""
-    torch._dynamo.config.recompile_limit = max(VARIANTS, torch._dynamo.config.recompile_limit)
-    return torch.compile(function)
 
 
 # What a device can.

@@ -1,4 +1,5 @@
-"""The GPU's kernel for products of 8-bit codes, in Triton: scales, bias and a product of low rank in the same pass."""
+"""The GPU's kernels for products of 8-bit codes, in Triton: one makes codes of rows, reading them once; the other makes
+the product, with scales, bias and a product of low rank in the same pass."""
 
 from __future__ import annotations
 
@@ -7,6 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+from trainer.quantize import linear
 
 # Rows and columns of the output, and columns of x, that a program works on at a time; its warps, and how many loads are
 # under way. Measured on an H200; the second is for processors with less memory of their own or without its loads.
@@ -17,6 +20,9 @@ DESCRIPTORS_FROM = 9  # compute capability that loads and stores whole tiles by 
 BAND = 8  # tiles in a column that follow one another, so that they find each other's loads in the cache
 RANKS = 64  # columns of the low-rank product at a time
 FEWEST = 16  # that a product of tiles takes
+WARPS = {4096: 4, 16384: 8}  # of a row, by what its columns reach to
+MOST_WARPS, WIDEST = 16, 2**16  # of rows and columns that a program holds
+TO_WHOLE = 1.5 * 2**23  # added to a number of fp32 far below it and taken away again, it leaves the nearest integer
 
 
 @triton.jit
@@ -59,6 +65,38 @@ def _tiles(x, codes, own, scale, bias, hidden, factor, out, m, n, k, r, scale_st
     else:
         spot = out + row.to(tl.int64)[:, None] * n + column[None, :]
         tl.store(spot, y.to(out.dtype.element_ty), mask=(row[:, None] < m) & (column[None, :] < n))
+
+
+@triton.jit
+def _rows(x, gain, codes, own, k, step, gain_step, HAS_GAIN: tl.constexpr, INTEGERS: tl.constexpr, TOP: tl.constexpr,
+          LEAST: tl.constexpr, TO_WHOLE: tl.constexpr, WIDE: tl.constexpr):
+    row, column = tl.program_id(0).to(tl.int64), tl.arange(0, WIDE)
+    inside = column < k
+    y = tl.load(x + row * step + column, mask=inside, other=0.0).to(tl.float32)
+    if HAS_GAIN:
+        y *= tl.load(gain + column * gain_step, mask=inside, other=0.0)
+    scale = tl.maximum(tl.max(tl.abs(y), 0), LEAST) / TOP
+    scale = tl.where(tl.sum((y != y).to(tl.int32), 0) > 0, float("nan"), scale)  # the largest number passes NaN over
+    y = tl.minimum(tl.maximum(y / scale, -TOP), TOP)
+    if INTEGERS:
+        y = y + TO_WHOLE - TO_WHOLE
+    tl.store(codes + row * k + column, y.to(codes.dtype.element_ty), mask=inside)
+    tl.store(own + row, scale)
+
+
+def rows_to_codes(x: Tensor, gain: Tensor | None, kind: torch.dtype) -> tuple[Tensor, Tensor]:
+    """As `codes_of_rows`, on the GPU that holds x."""
+    (m, k), wide = x.shape, triton.next_power_of_2(x.shape[1])
+    if wide > WIDEST:
+        return linear.rows_to_codes(x if gain is None else x.float() * gain.t(), kind)
+    x = x if x.stride(1) == 1 else x.contiguous()
+    codes, own = torch.empty(m, k, dtype=kind, device=x.device), x.new_empty(m, 1, dtype=torch.float32)
+    with torch.cuda.device(x.device):
+        _rows[(m,)](x, own if gain is None else gain, codes, own, k, x.stride(0),
+                    0 if gain is None or gain.numel() == 1 else 1, gain is not None, kind == torch.int8,
+                    linear.top_of(kind), linear.LEAST, TO_WHOLE, wide,
+                    num_warps=next((warps for most, warps in WARPS.items() if wide <= most), MOST_WARPS))
+    return codes, own
 
 
 def product(x: Tensor, codes: Tensor, own: Tensor, scale: Tensor | None, bias: Tensor | None, hidden: Tensor | None,

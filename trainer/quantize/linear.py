@@ -130,7 +130,12 @@ def rows_to_codes(x: Tensor, kind: torch.dtype) -> tuple[Tensor, Tensor]:
 
 def with_scale(x: Tensor, largest: Tensor, kind: torch.dtype) -> tuple[Tensor, Tensor]:
     """The same for the largest number of each row [m, 1], or of all [1, 1]."""
-    top = 127.0 if kind == torch.int8 else torch.finfo(kind).max
+    top = top_of(kind)
     scale = largest.float().clamp(min=LEAST) / top
     codes = (x / scale).clamp(-top, top)
     return (codes.round() if kind == torch.int8 else codes).to(kind), scale
+
+
+def top_of(kind: torch.dtype) -> float:
+    """The largest code."""
+    return 127.0 if kind == torch.int8 else torch.finfo(kind).max
