@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -10,12 +11,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
 
 from app.datasets.data_set import DataSet
 from app.datasets.library import Library
 from app.paths import Places
 from tests import data_sets, projects
+from trainer import gpu
 from trainer.__main__ import main
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for `exact`: read when a GPU first multiplies
 
 
 class Outcome(NamedTuple):
@@ -37,6 +42,16 @@ def _quick_collections() -> None:
 def tiny_project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The preset of a tiny project, made once; read it, don't change it."""
     return projects.make(tmp_path_factory.mktemp("project"))
+
+
+@pytest.fixture
+def exact() -> Iterator[None]:
+    """A GPU repeats itself to the bit, and computes fp32 in fp32: what presets ask for, without a preset."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.conv.fp32_precision
+    gpu.choose_arithmetic("fp32", deterministic=True)
+    yield
+    torch.use_deterministic_algorithms(before[0])
+    torch.backends.cudnn.conv.fp32_precision = before[1]
 
 
 @pytest.fixture

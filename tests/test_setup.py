@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests import projects
 from trainer import preset as presets
 from trainer.setup import _text_modes
 
@@ -36,3 +37,11 @@ def test_a_run_with_cached_texts_loads_no_library_for_them() -> None:
     root = Path(__file__).parent.parent
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
     assert (done.returncode, done.stdout.strip()) == (0, ""), done.stderr
+
+
+def test_torch_computes_as_the_preset_asks(exact: None, tiny_project: Path, tmp_path: Path) -> None:
+    found = []
+    for name, changes in (("usual", ()), ("asked", ("train.precision=fp32", "train.deterministic=true"))):
+        projects.session(tiny_project, tmp_path, *changes, name=name)
+        found.append((torch.backends.cudnn.conv.fp32_precision, torch.are_deterministic_algorithms_enabled()))
+    assert found == [("tf32", False), ("ieee", True)]

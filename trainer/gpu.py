@@ -74,6 +74,15 @@ def pick_device(name: str, setting: str) -> torch.device:
     return torch.device("cuda", found.index or 0) if found.type == "cuda" else found  # many calls want its number
 
 
+def choose_arithmetic(precision: str, deterministic: bool) -> None:
+    """Let torch compute as `train.precision` and `train.deterministic` ask.
+
+    By itself it rounds fp32 to TF32's 10 bits in convolutions: who asks for fp32 has chosen otherwise.
+    """
+    torch.use_deterministic_algorithms(deterministic)
+    torch.backends.cudnn.conv.fp32_precision = "ieee" if precision == "fp32" else "tf32"
+
+
 def use_cores(sharing: int) -> None:
     """Let torch compute with as many threads as there are cores for this process, one of `sharing` on its machine.
 

@@ -186,7 +186,8 @@ class Train(Section):
     ema_decay: Fraction = setting(0.0, "Running average of the adapter; 0.999 is usual for long runs, 0 is none.",
                                   advanced=True)
     precision: Literal["auto", "fp32", "bf16", "fp16"] = setting(
-        "auto", "Arithmetic of the frozen model. auto: bf16 on GPUs that have it, fp16 on older ones, fp32 on a CPU.",
+        "auto", "Arithmetic of the frozen model. auto: bf16 on GPUs that have it, fp16 on older ones, fp32 on a CPU. "
+        "fp32 makes no use of TF32.",
         advanced=True)
     compile: Literal["auto", "on", "off"] = setting(
         "auto", "Compile the model's blocks: faster steps, after half a minute or more for each shape of batch. auto: "

@@ -60,7 +60,7 @@ def set_up(run: Run, preset: Preset, device: torch.device, workspace: Path, reco
     """
     preset = share_batch(preset, checkpoint.last_progress(run), world, recorder)
     family, dtype = families.get(preset.model.family), pick_dtype(preset, device)
-    torch.use_deterministic_algorithms(preset.train.deterministic)
+    gpu.choose_arithmetic(preset.train.precision, preset.train.deterministic)
     recorder.phase("opening the base model")
     base = open_base(preset)
     for note in base.notes:
