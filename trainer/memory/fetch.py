@@ -77,6 +77,8 @@ class Fetching:
         self.buffers = [torch.empty(largest, dtype=torch.uint8, device=device) for _ in self.blocks[:BUFFERS]]
         self.held: list[int | None] = [None] * len(self.buffers)  # which block each buffer has
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        for buffer in self.buffers if self.stream else ():
+            buffer.record_stream(self.stream)  # lest what is sent for ahead arrive in memory that was given back
         self.ready = [torch.cuda.Event() for _ in self.buffers] if self.stream else []
         self.hooks = [module.register_forward_pre_hook(self._hook(index)) for index, module in enumerate(modules)]
 
