@@ -15,7 +15,7 @@ from trainer.data.dataset import scan, to_unit
 from trainer.data.order import Draw
 from trainer.data.store import LatentStore
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 
 
 def slow(pixels: Tensor) -> Tensor:

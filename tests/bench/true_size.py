@@ -49,13 +49,14 @@ class Size:
     tiny: Mapping[str, Any] | None = None  # what makes it small
 
 
+_TINY_UNET = {"norm_num_groups": 8}  # the usual 32 leave two numbers in a norm: a step, which makes rounding large
 _TINY_FLUX2 = {"num_layers": 2, "num_single_layers": 3, "attention_head_dim": 16, "num_attention_heads": 2,
                "joint_attention_dim": 48, "timestep_guidance_channels": 32, "axes_dims_rope": [4, 4, 4, 4]}
 _KLEIN = {"guidance_embeds": False}
 SIZES = {
-    "sd15": Size("sd15", {}, 512, 4, (77, 768), tiny={
+    "sd15": Size("sd15", {}, 512, 4, (77, 768), tiny=_TINY_UNET | {
         "block_out_channels": [32, 32, 64, 64], "cross_attention_dim": 64}),
-    "sdxl": Size("sdxl", {}, 1024, 1, (77, 2048), 1280, tiny={
+    "sdxl": Size("sdxl", {}, 1024, 1, (77, 2048), 1280, tiny=_TINY_UNET | {
         "block_out_channels": [32, 64, 64], "cross_attention_dim": 64, "attention_head_dim": [1, 1, 1],
         "transformer_layers_per_block": [1, 1, 2], "projection_class_embeddings_input_dim": 6 * 256 + 64}),
     "flux1-dev": Size("flux1", {}, 1024, 1, (512, 4096), 768, tiny={
