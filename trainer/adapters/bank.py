@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from trainer.adapters import dora, layer, state, transfer
+from trainer.adapters.cast import cast
 from trainer.adapters.layout import Layout
 from trainer.adapters.lora import LoRA, Stacks
 from trainer.adapters.stella import StelLA
 from trainer.adapters.step_rule import StepRule
 from trainer.adapters.target import Target
-from trainer.manifold import orthonormalize
+from trainer.manifold import orthonormalize, side_by_side
 
 MEASURE_EVERY = 8  # steps; in between, rounding adds up to some 1e-7
 
@@ -76,8 +78,8 @@ class Adapter:
                 layer.switch(target, None, None, None)
             return
         stacks = self.pair_stacks(weights)
-        cast = {key: stack.to(dtype) for key, stack in stacks.items()}
-        downs, ups = self.layout.by_layer(cast, "down"), self.layout.by_layer(cast, "up")
+        copies = cast(stacks, dtype)
+        downs, ups = self.layout.by_layer(copies, "down"), self.layout.by_layer(copies, "up")
         gains = [None] * len(ups)
         if self.magnitude is not None:
             gains = self.magnitude.gains(stacks, ups, self.values(weights))
@@ -135,7 +137,7 @@ class Adapter:
         A skipped step leaves parameters, optimizer state and averages bit for bit as they were. With several
         processes pass numbers that are equal on all of them, such as the norm of the averaged gradients.
         """
-        bad = ~torch.stack([number.detach().float().isfinite().all() for number in numbers]).all()
+        bad = torch.stack([number.detach().float() for number in numbers]).mul_(0.0).sum() != 0  # inf * 0 is NaN
         self.skip.copy_(bad)
         self.found_inf.copy_(bad)
         self.skipped_in_a_row.add_(1).mul_(bad)
@@ -177,9 +179,8 @@ class Adapter:
         if self.ema is None:
             return
         decay = ((1 + self.updates) / (10 + self.updates)).clamp(max=self.ema_decay)
-        weight = (1 - decay) * taken
-        for key, stack in self._averaged().items():
-            self.ema[key].lerp_(stack, weight.to(stack.dtype))
+        weight, present = (1 - decay) * taken, self._averaged()
+        side_by_side([partial(self.ema[key].lerp_, stack, weight.to(stack.dtype)) for key, stack in present.items()])
 
     def _present_start(self) -> Stacks:
         """Orthonormal bases of the factors, coarsely: only the drift of the subspaces is measured from them."""
