@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cache, partial
+from itertools import cycle
 from typing import Any
 
 import torch
@@ -142,8 +143,9 @@ def _change(x: Tensor, d: Tensor, of_x: Tensor, of_d: Tensor) -> None:
     x.add_((d @ of_d).baddbmm_(x, of_x))
 
 
-def side_by_side(work: Sequence[Callable[[], Any]]) -> list[Any]:
-    """Results of pieces of work on CUDA tensors, each on a stream of its own; one after the other without a GPU.
+def side_by_side(work: Sequence[Callable[[], Any]], streams: int | None = None) -> list[Any]:
+    """Results of pieces of work on CUDA tensors, each on a stream of its own, or dealt out to so many `streams`; one
+    after the other without a GPU.
 
     Stacks of one size rarely fill a GPU, and their kernels are short. Memory is safe: what a stream allocates, it
     takes again only after it has waited for whatever was asked before, here.
@@ -151,12 +153,14 @@ def side_by_side(work: Sequence[Callable[[], Any]]) -> list[Any]:
     if not torch.cuda.is_available() or not torch.cuda.is_initialized():
         return [piece() for piece in work]
     here = torch.cuda.current_stream()
-    results = []
-    for stream, piece in zip(_streams(len(work), here.device), work):
+    chosen = _streams(min(len(work), streams or len(work)), here.device)
+    for stream in chosen:
         stream.wait_stream(here)
+    results = []
+    for stream, piece in zip(cycle(chosen), work):
         with torch.cuda.stream(stream):
             results.append(piece())
-    for stream in _streams(len(work), here.device):
+    for stream in chosen:
         here.wait_stream(stream)
     return results
 

@@ -16,6 +16,8 @@ from trainer.adapters.lora import Stacks, leading_svd, subtracted
 from trainer.adapters.stiefel import random_orthonormal
 from trainer.manifold import exact_arithmetic, gram, orthonormalize, side_by_side
 
+STREAMS = 3  # of the backward pass: on each of them cuBLAS keeps up to 32 MiB for autograd's thread
+
 
 class StelLA:
     """Forward pair (U S, V^T). U and V of equal dim share one leaf `factor.<dim>` [L, dim, r]: first U's, then V's.
@@ -122,7 +124,7 @@ class Folded(torch.autograd.Function):
         with exact_arithmetic(core.device):
             of_core = side_by_side([
                 partial(_unfold, factor, part, up, down, grad)
-                for factor, part, up, down, grad in zip(factors, core.split(ctx.counts), ups, downs, fresh)])
+                for factor, part, up, down, grad in zip(factors, core.split(ctx.counts), ups, downs, fresh)], STREAMS)
         return (None, torch.cat(of_core), *fresh)
 
 
