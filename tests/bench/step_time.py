@@ -204,15 +204,14 @@ def matmul_ceiling(device: torch.device) -> float:
 
 
 def profile(step: Step, device: torch.device) -> None:
-    """Print what three steps' time goes to, by kernel."""
-    kinds = [torch.profiler.ProfilerActivity.CPU] + (
-        [torch.profiler.ProfilerActivity.CUDA] if device.type == "cuda" else [])
-    with torch.profiler.profile(activities=kinds) as recorded:
-        for number in range(3):
-            step(number)
+    """Print what a step's time goes to, by kernel."""
+    gpu = device.type == "cuda"
+    kind = torch.profiler.ProfilerActivity.CUDA if gpu else torch.profiler.ProfilerActivity.CPU  # one is quick to sum up
+    with torch.profiler.profile(activities=[kind]) as recorded:
+        step(0)
         wait(device)
-    by = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
-    print(recorded.key_averages().table(sort_by=by, row_limit=25, max_name_column_width=70), flush=True)
+    by = "self_cuda_time_total" if gpu else "self_cpu_time_total"
+    print(recorded.key_averages().table(sort_by=by, row_limit=40, max_name_column_width=70), flush=True)
 
 
 # Agreement.
@@ -296,7 +295,9 @@ def main() -> None:
     todo, rows = [row for case in options.case for row in rows_of(case, names)], []
     print(HEAD, flush=True)
     for row in todo:
+        began = time.perf_counter()
         found = memory.run_apart(row, options, agree if options.agree else measure)
+        found["row_sec"] = time.perf_counter() - began
         rows.append(found)
         print(line(found, rows), *found.get("notes", ()), sep="\n  ", flush=True)
         if options.json:
