@@ -24,6 +24,7 @@ def test_a_case_says_model_batch_checkpointing_and_weights() -> None:
     [row] = step_time.rows_of("klein-4b:2:full:nf4", ["stella+eager"])
     assert (row.size, row.batch, row.checkpointing, row.quantize) == ("klein-4b", 2, "full", "nf4")
     assert row.name == "klein-4b:2:full:nf4 stella+eager" and row.flags() == ["eager"]
+    assert [row.who for row in step_time.rows_of("sd15:4=peer,lora+graph", ["stella"])] == ["peer", "lora+graph"]
     assert [step_time.rows_of(case, ["peer"])[0].case for case in ("sd15:4", "sd15:4:selective")] == [
         "sd15:4", "sd15:4:full"]
 

@@ -74,7 +74,9 @@ class Row:
 
 
 def rows_of(case: str, names: Sequence[str]) -> list[Row]:
-    """The rows of a case such as klein-4b:1:full:nf4."""
+    """The rows of a case such as klein-4b:1:full:nf4, or klein-4b:1=peer,stella with rows of its own."""
+    case, _, own = case.partition("=")
+    names = own.split(",") if own else names
     size, batch, checkpointing, quantize = [*case.split(":"), "none", "none"][:4] if ":" in case else [case, *"   "]
     known = all(name.split("+")[0] in ROWS and set(name.split("+")[1:]) <= set(FLAGS) for name in names)
     if (size not in SIZES or not batch.isdigit() or checkpointing not in LEVELS or not known
@@ -206,7 +208,7 @@ def matmul_ceiling(device: torch.device) -> float:
 def profile(step: Step, device: torch.device) -> None:
     """Print what a step's time goes to, by kernel."""
     gpu = device.type == "cuda"
-    kind = torch.profiler.ProfilerActivity.CUDA if gpu else torch.profiler.ProfilerActivity.CPU  # one is quick to sum up
+    kind = torch.profiler.ProfilerActivity.CUDA if gpu else torch.profiler.ProfilerActivity.CPU  # one: quick to sum up
     with torch.profiler.profile(activities=[kind]) as recorded:
         step(0)
         wait(device)
@@ -275,7 +277,7 @@ def line(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     chosen = parser.add_mutually_exclusive_group(required=True)
-    chosen.add_argument("--case", nargs="+", help="model:batch[:checkpointing[:quantize]]")
+    chosen.add_argument("--case", nargs="+", help="model:batch[:checkpointing[:quantize]][=ROW,ROW…]")
     chosen.add_argument("--table", nargs="+", type=Path, metavar="FILE", help="rows of earlier runs as a table")
     parser.add_argument("--rows", nargs="+", default=list(ROWS), help=f"of {', '.join(ROWS)}, with +{' +'.join(FLAGS)}")
     parser.add_argument("--agree", action="store_true", help="compare losses with the peer's instead of times")
@@ -291,8 +293,8 @@ def main() -> None:
         rows = [json.loads(text) for file in options.table for text in file.read_text().splitlines()]
         print(HEAD, *(line(row, rows) for row in rows), sep="\n")
         return
-    names = [name for name in options.rows if not (options.agree and name.startswith("peer"))]
-    todo, rows = [row for case in options.case for row in rows_of(case, names)], []
+    todo, rows = [row for case in options.case for row in rows_of(case, options.rows)
+                  if not (options.agree and row.who.startswith("peer"))], []
     print(HEAD, flush=True)
     for row in todo:
         began = time.perf_counter()
