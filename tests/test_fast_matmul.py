@@ -169,10 +169,25 @@ def gradients(net: nn.Module, adapter: object) -> list[Tensor]:
     return found
 
 
+def test_a_layer_with_a_gain_keeps_its_input_once() -> None:
+    net, kept = Net(), []
+    matmul.install(net, low_of(net, "int8"))
+    layer = net.block[0][0]
+    adapter = build([Target("first", layer, "x")], method="stella", rank=4, dora=True)
+    adapter.install()
+    adapter.refresh("raw", torch.bfloat16)
+    x = torch.randn(40, 64, dtype=torch.bfloat16, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        layer(x)
+    assert {tensor.data_ptr() for tensor in kept if tensor.shape == x.shape} == {x.data_ptr()}
+
+
+@pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("kind", CODES)
-def test_the_compiler_takes_the_whole_layer_and_gives_the_same_gradients(kind: str) -> None:
+def test_the_compiler_takes_the_whole_layer_and_gives_the_same_gradients(kind: str, dora: bool) -> None:
     net = Net()
-    adapter = build([Target("first", net.block[0][0], "x")], method="stella", rank=4)
+    targets = [Target(name, layer, "x") for name, layer in zip(("first", "second"), net.block[0])]
+    adapter = build(targets, method="stella", rank=4, dora=dora)
     adapter.install()
     matmul.install(net, low_of(net, kind))
     plain = gradients(net, adapter)

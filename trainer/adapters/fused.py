@@ -62,26 +62,32 @@ class FusedLayer(torch.autograd.Function):
 
 
 class PairedProduct(torch.autograd.Function):
-    """y = W x + bias + up (down x) by a layer that adds the pair's product within its own, and so in the backward pass.
+    """y = W g*x + bias + up (down g*x) by a layer that adds the pair's product within its own, and so in the backward
+    pass.
 
-    x [..., n]; down [n, r]; up [m, r]. The compiler takes it as it is.
+    x [..., n]; gain g (DoRA) [n]; down [n, r]; up [m, r]. The compiler takes it as it is. Of x and g*x only x is
+    kept, which other layers or a recipe may have anyway.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, down: Tensor, up: Tensor, layer: nn.Module) -> Tensor:
-        hidden = x.to(down.dtype) @ down
-        ctx.save_for_backward(x, hidden, down, up)
+    def forward(ctx: Any, x: Tensor, gain: Tensor | None, down: Tensor, up: Tensor, layer: nn.Module) -> Tensor:
+        z = scale_columns(x, gain, layer)
+        hidden = z.to(down.dtype) @ down
+        ctx.save_for_backward(x, gain, hidden, down, up)
         ctx.layer = layer
-        return layer.product(x, hidden, up)
+        return layer.product(z, hidden, up)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, hidden, down, up = ctx.saved_tensors
-        grad_hidden, grad_up = up_gradients(grad.to(up.dtype), hidden, up, ctx.layer)
-        grad_down = down_gradient(x.to(down.dtype), grad_hidden, down, ctx.layer)
-        grad_x = ctx.layer.input_gradient(grad, grad_hidden, down) if ctx.needs_input_grad[0] else None
-        return grad_x, grad_down, grad_up, None
+        (x, gain, hidden, down, up), layer, grad_x, grad_gain = ctx.saved_tensors, ctx.layer, None, None
+        grad_hidden, grad_up = up_gradients(grad.to(up.dtype), hidden, up, layer)
+        grad_down = down_gradient(scale_columns(x, gain, layer).to(down.dtype), grad_hidden, down, layer)
+        if ctx.needs_input_grad[0] or gain is not None:
+            grad_z = layer.input_gradient(grad, grad_hidden, down)
+            grad_gain = None if gain is None else sum_columns(grad_z.to(gain.dtype) * x, layer)
+            grad_x = scale_columns(grad_z, gain, layer) if ctx.needs_input_grad[0] else None
+        return grad_x, grad_gain, grad_down, grad_up, None
 
 
 def autocasts(device_type: str) -> bool:

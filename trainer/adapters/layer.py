@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainer.adapters.fused import FusedLayer, PairedProduct, composed, readable, scale_columns
+from trainer.adapters.fused import FusedLayer, PairedProduct, composed, readable
 from trainer.adapters.target import Target
 
 
@@ -39,7 +39,7 @@ class AdaptedLayer:
         if self.adapter_dropout and torch.is_grad_enabled():
             dropped = F.dropout(x, self.adapter_dropout)
         if dropped is None and getattr(self, "adds_pair", False):
-            return PairedProduct.apply(scale_columns(x, self.adapter_gain, self), down, up, self)
+            return PairedProduct.apply(x, self.adapter_gain, down, up, self)
         if torch.compiler.is_compiling():
             return composed(x, dropped, self.adapter_gain, down, up, self)
         return FusedLayer.apply(x, dropped, self.adapter_gain, down, up, self)
