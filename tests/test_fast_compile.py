@@ -36,7 +36,7 @@ def tiny(case: str, method: str) -> tuple[Session, true_size.Size]:
     [row] = step_time.rows_of(case, [method])
     size, device = true_size.shrunk(true_size.SIZES[row.size]), torch.device("cpu")
     torch.manual_seed(0)
-    denoiser = true_size.denoiser_of(size, "none", device, torch.float32)
+    denoiser = true_size.denoiser_of(size, row.quantize, device, torch.float32)
     return step_time.session_of(size, method, [], denoiser, device, torch.float32, row), size
 
 
@@ -47,7 +47,7 @@ def gradients(session: Session, size: true_size.Size) -> list[Tensor]:
     return found
 
 
-@pytest.mark.parametrize("case, method", [("klein-4b:1:selective", "stella"), ("flux1-dev:1:full", "lora")])
+@pytest.mark.parametrize("case, method", [("klein-4b:1:selective", "stella"), ("flux1-dev:1:full:nf4", "lora")])
 def test_compiled_blocks_have_the_same_gradients_and_share_their_code(quick_compiler, case: str, method: str) -> None:
     session, size = tiny(case, method)
     plain = gradients(session, size)
@@ -90,16 +90,17 @@ def test_what_keeps_blocks_from_being_compiled_is_known(tiny_project, tmp_path, 
     monkeypatch.setattr(block_compiler, "compiler_missing", lambda: None)
     assert "needs an NVIDIA GPU" in start.compile_obstacle(session)
     session.device = torch.device("cuda", 0)
-    found = start.compile_obstacle(session)
-    assert found is None if words is None else words in found
-    session.plan = Plan("nf4")
-    assert "quantised" in start.compile_obstacle(session)
+    for quantize in ("none", "nf4"):
+        session.plan = Plan(quantize)
+        found = start.compile_obstacle(session)
+        assert found is None if words is None else words in found
 
 
 @pytest.mark.parametrize("change, words", [("adapter.dropout=0.1", "adapter.dropout"),
-                                           ("memory.quantize=nf4", "memory.quantize = 'nf4'")])
+                                           ("memory.offload_blocks=2", "memory.offload_blocks")])
 def test_compiling_that_cannot_be_is_refused_in_the_preset(tiny_project, change: str, words: str) -> None:
     load(tiny_project, [change])
+    load(tiny_project, ["memory.quantize=nf4", "train.compile=on"])
     with pytest.raises(UserError, match="train.compile=on: 'on' does not go with " + words):
         load(tiny_project, [change, "train.compile=on"])
 

@@ -7,11 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from tests.tiny import batch, take_step
 from trainer.adapters import Target, build
 from trainer.optim import build_optimizer
-from trainer.quantize.linear import QuantizedLinear
+from trainer.quantize.linear import QuantizedLinear, stored_gradient, stored_product
 from trainer.quantize.model import MODES, quantised_linear
 
 ERROR = {"int8": 0.01, "fp8": 0.04, "nf4": 0.12}  # of the weight, relative: normal numbers, rows of one size
@@ -175,3 +176,40 @@ def test_training_over_it_lowers_the_loss_and_leaves_the_codes_alone(mode):
         take_step(adapter, optimizer, loss)
     assert losses[-1] < 0.9 * losses[0]
     assert all(torch.equal(before[name].float(), tensor.float()) for name, tensor in net.named_buffers())
+
+
+# Compiled
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_operators_are_what_the_compiler_is_told_of_them(mode):
+    layer = layer_of(mode, dtype=torch.bfloat16)
+    for x in (torch.randn(40), torch.randn(5, 40), torch.randn(40, 3, 2).movedim(0, -1), torch.ones(3, 1, 1)):
+        x, stored = x.bfloat16().expand(*x.shape[:-1], 40), (layer.stored, layer.shape, torch.bfloat16)
+        torch.library.opcheck(stored_product, (x, *stored, layer.bias), test_utils="test_faketensor")
+        torch.library.opcheck(stored_gradient, (x[..., :24], *stored), test_utils="test_faketensor")
+
+
+@pytest.mark.parametrize(("mode", "method", "dora"), [
+    ("int8", "lora", True), ("fp8", "stella", False), ("nf4", "stiefel", False)])
+def test_compiled_layers_share_one_function_and_keep_no_dequantised_weight(mode, method, dora):
+    torch._dynamo.reset()
+    compiler = CompileCounterWithBackend("aot_eager_decomp_partition")
+    compiled, saved = torch.compile(Net.forward, backend=compiler, fullgraph=True, dynamic=False), []
+    for seed in range(2):
+        net, adapter = adapted(mode, method, dora=dora)
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            for leaf in adapter.parameters():
+                leaf.add_(torch.randn_like(leaf) / 10)
+        x, wanted = torch.randn(5, 40, dtype=torch.float64, requires_grad=True), list(adapter.parameters())
+        results = []
+        for forward in (Net.forward, compiled):
+            adapter.refresh("raw", torch.float64)
+            with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+                y = forward(net, x)
+            results.append([y, *torch.autograd.grad(y.square().sum(), [x, *wanted])])
+        for found, expected in zip(*results):
+            torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    assert compiler.frame_count == 1
+    assert saved and max(tensor.numel() for tensor in saved if tensor.dtype == torch.float64) < 24 * 24

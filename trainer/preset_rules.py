@@ -254,10 +254,9 @@ def _fast(sections: Mapping[str, Any]) -> list[Problem]:
     memory, adapter, train = sections.get("memory"), sections.get("adapter"), sections.get("train")
     if memory is None or adapter is None or train is None:
         return []
-    both = [("memory.device = 'cpu'", memory.device == "cpu"), ("memory.offload_blocks", memory.offload_blocks > 0),
-            ("adapter.dropout", adapter.dropout > 0), ("memory.shard = 'on'", memory.shard == "on")]
-    graphs = [*both, ("'text_encoder' in adapter.targets", "text_encoder" in adapter.targets)]
-    compiled = [*both, (f"memory.quantize = {memory.quantize!r}", memory.quantize not in ("auto", "none"))]
+    compiled = [("memory.device = 'cpu'", memory.device == "cpu"), ("memory.offload_blocks", memory.offload_blocks > 0),
+                ("adapter.dropout", adapter.dropout > 0), ("memory.shard = 'on'", memory.shard == "on")]
+    graphs = [*compiled, ("'text_encoder' in adapter.targets", "text_encoder" in adapter.targets)]
     wanted = [("memory.cuda_graphs", memory.cuda_graphs, graphs), ("train.compile", train.compile, compiled)]
     return [Problem(where, f"'on' does not go with {what}; set it to 'auto'")
             for where, chosen, against in wanted if chosen == "on" for what, given in against if given]

@@ -82,8 +82,6 @@ def compile_obstacle(session: Session) -> str | None:
     """Why this run's blocks cannot be compiled, in words; None where nothing speaks against it."""
     if session.device.type != "cuda":
         return f"that needs an NVIDIA GPU, and this run trains on {session.device.type}"
-    if session.plan.quantize != "none":
-        return "the model is quantised"
     if session.offload is not None:
         return f"blocks of the model are fetched from {session.offload.SOURCE} at each step"
     if session.preset.adapter.dropout:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,6 +26,8 @@ class QuantizedLinear(nn.Module):
     is buffers, so that it moves with the module; none is saved.
     """
 
+    parts: tuple[str, ...]  # the buffers that W is made from
+
     def __init__(self, shape: torch.Size, bias: Tensor | None, dtype: torch.dtype) -> None:
         super().__init__()
         self.out_features, self.in_features = shape
@@ -33,7 +37,17 @@ class QuantizedLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """W [out, in] in the compute dtype, made afresh each time."""
-        raise NotImplementedError
+        return whole(self.stored, self.shape, self.compute_dtype)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """That of W."""
+        return self.out_features, self.in_features
+
+    @property
+    def stored(self) -> list[Tensor]:
+        """What W is made from."""
+        return [getattr(self, name) for name in self.parts]
 
     def forward(self, x: Tensor) -> Tensor:
         if x.requires_grad and torch.is_grad_enabled():
@@ -42,10 +56,14 @@ class QuantizedLinear(nn.Module):
 
     def product(self, x: Tensor) -> Tensor:
         """x W^T + bias: [..., n] -> [..., m], without a record for gradients."""
+        if torch.compiler.is_compiling():
+            return stored_product(x, self.stored, self.shape, self.compute_dtype, self.bias)
         return F.linear(x, self.weight, self.bias)
 
     def input_gradient(self, grad: Tensor) -> Tensor:
         """grad W: the gradient of x, [..., m] -> [..., n]."""
+        if torch.compiler.is_compiling():
+            return stored_gradient(grad, self.stored, self.shape, self.compute_dtype)
         return grad @ self.weight.to(grad.dtype)
 
     def extra_repr(self) -> str:
@@ -73,14 +91,11 @@ class FrozenProduct(torch.autograd.Function):
 class RowScaledLinear(QuantizedLinear):
     """W = codes * scale: int8 or float8 codes [m, n] and an fp32 scale for each row [m, 1], or for all [1, 1]."""
 
+    parts = ("codes", "scale")
+
     def __init__(self, codes: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
         super().__init__(codes.shape, bias, dtype)
         self._store(codes=codes, scale=scale.to(codes.device, torch.float32, copy=True).view(-1, 1))
-
-    @property
-    def weight(self) -> Tensor:
-        # Codes are exact in every compute dtype, and the product is rounded once, from fp32.
-        return self.codes.to(self.compute_dtype).mul_(self.scale)
 
 
 class Nf4Linear(QuantizedLinear):
@@ -89,6 +104,8 @@ class Nf4Linear(QuantizedLinear):
     Its blocks of 64 run through the rows; the last one is filled up with zeros.
     """
 
+    parts = ("packed", "absmax", "absmax_scale", "absmax_mean")
+
     def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
         super().__init__(weight.shape, bias, dtype)
         weight = weight if weight.dtype in kernels.FLOATS else weight.float()
@@ -96,16 +113,6 @@ class Nf4Linear(QuantizedLinear):
         packed, state = kernels.bitsandbytes().quantize_4bit(blocks, blocksize=NF4_BLOCK, compress_statistics=True,
                                                              quant_type="nf4")
         self._store(packed=packed, absmax=state.absmax, absmax_scale=state.state2.absmax, absmax_mean=state.offset)
-
-    @property
-    def weight(self) -> Tensor:
-        library, dtype = kernels.bitsandbytes(), self.compute_dtype
-        absmax = library.dequantize_blockwise(self.absmax, absmax=self.absmax_scale, blocksize=SCALE_BLOCK,
-                                              code=kernels.scale_codes(self.absmax.device)).add_(self.absmax_mean)
-        state = library.QuantState(absmax, (len(absmax), NF4_BLOCK), blocksize=NF4_BLOCK, quant_type="nf4",
-                                   dtype=dtype if dtype in kernels.FLOATS else torch.float32)
-        flat = library.dequantize_4bit(self.packed, state).flatten()
-        return flat[: self.out_features * self.in_features].view(self.out_features, self.in_features).to(dtype)
 
 
 def int8_linear(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> RowScaledLinear:
@@ -139,3 +146,53 @@ def with_scale(x: Tensor, largest: Tensor, kind: torch.dtype) -> tuple[Tensor, T
 def top_of(kind: torch.dtype) -> float:
     """The largest code."""
     return 127.0 if kind == torch.int8 else torch.finfo(kind).max
+
+
+# W from what is stored.
+
+
+def whole(stored: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """W of a shape [m, n] from the `parts` of a layer: four of NF4, or codes and their scale."""
+    if len(stored) == len(Nf4Linear.parts):
+        return _from_nf4(*stored, dtype)[: math.prod(shape)].view(*shape).to(dtype)
+    codes, scale = stored
+    # Codes are exact in every compute dtype, and the product is rounded once, from fp32.
+    return codes.to(dtype).mul_(scale)
+
+
+def _from_nf4(packed: Tensor, absmax: Tensor, absmax_scale: Tensor, absmax_mean: Tensor, dtype: torch.dtype) -> Tensor:
+    """All weights in a row, in the dtype or else in fp32."""
+    library = kernels.bitsandbytes()
+    scales = library.dequantize_blockwise(absmax, absmax=absmax_scale, blocksize=SCALE_BLOCK,
+                                          code=kernels.scale_codes(absmax.device)).add_(absmax_mean)
+    state = library.QuantState(scales, (len(scales), NF4_BLOCK), blocksize=NF4_BLOCK, quant_type="nf4",
+                               dtype=dtype if dtype in kernels.FLOATS else torch.float32)
+    return library.dequantize_4bit(packed, state).flatten()
+
+
+# Operators: the compiler takes them as they are. Traced, the W of the forward pass and that of the backward pass would
+# be one and the same to it, which it could keep from the one to the other. A call takes 7 us of the host, so that
+# nothing else goes by way of them.
+
+
+@torch.library.custom_op("stiefel_studio::stored_product", mutates_args=())
+def stored_product(x: Tensor, stored: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype,
+                   bias: Tensor | None) -> Tensor:
+    """x W^T + bias: [..., n] -> [..., m], by the W of `whole`."""
+    return F.linear(x, whole(stored, shape, dtype), bias)
+
+
+@stored_product.register_fake
+def _(x: Tensor, stored: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype, bias: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], shape[0])
+
+
+@torch.library.custom_op("stiefel_studio::stored_gradient", mutates_args=())
+def stored_gradient(grad: Tensor, stored: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """grad W: [..., m] -> [..., n]."""
+    return grad @ whole(stored, shape, dtype).to(grad.dtype)
+
+
+@stored_gradient.register_fake
+def _(grad: Tensor, stored: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    return grad.new_empty(*grad.shape[:-1], shape[1])
