@@ -11,6 +11,7 @@ from torch import Tensor
 from tests import projects
 from tests.test_loop import assert_same_weights, events, go_on, start, stop_at
 from trainer import branch, checkpoint, preset, run
+from trainer.control import Stopped
 from trainer.errors import UserError
 from trainer.fast import compile as block_compiler
 from trainer.fast import low_bits, matmul, passes
@@ -90,7 +91,12 @@ def test_unasked_only_the_first_kind_with_the_right_gradients_is_left_to_settle(
     assert told(session)[-1].endswith("a median cosine of 0.999 with those without it: INT8 0.99000, FP8 0.99800")
 
 
-@pytest.mark.parametrize("after, kept", [(0.8, True), (0.99, False), (RuntimeError("no kernel\nand more"), False)])
+class KernelError(Exception):
+    """A fault of Triton's, which are no `RuntimeError`."""
+
+
+@pytest.mark.parametrize("after, kept", [(0.8, True), (0.99, False), (RuntimeError("no kernel\nand more"), False),
+                                         (KernelError("no kernel\nand more"), False)])
 def test_products_that_are_not_faster_are_taken_back_to_the_bit(
         able, tiny_project, tmp_path, monkeypatch, after, kept: bool) -> None:
     session = ready(tiny_project, tmp_path)
@@ -111,6 +117,32 @@ def test_products_that_are_not_faster_are_taken_back_to_the_bit(
     assert session.progress.matmul == ("int8" if kept else "off") and (session.low_bits is not None) is kept
     words = "instead of 1.000 s" if not isinstance(after, Exception) else "that failed: no kernel"
     assert told(session)[-1].endswith(words)
+
+
+@pytest.mark.parametrize("asked", ["auto", "int8"])
+def test_a_kernel_that_fails_in_the_comparison_ends_no_run(able, tiny_project, tmp_path, monkeypatch, asked) -> None:
+    session, faults = ready(tiny_project, tmp_path, f"train.matmul={asked}"), [KernelError("no kernel"), Stopped()]
+    before = gradients(session)
+
+    def product(*_: object) -> Tensor:
+        raise faults[0]
+
+    monkeypatch.setattr(LowBitLinear, "product", product)
+    assert low_bits.begin(session) is None and session.progress.matmul == "off"
+    assert not low_linears(session) and same(gradients(session), before)
+    faults.pop(0)
+    with pytest.raises(Stopped):
+        low_bits.begin(session)
+    assert not low_linears(session)
+    assert told(session)[-1] == "Frozen layers do not multiply in 8 bits: that failed: no kernel"
+
+
+def test_all_reasons_are_told_once_where_no_kind_is_possible(tiny_project, tmp_path, monkeypatch) -> None:
+    session = ready(tiny_project, tmp_path)
+    monkeypatch.setattr(low_bits, "obstacle", lambda session, kind: f"no {kind}")
+    assert low_bits.choices(session, ["int8", "fp8"]) == ([], "no int8; no fp8")
+    monkeypatch.setattr(low_bits, "obstacle", lambda session, kind: "no compiler")
+    assert low_bits.choices(session, ["int8", "fp8"]) == ([], "no compiler")
 
 
 def test_weights_that_are_loaded_anew_multiply_as_before_where_they_can(able, tiny_project, tmp_path) -> None:

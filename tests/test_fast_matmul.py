@@ -13,6 +13,7 @@ from tests.bench import step_time, true_size
 from trainer.adapters import Target, build
 from trainer.fast import low_bits, matmul, passes
 from trainer.fast.matmul import CODES, LowBits
+from trainer.fast.product import codes_of_rows
 from trainer.quantize.linear import rows_to_codes
 from trainer.quantize.model import quantised_linear
 
@@ -65,6 +66,29 @@ def test_a_product_is_that_of_the_codes_and_near_the_whole_one(kind: str) -> Non
     assert distance(y - bias - hidden @ up.t(), x @ weight.t()) < ERROR[kind]
     back = matmul.multiplied(grad, codes.t().contiguous(), gain=scale, hidden=hidden, factor=down)
     assert distance(back - hidden @ down.t(), grad @ weight) < ERROR[kind]
+
+
+@pytest.mark.parametrize("kind", CODES)
+def test_the_compiler_is_told_the_order_of_codes_whatever_that_of_inputs(kind: str) -> None:
+    x, gain = torch.randn(64, 50).t(), torch.rand(64, 1)
+    for given in (None, gain, gain[:1]):
+        torch.library.opcheck(codes_of_rows, (x, given, CODES[kind]), test_utils=("test_schema", "test_faketensor"))
+        assert codes_of_rows(x, given, CODES[kind])[0].is_contiguous()
+
+
+@pytest.mark.parametrize("kind", CODES)
+def test_a_kernel_is_tried_in_the_models_dtype_and_its_fault_told_in_a_line(kind: str, monkeypatch) -> None:
+    tried, real = [], matmul.multiplied
+    monkeypatch.setattr(matmul, "multiplied", lambda x, *given, **named: (
+        tried.append(x.dtype), real(x, *given, **named))[1])
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        assert matmul.fault.__wrapped__(kind, torch.device("cpu"), dtype) is None and tried.pop() == dtype
+    monkeypatch.setattr(matmul, "multiplied", lambda x, *given, **named: 1.1 * real(x, *given, **named))
+    assert matmul.fault.__wrapped__(kind, torch.device("cpu")) == "the kernel gives wrong products"
+    monkeypatch.delattr(matmul, "codes_of_rows")
+    monkeypatch.setattr(matmul, "multiplied", real)
+    assert matmul.fault.__wrapped__(kind, torch.device("cpu")) == (
+        "the kernel for it could not be made or run here: name 'codes_of_rows' is not defined")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

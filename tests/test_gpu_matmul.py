@@ -80,6 +80,23 @@ def test_codes_made_by_the_kernel_are_those_of_plain_operations(kind: str, m: in
     torch.library.opcheck(codes_of_rows, (x, gain, CODES[kind]), test_utils=("test_schema", "test_faketensor"))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_products_in_every_dtype_at_odd_sides_from_inputs_in_any_order(kind: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    make = partial(torch.randn, device=GPU, dtype=dtype)
+    x, weight, hidden, factor = make(208, 130).t(), make(208, 16).t(), make(100, 130).t(), make(100, 16).t()
+    x[7, 5] = torch.nan
+    codes, scale = rows_to_codes(weight, CODES[kind])
+    for given in (scale, scale[:1]):
+        own, own_scale = rows_to_codes(x, CODES[kind])
+        exact = (own.double() * own_scale) @ (codes.double() * given).t() + hidden.double() @ factor.double().t()
+        y = matmul.multiplied(x, codes, scale=given, hidden=hidden, factor=factor)
+        there = torch.arange(130, device=GPU) != 7
+        assert y.dtype == dtype and y[7].isnan().all()
+        assert distance(y[there], exact[there]) < (2e-3 if dtype == torch.float32 else 0.005)
+    assert matmul.fault(kind, GPU, dtype) is None
+
+
 def chain(count: int = 6, width: int = 3072) -> nn.Module:
     layers = [nn.Linear(width, width, device=GPU, dtype=torch.bfloat16) for _ in range(count)]
     net = nn.Module()

@@ -9,6 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from trainer.control import Stopped
+from trainer.distributed import Elsewhere
+from trainer.errors import UserError
 from trainer.fast import compile as block_compiler
 from trainer.fast import matmul, passes
 from trainer.fast.matmul import LowBits
@@ -27,6 +30,7 @@ STEPS = 2  # whose gradients are compared
 LONG = 400  # steps that a run must have left to be measured at all
 SAVES = 0.15  # of a step's time, where it works
 COST, PAYS = 30.0, 3.0  # seconds that finding out takes, and times that they must be saved to try it unasked
+NOT_OURS = (Stopped, UserError, Elsewhere)  # what ends passes and is no fault of products; Triton has errors of its own
 
 
 class Found(NamedTuple):
@@ -72,7 +76,9 @@ def settle(session: Session, found: Found) -> None:
             _tell(session, f"{found.words}, and {times}")
             return
         why_not = f"{found.words}, but that is not faster: {times}"
-    except RuntimeError as error:
+    except NOT_OURS:
+        raise
+    except Exception as error:
         why_not = _reason(error)
     session.low_bits, session.progress.matmul = None, "off"
     reload(session)
@@ -92,17 +98,17 @@ def may_pay(session: Session) -> bool:
 
 
 def choices(session: Session, kinds: Sequence[str]) -> tuple[list[LowBits], str]:
-    """How the run's layers can multiply, of the kinds asked for; and what keeps the last of the others from it."""
-    able, why_not = [], ""
+    """How the run's layers can multiply, of the kinds asked for; and what keeps the others from it."""
+    able, why_not = [], []
     for kind in kinds:
         said = session.world.together(lambda kind=kind: obstacle(session, kind))
         if reason := next(filter(None, said), None):
-            why_not = reason
+            why_not.append(reason)
         elif paths := large_layers(session, kind):
             able.append(LowBits(kind, paths))
         else:
-            why_not = "no layer of this model is large enough to gain by it"
-    return able, why_not
+            why_not.append("no layer of this model is large enough to gain by it")
+    return able, "; ".join(dict.fromkeys(why_not))
 
 
 def obstacle(session: Session, kind: str) -> str | None:
@@ -115,7 +121,7 @@ def obstacle(session: Session, kind: str) -> str | None:
         return f"blocks of the model are fetched from {session.offload.SOURCE} at each step"
     if session.plan.quantize not in ("none", kind):
         return f"the model is held in {WORDS[session.plan.quantize]}"
-    return block_compiler.compiler_missing() or matmul.fault(kind, session.device)
+    return block_compiler.compiler_missing() or matmul.fault(kind, session.device, session.dtype)
 
 
 def large_layers(session: Session, kind: str) -> frozenset[str]:
@@ -152,7 +158,9 @@ def compare(session: Session, able: Sequence[LowBits], asked: bool) -> Found | N
             if not asked and cosine >= LIKE:
                 return Found(low, words)
         why_not = f"the adapter's gradients need a median cosine of {LIKE} with those without it: {', '.join(seen)}"
-    except RuntimeError as error:
+    except NOT_OURS:
+        raise
+    except Exception as error:
         asked, why_not = False, _reason(error)
     if asked:
         use(session, low)

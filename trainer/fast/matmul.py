@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
@@ -95,17 +95,18 @@ def multiplied(x: Tensor, codes: Tensor, *, gain: Tensor | None = None, scale: T
 
 
 @cache
-def fault(kind: str, device: torch.device) -> str | None:
-    """Why a device cannot multiply so, in words; None where it can."""
-    x, weight, bias = torch.rand(50, 64, device=device) + 1, torch.rand(48, 64, device=device) + 1, torch.ones(48)
-    hidden, factor = torch.rand(50, 4, device=device), torch.rand(48, 4, device=device)
+def fault(kind: str, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> str | None:
+    """Why a device cannot multiply so in a model of `dtype`, in words; None where it can."""
+    rand = partial(torch.rand, device=device, dtype=dtype)
+    x, weight, bias, hidden, factor = rand(64, 64) + 1, rand(48, 64) + 1, rand(48), rand(64, 16), rand(48, 16)
     try:
         codes, scale = rows_to_codes(weight, CODES[kind])
-        y = multiplied(x, codes, scale=scale, bias=bias.to(device), hidden=hidden, factor=factor)
+        y = multiplied(x, codes, scale=scale, bias=bias, hidden=hidden, factor=factor)
     except Exception as error:  # of torch, of Triton, of the compiler that it calls
-        return (str(error).strip().splitlines() or [type(error).__name__])[0]
-    exact = torch.addmm(bias.to(device), x, weight.t()) + hidden @ factor.t()
-    return None if torch.allclose(y, exact, rtol=0.05) else "the kernel gives wrong products"
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return f"the kernel for it could not be made or run here: {reason}"
+    exact = torch.addmm(bias.float(), x.float(), weight.float().t()) + hidden.float() @ factor.float().t()
+    return None if torch.allclose(y.float(), exact, rtol=0.05) else "the kernel gives wrong products"
 
 
 # A model's linears.

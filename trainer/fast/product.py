@@ -15,7 +15,8 @@ from trainer.quantize.linear import rows_to_codes
 @torch.library.custom_op("stiefel_studio::codes_of_rows", mutates_args=())
 def codes_of_rows(x: Tensor, gain: Tensor | None, kind: torch.dtype) -> tuple[Tensor, Tensor]:
     """Codes of x * gain [m, k] in int8 or a float8, and each row's scale [m, 1]; gain: [k, 1] or [1, 1]."""
-    return rows_to_codes(x if gain is None else x.float() * gain.t(), kind)
+    codes, own = rows_to_codes(x if gain is None else x.float() * gain.t(), kind)
+    return codes.contiguous(), own  # in the order that the compiler is told, whatever that of x is
 
 
 @codes_of_rows.register_kernel("cuda")

@@ -18,14 +18,13 @@ SMALL = {"ROWS": 128, "COLUMNS": 128, "DEEP": 64, "num_warps": 8, "num_stages": 
 LARGE_NEEDS = 160 * 1024  # bytes of a multiprocessor's memory
 DESCRIPTORS_FROM = 9  # compute capability that loads and stores whole tiles by themselves
 BAND = 8  # tiles in a column that follow one another, so that they find each other's loads in the cache
-RANKS = 64  # columns of the low-rank product at a time
-FEWEST = 16  # that a product of tiles takes
+RANKS, FEWEST = 64, 16  # columns of the low-rank product at a time: most, in 16 bits, and what a product of tiles takes
 WARPS = {4096: 4, 16384: 8}  # of a row, by what its columns reach to
 MOST_WARPS, WIDEST = 16, 2**16  # of rows and columns that a program holds
 TO_WHOLE = 1.5 * 2**23  # added to a number of fp32 far below it and taken away again, it leaves the nearest integer
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m"])  # one kernel for all numbers of rows
 def _tiles(x, codes, own, scale, bias, hidden, factor, out, m, n, k, r, scale_step,
            HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_PAIR: tl.constexpr, RANK: tl.constexpr,
            INTEGERS: tl.constexpr, TILES: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -88,7 +87,8 @@ def rows_to_codes(x: Tensor, gain: Tensor | None, kind: torch.dtype) -> tuple[Te
     """As `codes_of_rows`, on the GPU that holds x."""
     (m, k), wide = x.shape, triton.next_power_of_2(x.shape[1])
     if wide > WIDEST:
-        return linear.rows_to_codes(x if gain is None else x.float() * gain.t(), kind)
+        codes, own = linear.rows_to_codes(x if gain is None else x.float() * gain.t(), kind)
+        return codes.contiguous(), own
     x = x if x.stride(1) == 1 else x.contiguous()
     codes, own = torch.empty(m, k, dtype=kind, device=x.device), x.new_empty(m, 1, dtype=torch.float32)
     with torch.cuda.device(x.device):
@@ -108,15 +108,16 @@ def product(x: Tensor, codes: Tensor, own: Tensor, scale: Tensor | None, bias: T
     size = LARGE if tiles and properties.shared_memory_per_block_optin >= LARGE_NEEDS else SMALL
     out = torch.empty(m, n, dtype=dtype, device=x.device)
     sides = size["ROWS"], size["COLUMNS"], size["DEEP"]
-    given = [x.contiguous(), codes, out]
+    given = [x.contiguous(), codes.contiguous(), out]
     if tiles:
         blocks = [(sides[0], sides[2]), (sides[1], sides[2]), (sides[0], sides[1])]
         given = [TensorDescriptor.from_tensor(tensor, list(block)) for tensor, block in zip(given, blocks)]
     pair = [own, own] if hidden is None else [hidden.contiguous(), factor.contiguous()]
+    most = RANKS if pair[0].element_size() == 2 else FEWEST  # more of fp32 than that need 160 KB and spill
     with torch.cuda.device(x.device):
         _tiles[(triton.cdiv(m, sides[0]) * triton.cdiv(n, sides[1]),)](
             *given[:2], own, own if scale is None else scale, own if bias is None else bias, *pair, given[2], m, n, k,
             rank, 0 if scale is None or scale.numel() == 1 else 1, scale is not None, bias is not None,
-            hidden is not None, max(FEWEST, min(RANKS, triton.next_power_of_2(max(rank, 1)))), x.dtype == torch.int8,
-            tiles, k % sides[2] == 0, BAND=BAND, **size)
+            hidden is not None, max(FEWEST, min(most, triton.next_power_of_2(max(rank, 1)))), x.dtype == torch.int8,
+            tiles, tiles or k % sides[2] == 0, BAND=BAND, **size)
     return out
