@@ -87,7 +87,11 @@ def test_graphs_hold_in_other_ways_of_training(exact, change: str) -> None:
     assert_same(fast, plain)
 
 
-@pytest.mark.parametrize("way", [("stella", "klein-4b:1"), ("lora", "flux1-dev:1:full")], ids=["klein", "flux1"])
+COMPILED = [("stella", "klein-4b:1"), ("lora", "flux1-dev:1:full"), ("lora", "klein-4b:1:none:fp8"),
+            ("stella", "klein-4b:1:full:int8"), ("stella", "flux1-dev:1:full:nf4")]
+
+
+@pytest.mark.parametrize("way", COMPILED, ids=[" ".join(way) for way in COMPILED])
 def test_compiled_blocks_give_the_numbers_of_plain_ones_as_graphs_too(exact, way: tuple[str, str]) -> None:
     plain = steps(*tiny(*way, "memory.cuda_graphs=off", "train.compile=off"))
     for graphs in ("off", "on"):

@@ -74,22 +74,24 @@ def test_products_and_gradients_are_those_of_the_dequantised_weight_without_wait
     torch.testing.assert_close(x.grad, grad @ layer.weight)
 
 
+@pytest.mark.parametrize("compiled", [False, True], ids=["plain", "compiled"])
 @pytest.mark.parametrize("mode", ["none", *MODES])
-def test_a_step_keeps_no_dequantised_weight(mode):
+def test_a_step_keeps_no_dequantised_weight(mode, compiled):
     """At most one weight in bf16 is there at a time, beside activations of 6 MiB a layer; and how long a step takes."""
     net, _ = adapted(mode)
+    forward = torch.compile(net, dynamic=False) if compiled else net
     x = torch.randn(TOKENS, WIDTH, device=GPU, dtype=torch.bfloat16, requires_grad=True)
     seconds = []
     for _ in range(12):
         torch.cuda.synchronize()
         before, start = torch.cuda.memory_allocated(), time.perf_counter()
         torch.cuda.reset_peak_memory_stats()
-        net(x).square().mean().backward()
+        forward(x).square().mean().backward()
         torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
     peak, activation = torch.cuda.max_memory_allocated() - before, 2 * TOKENS * WIDTH
-    print(f"\n{mode}: forward and backward of {COUNT} layers {WIDTH} x {WIDTH}, {TOKENS} tokens: "
-          f"{sorted(seconds)[len(seconds) // 2] * 1e3:.2f} ms, {peak / 2**20:.0f} MiB beside the weights")
+    print(f"\n{mode}{', compiled' * compiled}: forward and backward of {COUNT} layers {WIDTH} x {WIDTH}, {TOKENS} "
+          f"tokens: {sorted(seconds)[len(seconds) // 2] * 1e3:.2f} ms, {peak / 2**20:.0f} MiB beside the weights")
     assert peak <= 2.5 * 2 * WIDTH**2 + (COUNT + 6) * activation
 
 

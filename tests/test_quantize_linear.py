@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import bitsandbytes
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch._dynamo.testing import CompileCounterWithBackend
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+from torch import Tensor, fx, nn
+from torch._dynamo.backends.common import aot_autograd
 
 from tests.tiny import batch, take_step
 from trainer.adapters import Target, build
@@ -190,26 +193,38 @@ def test_operators_are_what_the_compiler_is_told_of_them(mode):
         torch.library.opcheck(stored_gradient, (x[..., :24], *stored), test_utils="test_faketensor")
 
 
+def graphs_of(function: Callable) -> tuple[Callable, list[list[Tensor]]]:
+    """The function compiled with everything but the generation of code; and of each forward graph what it makes, be it
+    returned or kept for the backward pass (inputs may be kept as well, and take no more)."""
+    made = []
+
+    def look(graph: fx.GraphModule, _: list[Tensor]) -> Callable:
+        [output] = graph.graph.find_nodes(op="output")
+        made.append([node.meta["val"] for node in output.args[0] if node is not None and node.op != "placeholder"])
+        return make_boxed_func(graph.forward)
+
+    compiler = aot_autograd(fw_compiler=look, bw_compiler=lambda graph, _: make_boxed_func(graph.forward),
+                            partition_fn=min_cut_rematerialization_partition)
+    torch._dynamo.reset()
+    return torch.compile(function, backend=compiler, fullgraph=True, dynamic=False), made
+
+
 @pytest.mark.parametrize(("mode", "method", "dora"), [
     ("int8", "lora", True), ("fp8", "stella", False), ("nf4", "stiefel", False)])
 def test_compiled_layers_share_one_function_and_keep_no_dequantised_weight(mode, method, dora):
-    torch._dynamo.reset()
-    compiler = CompileCounterWithBackend("aot_eager_decomp_partition")
-    compiled, saved = torch.compile(Net.forward, backend=compiler, fullgraph=True, dynamic=False), []
+    compiled, made = graphs_of(Net.forward)
     for seed in range(2):
-        net, adapter = adapted(mode, method, dora=dora)
         torch.manual_seed(seed)
+        net, adapter = adapted(mode, method, dora=dora)
         with torch.no_grad():
             for leaf in adapter.parameters():
                 leaf.add_(torch.randn_like(leaf) / 10)
-        x, wanted = torch.randn(5, 40, dtype=torch.float64, requires_grad=True), list(adapter.parameters())
-        results = []
+        x, found = torch.randn(5, 40, dtype=torch.float64, requires_grad=True), []
         for forward in (Net.forward, compiled):
             adapter.refresh("raw", torch.float64)
-            with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-                y = forward(net, x)
-            results.append([y, *torch.autograd.grad(y.square().sum(), [x, *wanted])])
-        for found, expected in zip(*results):
-            torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
-    assert compiler.frame_count == 1
-    assert saved and max(tensor.numel() for tensor in saved if tensor.dtype == torch.float64) < 24 * 24
+            y = forward(net, x)
+            found.append([y, *torch.autograd.grad(y.square().sum(), [x, *adapter.parameters()])])
+        for one, other in zip(*found):
+            torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+    [kept] = made
+    assert max(tensor.numel() for tensor in kept) < 24 * 24
