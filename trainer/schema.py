@@ -193,9 +193,9 @@ class Train(Section):
         "auto", "Compile the model's blocks: faster steps, after half a minute or more for each shape of batch. auto: "
         "Flux, on runs so long that it pays.", advanced=True)
     matmul: Literal["auto", "off", "fp8", "int8"] = setting(
-        "auto", "Frozen layers multiply in 8 bits, which is faster where they are large: fp8 on GPUs from Ada and "
-        "Hopper on, int8 from Ampere on. auto: Flux, on long runs, where it proves faster and the gradients stay "
-        "right.", advanced=True)
+        "auto", "Frozen layers multiply in 8 bits, which is faster where they are large: int8 on GPUs from Ampere "
+        "on, fp8 from Ada and Hopper on. auto: Flux, on long runs, where it proves faster and the gradients stay "
+        "right; int8 first, as the more exact one.", advanced=True)
     deterministic: bool = setting(False, "Bit-exact repeats on a GPU, at some cost in speed.", advanced=True)
     seed: int = setting(0, "Decides data order, noise and starts.", ge=0, le=2**32 - 1)
 
