@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,7 +24,6 @@ USUAL = "usual"  # what torch takes by itself
 CUDNN_FROM = 9  # compute capability from which torch itself prefers cuDNN; where it does not, a fault could end the run
 WORTH_STEPS = 200  # a step saves some milliseconds, and finding out takes about a second
 GAIN = 0.97  # of the usual time: more saves nothing, and would differ from one measurement to the next
-WARM, TIMED = 2, 5  # passes of each shape
 
 Times = dict[str, float | None]  # seconds by backend; None: it cannot
 
@@ -122,27 +120,9 @@ def seconds(call: Call, name: str, device: torch.device) -> float | None:
     try:
         with only(name), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it says at length why a kernel cannot
-            for _ in range(WARM):
-                once()
-            return _timed(once, device)
+            return passes.clocked(once, device)
     except RuntimeError:
         return None
-
-
-def _timed(once: Callable[[], None], device: torch.device) -> float:
-    """Seconds of one of several passes."""
-    if device.type != "cuda":
-        began = time.perf_counter()
-        for _ in range(TIMED):
-            once()
-        return (time.perf_counter() - began) / TIMED
-    began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    began.record()
-    for _ in range(TIMED):
-        once()
-    ended.record()
-    torch.cuda.synchronize(device)
-    return began.elapsed_time(ended) / 1000 / TIMED
 
 
 def fastest(times: Mapping[Call, Times], calls: Counter[Call]) -> tuple[str, dict[str, float]]:

@@ -1,14 +1,17 @@
-"""Passes of coming steps that leave nothing behind: what they take, and the gradients they give."""
+"""Passes of coming steps that leave nothing behind: what they and their parts take, and the gradients they give."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from trainer.data.order import share, stream
 from trainer.session import Session
+
+WARM, TIMED = 2, 5  # calls of what is timed by itself, before and meanwhile
 
 
 def once(session: Session) -> None:
@@ -27,6 +30,24 @@ def seconds(session: Session) -> float:
         once(session)
         torch.cuda.synchronize(session.device)
     return time.perf_counter() - began
+
+
+def clocked(work: Callable[[], object], device: torch.device) -> float:
+    """Seconds of a small part of a pass, by the device's clock: of one call of several, after the first."""
+    for _ in range(WARM):
+        work()
+    if device.type != "cuda":
+        began = time.perf_counter()
+        for _ in range(TIMED):
+            work()
+        return (time.perf_counter() - began) / TIMED
+    began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    began.record()
+    for _ in range(TIMED):
+        work()
+    ended.record()
+    torch.cuda.synchronize(device)
+    return began.elapsed_time(ended) / 1000 / TIMED
 
 
 def gradients(session: Session, steps: int) -> list[list[Tensor]]:
