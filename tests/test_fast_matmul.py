@@ -206,10 +206,10 @@ def test_a_layer_with_a_gain_keeps_its_input_once() -> None:
     assert {tensor.data_ptr() for tensor in kept if tensor.shape == x.shape} == {x.data_ptr()}
 
 
-@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("dora, stored", [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize("kind", CODES)
-def test_the_compiler_takes_the_whole_layer_and_gives_the_same_gradients(kind: str, dora: bool) -> None:
-    net = Net()
+def test_the_compiler_takes_the_whole_layer_and_gives_the_same_gradients(kind: str, dora: bool, stored: bool) -> None:
+    net = Net(store=kind if stored else "none")
     targets = [Target(name, layer, "x") for name, layer in zip(("first", "second"), net.block[0])]
     adapter = build(targets, method="stella", rank=4, dora=dora)
     adapter.install()
