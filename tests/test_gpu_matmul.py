@@ -97,6 +97,19 @@ def test_products_in_every_dtype_at_odd_sides_from_inputs_in_any_order(kind: str
     assert matmul.fault(kind, GPU, dtype) is None
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_products_run_on_the_gpu_of_their_tensors(kind: str) -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(300, 128), torch.randn(96, 128)
+    found = []
+    for device in (GPU, torch.device("cuda", 1)):
+        assert matmul.fault(kind, device) is None
+        codes, scale = rows_to_codes(weight.to(device), CODES[kind])
+        found.append(matmul.multiplied(x.to(device), codes, scale=scale))
+        assert found[-1].device == device and torch.cuda.current_device() == GPU.index
+    assert torch.equal(found[0].cpu(), found[1].cpu())
+
+
 def chain(count: int = 6, width: int = 3072) -> nn.Module:
     layers = [nn.Linear(width, width, device=GPU, dtype=torch.bfloat16) for _ in range(count)]
     net = nn.Module()
