@@ -13,9 +13,7 @@ from tests.test_loop import assert_same_weights, events, go_on, start, stop_at
 from trainer import branch, checkpoint, preset, run
 from trainer.control import Stopped
 from trainer.errors import UserError
-from trainer.fast import compile as block_compiler
-from trainer.fast import low_bits, matmul, passes
-from trainer.fast.low_bits import Found
+from trainer.fast import low_bits, passes
 from trainer.fast.matmul import LowBitLinear, LowBits
 from trainer.loop import run_training
 from trainer.memory.hold import change, reload
@@ -67,7 +65,7 @@ def test_large_is_what_is_large_on_all_sides() -> None:
 def test_what_is_asked_for_is_used_and_told_with_the_cosine(able, tiny_project, tmp_path) -> None:
     session = ready(tiny_project, tmp_path, "train.matmul=int8")
     before = gradients(session)
-    assert low_bits.begin(session) is None
+    low_bits.choose(session)
     assert low_linears(session) > 8 and session.progress.matmul == "int8"
     cosine = low_bits.likeness([gradients(session)], [before])
     assert 0.9 < cosine < 1
@@ -75,48 +73,62 @@ def test_what_is_asked_for_is_used_and_told_with_the_cosine(able, tiny_project, 
     assert text.startswith(f"{low_linears(session)} frozen layers multiply in INT8.") and "median cosine of 0.9" in text
 
 
-def test_unasked_only_the_first_kind_with_the_right_gradients_is_left_to_settle(
-        able, tiny_project, tmp_path, monkeypatch) -> None:
+def test_unasked_the_first_kind_with_the_right_gradients_is_used(able, tiny_project, tmp_path, monkeypatch) -> None:
     session = ready(tiny_project, tmp_path)
     before = gradients(session)
-    cosines = {"fp8": 0.9995, "int8": 0.99}
+    cosines = {"fp8": 0.998, "int8": 0.99}
     measured, real = [], low_bits._cosine
     monkeypatch.setattr(low_bits, "_cosine", lambda session, low, expected: (
         measured.append(real(session, low, expected)), cosines[low.kind])[1])
-    found = low_bits.begin(session)
-    assert found.low.kind == "fp8" and "0.99950" in found.words and all(0.5 < value < 1 for value in measured)
+    monkeypatch.setattr(low_bits, "product_seconds", lambda session, low: [1.0, 0.8])
+    low_bits.choose(session)
     assert same(gradients(session), before) and not low_linears(session) and session.progress.matmul == "off"
-    cosines["fp8"] = 0.998
-    assert low_bits.begin(session) is None
-    assert told(session)[-1].endswith("a median cosine of 0.999 with those without it: INT8 0.99000, FP8 0.99800")
+    cosines["fp8"] = 0.9995
+    low_bits.choose(session)
+    assert session.progress.matmul == "fp8" and all(0.5 < value < 1 for value in measured) and low_linears(session)
+    refused, used = told(session)[-2:]
+    assert refused.endswith("a median cosine of 0.999 with those without it: INT8 0.99000, FP8 0.99800")
+    assert used.endswith("0.99950 with those without it, and their products take 0.800 s of a step instead of 1.000 s")
 
 
 class KernelError(Exception):
     """A fault of Triton's, which are no `RuntimeError`."""
 
 
-@pytest.mark.parametrize("after, kept", [(0.8, True), (0.99, False), (RuntimeError("no kernel\nand more"), False),
-                                         (KernelError("no kernel\nand more"), False)])
-def test_products_that_are_not_faster_are_taken_back_to_the_bit(
-        able, tiny_project, tmp_path, monkeypatch, after, kept: bool) -> None:
+@pytest.mark.parametrize("after, words", [
+    (0.95, "that would not be faster: their products take 0.950 s of a step instead of 1.000 s"),
+    (KernelError("no kernel\nand more"), "that failed: no kernel")])
+def test_unasked_products_that_are_not_faster_are_left(able, tiny_project, tmp_path, monkeypatch, after, words) -> None:
     session = ready(tiny_project, tmp_path)
-    before, times = gradients(session), iter([1.0, after])
-    block_compiler.install(session.denoiser)
+    before = gradients(session)
 
-    def seconds(session: Session) -> float:
-        if isinstance(value := next(times), Exception):
-            raise value
-        return value
+    def seconds(session: Session, low: LowBits) -> list[float]:
+        if isinstance(after, Exception):
+            raise after
+        return [1.0, after]
 
-    monkeypatch.setattr(passes, "seconds", seconds)
-    paths = frozenset(matmul.able_linears(session.denoiser, "int8"))
-    low_bits.settle(session, Found(LowBits("int8", paths), "all right"))
-    assert any(isinstance(block, block_compiler.CompiledBlock) for block in block_compiler.blocks_of(session.denoiser))
-    block_compiler.remove(session.denoiser)
-    assert bool(low_linears(session)) is kept is not same(gradients(session), before)
-    assert session.progress.matmul == ("int8" if kept else "off") and (session.low_bits is not None) is kept
-    words = "instead of 1.000 s" if not isinstance(after, Exception) else "that failed: no kernel"
-    assert told(session)[-1].endswith(words)
+    monkeypatch.setattr(low_bits, "LIKE", -1.0)
+    monkeypatch.setattr(low_bits, "product_seconds", seconds)
+    low_bits.choose(session)
+    assert not low_linears(session) and same(gradients(session), before)
+    assert session.progress.matmul == "off" and session.low_bits is None
+    assert told(session)[-1] == f"Frozen layers do not multiply in 8 bits: {words}"
+
+
+@pytest.mark.parametrize("store", ["none", "int8"])
+def test_each_shape_is_timed_once_for_all_its_layers(able, tiny_project, tmp_path, monkeypatch, store) -> None:
+    session = ready(tiny_project, tmp_path)
+    change(session, Plan(store))
+    low = LowBits("int8", low_bits.large_layers(session, "int8"))
+    sizes: list[tuple[int, ...]] = []
+    monkeypatch.setattr(passes, "clocked", lambda work, device: sizes.append(tuple(work().shape)) or 1.0)
+    assert low_bits.product_seconds(session, low) == [2.0 * len(low.paths)] * 2
+    rows = passes.rows_of_inputs(session, low.paths)
+    layers = {path: session.denoiser.get_submodule(path) for path in low.paths}
+    assert set(sizes) == {(rows[path], side) for path, layer in layers.items()
+                          for side in (layer.in_features, layer.out_features)}
+    shapes = {(layer.in_features, layer.out_features, rows[path]) for path, layer in layers.items()}
+    assert len(sizes) == 4 * len(shapes) < 4 * len(layers)
 
 
 @pytest.mark.parametrize("asked", ["auto", "int8"])
@@ -128,11 +140,12 @@ def test_a_kernel_that_fails_in_the_comparison_ends_no_run(able, tiny_project, t
         raise faults[0]
 
     monkeypatch.setattr(LowBitLinear, "product", product)
-    assert low_bits.begin(session) is None and session.progress.matmul == "off"
+    low_bits.choose(session)
+    assert session.progress.matmul == "off"
     assert not low_linears(session) and same(gradients(session), before)
     faults.pop(0)
     with pytest.raises(Stopped):
-        low_bits.begin(session)
+        low_bits.choose(session)
     assert not low_linears(session)
     assert told(session)[-1] == "Frozen layers do not multiply in 8 bits: that failed: no kernel"
 
@@ -147,7 +160,7 @@ def test_all_reasons_are_told_once_where_no_kind_is_possible(tiny_project, tmp_p
 
 def test_weights_that_are_loaded_anew_multiply_as_before_where_they_can(able, tiny_project, tmp_path) -> None:
     session = ready(tiny_project, tmp_path, "train.matmul=fp8")
-    low_bits.begin(session)
+    low_bits.choose(session)
     before, count = gradients(session), low_linears(session)
     reload(session)
     assert same(gradients(session), before) and low_linears(session) == count
@@ -160,13 +173,13 @@ def test_weights_that_are_loaded_anew_multiply_as_before_where_they_can(able, ti
 def test_a_run_that_is_resumed_goes_on_with_the_same_products_to_the_bit(
         able, tiny_project, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(low_bits, "LIKE", -1.0)
-    monkeypatch.setattr(passes, "seconds", lambda session: 0.5 if low_linears(session) else 1.0)
+    monkeypatch.setattr(low_bits, "product_seconds", lambda session, low: [1.0, 0.5])
     whole = start(tiny_project, tmp_path, "whole")
     broken = run.create(tmp_path, "broken", whole.preset.read_text("utf-8"))
     stop_at(broken, 3)
     run_training(broken, preset.load(broken.preset), tmp_path)
     assert checkpoint.last_progress(broken).matmul == "int8"
-    monkeypatch.setattr(passes, "seconds", lambda session: pytest.fail("decided anew"))
+    monkeypatch.setattr(low_bits, "compare", lambda *_: pytest.fail("decided anew"))
     go_on(broken)
     assert "Frozen layers multiply in INT8, as they did before" in [event["text"] for event in events(broken, "note")]
     for file in ("adapter.safetensors", "optimizer.safetensors"):
@@ -178,7 +191,8 @@ def test_a_run_that_is_resumed_goes_on_with_the_same_products_to_the_bit(
 
 def test_a_cpu_says_that_it_has_no_such_products(tiny_project, tmp_path) -> None:
     session = ready(tiny_project, tmp_path, "train.matmul=fp8")
-    assert low_bits.begin(session) is None and session.progress.matmul == "off" and not low_linears(session)
+    low_bits.choose(session)
+    assert session.progress.matmul == "off" and not low_linears(session)
     assert told(session)[-1] == ("Frozen layers do not multiply in 8 bits: that needs an NVIDIA GPU, and this run "
                                  "trains on cpu")
 
@@ -195,7 +209,7 @@ def test_what_cannot_be_is_refused_in_the_preset(tiny_project, change: str, word
 
 def test_unasked_only_long_runs_of_transformers_are_measured(tiny_project, tmp_path, monkeypatch) -> None:
     session = ready(tiny_project, tmp_path, "train.steps=1000")
-    monkeypatch.setattr(passes, "seconds", lambda session: 0.5)  # 1000 * 0.15 * s against 3 * 30
+    monkeypatch.setattr(passes, "seconds", lambda session: 0.1)  # 1000 * 0.15 * s against 3 * 10
     session.device = torch.device("cuda", 0)
     assert not low_bits.may_pay(session), "a UNet"
     model, train = session.preset.model.model_copy(update={"family": "flux2"}), session.preset.train

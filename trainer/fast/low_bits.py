@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import traceback
+from collections import Counter
 from collections.abc import Sequence
-from typing import NamedTuple
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,75 +17,40 @@ from trainer.fast import compile as block_compiler
 from trainer.fast import matmul, passes
 from trainer.fast.matmul import LowBits
 from trainer.gpu import free_memory
-from trainer.memory.hold import reload
 from trainer.memory.plan import WORDS
 from trainer.schema import FLOW_FAMILIES
 from trainer.session import Session
 
 LIKE = 0.999  # the least median cosine of the adapter's gradients, with and without, to multiply so unasked
-FASTER = 0.95  # of the time of a step's passes: what they must take to multiply so unasked
+FASTER = 0.9  # of the time that these products take: what they must take in 8 bits to multiply so unasked
 SIDE, ROWS, WORK = 1024, 512, 2**32  # of a layer that gains: sides of W, rows of its input, and all three multiplied
 # Compute capability that tensor cores multiply so from, Ampere and Ada. Integers first: as fast, and more exact.
 FIRST = {"int8": (8, 0), "fp8": (8, 9)}
 STEPS = 2  # whose gradients are compared
 LONG = 400  # steps that a run must have left to be measured at all
 SAVES = 0.15  # of a step's time, where it works
-COST, PAYS = 30.0, 3.0  # seconds that finding out takes, and times that they must be saved to try it unasked
+COST, PAYS = 10.0, 3.0  # seconds that finding out takes, and times that they must be saved to try it unasked
 NOT_OURS = (Stopped, UserError, Elsewhere)  # what ends passes and is no fault of products; Triton has errors of its own
 
 
-class Found(NamedTuple):
-    """Products that give the right gradients, and how right they are, in words."""
-
-    low: LowBits
-    words: str
-
-
-def begin(session: Session) -> Found | None:
-    """Before blocks are compiled: let layers multiply as the preset or the checkpoint says.
-
-    Returns what `settle` is to decide after that: what was not asked for, gives the right gradients, and may be faster.
-    """
+def choose(session: Session) -> None:
+    """Before blocks are compiled: let layers multiply as the preset or the checkpoint says, or unasked as is right and
+    faster."""
     asked, progress = session.preset.train.matmul, session.progress
     before = progress.matmul if progress.step else "auto"
     wanted = before if asked == "auto" else asked
     progress.matmul = "off"
     if wanted == "off" or (wanted == "auto" and not may_pay(session)):
-        return None
+        return
     able, why_not = choices(session, list(FIRST) if wanted == "auto" else [wanted])
     if not able:
         if wanted != "auto":
             _refuse(session, f"{why_not}; they did until here" if wanted == before else why_not)
-        return None
-    if wanted == before != "auto":
+    elif wanted == before != "auto":
         use(session, able[0])
         _tell(session, f"Frozen layers multiply in {WORDS[wanted]}, as they did before")
-        return None
-    return compare(session, able, asked=wanted != "auto")
-
-
-def settle(session: Session, found: Found) -> None:
-    """After blocks are compiled, if they are: keep products in 8 bits where they are faster."""
-    compiled = any(isinstance(block, block_compiler.CompiledBlock)
-                   for block in block_compiler.blocks_of(session.denoiser))
-    try:
-        before = max(session.world.together(lambda: passes.seconds(session)))
-        session.world.together(lambda: use(session, found.low))
-        after = max(session.world.together(lambda: passes.seconds(session)))
-        times = f"a step's passes take {after:.3f} s instead of {before:.3f} s"
-        if after <= FASTER * before:
-            _tell(session, f"{found.words}, and {times}")
-            return
-        why_not = f"{found.words}, but that is not faster: {times}"
-    except NOT_OURS:
-        raise
-    except Exception as error:
-        why_not = _reason(error)
-    session.low_bits, session.progress.matmul = None, "off"
-    reload(session)
-    if compiled:
-        block_compiler.install(session.denoiser)
-    _refuse(session, why_not)
+    else:
+        compare(session, able, asked=wanted != "auto")
 
 
 def may_pay(session: Session) -> bool:
@@ -144,30 +110,57 @@ def use(session: Session, low: LowBits) -> None:
     free_memory()
 
 
-def compare(session: Session, able: Sequence[LowBits], asked: bool) -> Found | None:
-    """Compare the gradients of coming steps: use what was asked for, or return the first choice that is right."""
-    seen: list[str] = []
+def compare(session: Session, able: Sequence[LowBits], asked: bool) -> None:
+    """Compare the gradients of coming steps: use what was asked for, or the first choice that is right, if faster."""
+    seen, told = [], ""
     try:
         expected: list[list[Tensor]] = []
         session.world.together(lambda: expected.extend(passes.gradients(session, STEPS)))
         for low in able:
             cosine = min(session.world.together(lambda low=low: _cosine(session, low, expected)))
             seen.append(f"{WORDS[low.kind]} {cosine:.5f}")
-            words = (f"{len(low.paths)} frozen layers multiply in {WORDS[low.kind]}. The adapter's gradients have a "
-                     f"median cosine of {cosine:.5f} with those without it")
-            if not asked and cosine >= LIKE:
-                return Found(low, words)
-        why_not = f"the adapter's gradients need a median cosine of {LIKE} with those without it: {', '.join(seen)}"
+            if asked or cosine >= LIKE:
+                faster, times = (True, "") if asked else is_faster(session, low)
+                told = (f"{len(low.paths)} frozen layers multiply in {WORDS[low.kind]}. The adapter's gradients have a "
+                        f"median cosine of {cosine:.5f} with those without it{times and f', and {times}'}")
+                break
     except NOT_OURS:
         raise
     except Exception as error:
-        asked, why_not = False, _reason(error)
-    if asked:
-        use(session, low)
-        _tell(session, words + ("" if cosine >= LIKE else f"; 'auto' asks for {LIKE} at least"))
+        _refuse(session, _reason(error))
+        return
+    if not told:
+        _refuse(session, f"the adapter's gradients need a median cosine of {LIKE} with those without it: "
+                f"{', '.join(seen)}")
+    elif not faster:
+        _refuse(session, f"that would not be faster: {times}")
     else:
-        _refuse(session, why_not)
-    return None
+        use(session, low)
+        _tell(session, told if cosine >= LIKE else f"{told}; 'auto' asks for {LIKE} at least")
+
+
+def is_faster(session: Session, low: LowBits) -> tuple[bool, str]:
+    """Whether a pass's products take clearly less time so, and both times in words."""
+    both = session.world.together(lambda: product_seconds(session, low))
+    before, after = (max(times) for times in zip(*both))
+    return after <= FASTER * before, f"their products take {after:.3f} s of a step instead of {before:.3f} s"
+
+
+def product_seconds(session: Session, low: LowBits) -> list[float]:
+    """What one pass's products take in layers as they are, and in 8 bits: forward, and for the gradient of the input.
+    Each shape is timed once."""
+    rows = passes.rows_of_inputs(session, low.paths)
+    layers = {path: session.denoiser.get_submodule(path) for path in sorted(low.paths)}
+    shapes = {path: (layer.in_features, layer.out_features, rows[path]) for path, layer in layers.items()}
+    counts, totals = Counter(shapes.values()), [0.0, 0.0]
+    make = partial(torch.randn, dtype=session.dtype, device=session.device,
+                   generator=torch.Generator(session.device).manual_seed(0))  # the run's own stays as it is
+    for (n, m, count), path in {shape: path for path, shape in shapes.items()}.items():
+        x, grad = make(count, n), make(count, m)
+        for way, (product, gradient) in enumerate(matmul.both_ways(layers[path], low.kind)):
+            once = sum(passes.clocked(work, session.device) for work in (partial(product, x), partial(gradient, grad)))
+            totals[way] += counts[n, m, count] * once
+    return totals
 
 
 def likeness(found: Sequence[Sequence[Tensor]], expected: Sequence[Sequence[Tensor]]) -> float:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache, partial
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainer.adapters.fused import add_low_rank
@@ -18,6 +20,9 @@ from trainer.quantize.model import linears_in_blocks
 CODES = {"fp8": FP8, "int8": torch.int8}
 STEP = 16  # both sides of a weight are multiples of it: what the kernel loads at a time
 FEWEST_ROWS = 32  # of an input; with fewer the product is made in the model's dtype
+
+
+Product = Callable[[Tensor], Tensor]
 
 
 class LowBits(NamedTuple):
@@ -147,6 +152,21 @@ def stop_trying(denoiser: nn.Module, low: LowBits) -> None:
 def is_plain(module: nn.Module) -> bool:
     """Whether a linear still has its weight, not codes."""
     return "weight" in module._parameters
+
+
+def both_ways(layer: nn.Module, kind: str) -> list[tuple[Product, Product]]:
+    """A linear's product and its input's gradient, as it makes them and in 8 bits, to be timed beside one another."""
+    if is_plain(layer):
+        weight, bias = layer.weight.detach(), layer.bias
+        codes, scale = rows_to_codes(weight, CODES[kind])
+        turned = codes.t().contiguous()
+        whole = partial(F.linear, weight=weight, bias=bias), lambda grad: grad @ weight
+        return [whole, (partial(multiplied, codes=codes, scale=scale, bias=bias),
+                        partial(multiplied, codes=turned, gain=scale))]
+    codes, scale = layer.codes, layer.scale
+    return [(layer.product, layer.input_gradient),
+            (partial(multiplied, codes=codes, scale=scale, bias=layer.bias),
+             lambda grad: multiplied(grad, codes.t().contiguous(), gain=scale))]
 
 
 def _encode(module: nn.Module, low: LowBits) -> None:

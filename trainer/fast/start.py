@@ -25,10 +25,8 @@ def prepare(session: Session) -> None:
     """Let layers multiply in 8 bits, blocks be compiled, batches be read ahead and passes run as graphs; a note says
     why something that could be, is not."""
     attention.choose(session)  # before anything that is built on it
-    found = low_bits.begin(session)
+    low_bits.choose(session)
     _compile(session)
-    if found is not None:
-        low_bits.settle(session, found)
     if session.device.type == "cuda":
         session.prefetch = Prefetcher(session.read, session.device)
     _record(session)
