@@ -73,21 +73,24 @@ def test_what_is_asked_for_is_used_and_told_with_the_cosine(able, tiny_project, 
     assert text.startswith(f"{low_linears(session)} frozen layers multiply in INT8.") and "median cosine of 0.9" in text
 
 
-def test_unasked_the_first_kind_with_the_right_gradients_is_used(able, tiny_project, tmp_path, monkeypatch) -> None:
+def test_unasked_the_first_kind_that_is_right_and_faster_is_used(able, tiny_project, tmp_path, monkeypatch) -> None:
     session = ready(tiny_project, tmp_path)
     before = gradients(session)
     cosines = {"fp8": 0.998, "int8": 0.99}
     measured, real = [], low_bits._cosine
     monkeypatch.setattr(low_bits, "_cosine", lambda session, low, expected: (
         measured.append(real(session, low, expected)), cosines[low.kind])[1])
-    monkeypatch.setattr(low_bits, "product_seconds", lambda session, low: [1.0, 0.8])
+    monkeypatch.setattr(low_bits, "product_seconds", lambda session, low: [1.0, 0.8 if low.kind == "fp8" else 1.1])
     low_bits.choose(session)
     assert same(gradients(session), before) and not low_linears(session) and session.progress.matmul == "off"
-    cosines["fp8"] = 0.9995
+    cosines["fp8"], cosines["int8"] = 0.9995, 0.9999
     low_bits.choose(session)
     assert session.progress.matmul == "fp8" and all(0.5 < value < 1 for value in measured) and low_linears(session)
     refused, used = told(session)[-2:]
-    assert refused.endswith("a median cosine of 0.999 with those without it: INT8 0.99000, FP8 0.99800")
+    assert refused.endswith(
+        "8 bits: with INT8 the adapter's gradients have a median cosine of 0.99000 with those without it, and 0.999 is "
+        "the least; with FP8 the adapter's gradients have a median cosine of 0.99800 with those without it, and 0.999 "
+        "is the least")
     assert used.endswith("0.99950 with those without it, and their products take 0.800 s of a step instead of 1.000 s")
 
 
@@ -96,7 +99,8 @@ class KernelError(Exception):
 
 
 @pytest.mark.parametrize("after, words", [
-    (0.95, "that would not be faster: their products take 0.950 s of a step instead of 1.000 s"),
+    (0.95, "INT8 would not be faster: their products take 0.950 s of a step instead of 1.000 s; FP8 would not be "
+           "faster: their products take 0.950 s of a step instead of 1.000 s"),
     (KernelError("no kernel\nand more"), "that failed: no kernel")])
 def test_unasked_products_that_are_not_faster_are_left(able, tiny_project, tmp_path, monkeypatch, after, words) -> None:
     session = ready(tiny_project, tmp_path)

@@ -111,32 +111,37 @@ def use(session: Session, low: LowBits) -> None:
 
 
 def compare(session: Session, able: Sequence[LowBits], asked: bool) -> None:
-    """Compare the gradients of coming steps: use what was asked for, or the first choice that is right, if faster."""
-    seen, told = [], ""
+    """Compare the gradients of coming steps: use what was asked for, or the first choice that is right and faster."""
+    against: list[str] = []
     try:
         expected: list[list[Tensor]] = []
         session.world.together(lambda: expected.extend(passes.gradients(session, STEPS)))
         for low in able:
             cosine = min(session.world.together(lambda low=low: _cosine(session, low, expected)))
-            seen.append(f"{WORDS[low.kind]} {cosine:.5f}")
-            if asked or cosine >= LIKE:
-                faster, times = (True, "") if asked else is_faster(session, low)
-                told = (f"{len(low.paths)} frozen layers multiply in {WORDS[low.kind]}. The adapter's gradients have a "
-                        f"median cosine of {cosine:.5f} with those without it{times and f', and {times}'}")
+            told = (f"{len(low.paths)} frozen layers multiply in {WORDS[low.kind]}. The adapter's gradients have a "
+                    f"median cosine of {cosine:.5f} with those without it")
+            if asked:
+                told = told if cosine >= LIKE else f"{told}; 'auto' asks for {LIKE} at least"
                 break
+            if cosine < LIKE:
+                against.append(f"with {WORDS[low.kind]} the adapter's gradients have a median cosine of {cosine:.5f} "
+                               f"with those without it, and {LIKE} is the least")
+                continue
+            faster, times = is_faster(session, low)
+            if faster:
+                told = f"{told}, and {times}"
+                break
+            against.append(f"{WORDS[low.kind]} would not be faster: {times}")
+        else:
+            _refuse(session, "; ".join(against))
+            return
     except NOT_OURS:
         raise
     except Exception as error:
         _refuse(session, _reason(error))
         return
-    if not told:
-        _refuse(session, f"the adapter's gradients need a median cosine of {LIKE} with those without it: "
-                f"{', '.join(seen)}")
-    elif not faster:
-        _refuse(session, f"that would not be faster: {times}")
-    else:
-        use(session, low)
-        _tell(session, told if cosine >= LIKE else f"{told}; 'auto' asks for {LIKE} at least")
+    use(session, low)
+    _tell(session, told)
 
 
 def is_faster(session: Session, low: LowBits) -> tuple[bool, str]:
