@@ -13,6 +13,7 @@ from tests import family_runs, models_flux
 from tests.bench.host_memory import load_peak, make_shards
 from trainer.adapters import Target, build
 from trainer.quantize.available import check
+from trainer.quantize.linear import FP8, in_one_pass, scaled, whole
 from trainer.quantize.model import MODES, quantised_linear, weight_bytes
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
@@ -72,6 +73,18 @@ def test_products_and_gradients_are_those_of_the_dequantised_weight_without_wait
         torch.cuda.set_sync_debug_mode("default")
     torch.testing.assert_close(y, F.linear(x, layer.weight))
     torch.testing.assert_close(x.grad, grad @ layer.weight)
+
+
+@pytest.mark.parametrize("kind", [torch.int8, FP8], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", [(3072, 3072), (13, 11), (300, 1025)])
+def test_a_weight_that_is_made_in_one_pass_is_the_same_to_the_bit(kind, dtype, shape):
+    if not in_one_pass(kind, dtype, GPU):
+        assert kind == FP8 and torch.cuda.get_device_capability(GPU) < (8, 9)
+        return
+    codes = (100 * torch.randn(shape, device=GPU)).clamp(-127, 127).to(kind)
+    for scale in (torch.rand(shape[0], 1, device=GPU), torch.rand(1, 1, device=GPU)):
+        assert torch.equal(whole((codes, scale), shape, dtype), scaled(codes, scale, dtype))
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["plain", "compiled"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -132,13 +133,8 @@ def fp8_linear(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> RowSc
 def rows_to_codes(x: Tensor, kind: torch.dtype) -> tuple[Tensor, Tensor]:
     """Codes [m, n] in int8 or a float8, and the fp32 scale of each row [m, 1] that takes its largest to the largest
     code; what is not finite stays so in codes * scale."""
-    return with_scale(x, x.abs().amax(1, keepdim=True), kind)
-
-
-def with_scale(x: Tensor, largest: Tensor, kind: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The same for the largest number of each row [m, 1], or of all [1, 1]."""
     top = top_of(kind)
-    scale = largest.float().clamp(min=LEAST) / top
+    scale = x.abs().amax(1, keepdim=True).float().clamp(min=LEAST) / top
     codes = (x / scale).clamp(-top, top)
     return (codes.round() if kind == torch.int8 else codes).to(kind), scale
 
@@ -156,8 +152,29 @@ def whole(stored: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype) ->
     if len(stored) == len(Nf4Linear.parts):
         return _from_nf4(*stored, dtype)[: math.prod(shape)].view(*shape).to(dtype)
     codes, scale = stored
-    # Codes are exact in every compute dtype, and the product is rounded once, from fp32.
+    if codes.is_cuda and codes.is_contiguous() and in_one_pass(codes.dtype, dtype, codes.device):
+        from trainer.quantize import whole_kernel  # late: Triton is only where there is a GPU for it
+
+        return whole_kernel.scaled(codes, scale, dtype)
+    return scaled(codes, scale, dtype)
+
+
+def scaled(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """codes * scale; codes are exact in every compute dtype, and the product is rounded once, from fp32."""
     return codes.to(dtype).mul_(scale)
+
+
+@cache
+def in_one_pass(kind: torch.dtype, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a kernel makes W on this GPU, the same to the bit: it needs Triton and a compiler of C."""
+    codes = torch.arange(-100, 100, device=device).repeat(2, 1).to(kind)
+    scale = torch.tensor([[0.3], [7e-4]], device=device)
+    try:
+        from trainer.quantize import whole_kernel  # late, as above
+
+        return torch.equal(whole_kernel.scaled(codes, scale, dtype), scaled(codes, scale, dtype))
+    except Exception:  # of Triton, or of the compiler that it calls: torch's own operations do
+        return False
 
 
 def _from_nf4(packed: Tensor, absmax: Tensor, absmax_scale: Tensor, absmax_mean: Tensor, dtype: torch.dtype) -> Tensor:
