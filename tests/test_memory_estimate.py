@@ -14,7 +14,7 @@ from trainer import families
 from trainer.adapters import Target, build
 from trainer.distributed import ALONE
 from trainer.memory.blocks import repeated_blocks
-from trainer.memory.estimate import UPDATE, UPDATE_FREE, Estimate, Estimator, held_weights
+from trainer.memory.estimate import BESIDE, UPDATE, UPDATE_FREE, Estimate, Estimator, held_weights
 from trainer.memory.fetch import tensors_of
 from trainer.memory.offload import Offload
 from trainer.memory.plan import Plan
@@ -90,6 +90,14 @@ def test_an_update_takes_no_more_than_is_estimated(method: str, retraction: str)
     trained = sum(leaf.numel() for leaf in adapter.parameters())
     limit = UPDATE.get({"stiefel": "qr"}.get(method, retraction), UPDATE_FREE)
     assert (0 if method == "lora" else limit / 3) <= (alive.peak - held) / trained <= limit
+
+
+@pytest.mark.parametrize(("method", "streams"), [("lora", 0), ("trilora", 3), ("stella", 3), ("stiefel", 0)])
+def test_work_spaces_of_streams_are_counted_where_they_are_large(method: str, streams: int) -> None:
+    size = true_size.shrunk(SIZES["klein-4b"])
+    usual, exact = (Estimator(true_size.preset_of(size, method, 4, [f"train.deterministic={choice}"]),
+                             true_size.skeleton(size), torch.float32)(Plan()).step for choice in ("false", "true"))
+    assert exact - usual == streams * BESIDE
 
 
 @pytest.mark.parametrize("mode", ["none", "fp8", "int8", "nf4"])

@@ -58,7 +58,7 @@ def choose(build: Build, preset: Preset, base: Any, device: torch.device, saved:
     text_encoder = None
     if "text_encoder" in preset.adapter.targets:
         text_encoder = family.load_text_encoder(base, META, family.TEXT_DTYPE)
-    estimate = Estimator(preset, skeleton, pick_dtype(preset, device), text_encoder=text_encoder)
+    estimate = Estimator(preset, skeleton, pick_dtype(preset, device), text_encoder=text_encoder, device=device)
     likely = worth_trying(ladder, estimate.fits, limit)
     session, tried = settle(build, likely, blocks, meter, recorder, world)
     recorder.note(0, told(session.plan, tried, blocks, limit))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from trainer import families
 from trainer.adapters import METHODS, layer
 from trainer.adapters.layout import Layout
-from trainer.adapters.stella import StelLA
+from trainer.adapters.stella import STREAMS, StelLA
 from trainer.adapters.target import Target
 from trainer.memory.blocks import repeated_blocks
 from trainer.memory.fetch import BUFFERS
@@ -32,7 +32,9 @@ EMA = 4
 RULE = {"stella": 4, "stiefel": 2}  # what the manifold's step keeps
 UPDATE = {"polar": 6, "qr": 7, "exponential": 20}  # bytes a trained number that come and go in an optimizer step
 UPDATE_FREE = 2  # without a manifold
-WORKSPACE = 96 * 2**20  # what cuBLAS takes for its products, on two threads
+WORKSPACE = 96 * 2**20  # what cuBLAS takes for its products, on two threads, measured on a Hopper; others need less
+BESIDE = 32 * 2**20  # and on each stream of StelLA's backward pass, on a Hopper or where steps repeat to the bit
+HOPPER = (9, 0)  # compute capability
 CONVOLUTIONS = 256 * 2**20  # what cuDNN takes beside a UNet's convolutions: measured 0.24 GiB (SD 1.5), 0.34 (SDXL)
 
 
@@ -63,26 +65,27 @@ class Estimator:
     """Estimates for the plans of one preset; each kind of step is run once."""
 
     def __init__(self, preset: Preset, denoiser: nn.Module, dtype: torch.dtype, size: tuple[int, int] | None = None,
-                 text_encoder: Any = None) -> None:
+                 text_encoder: Any = None, device: torch.device = META) -> None:
         """denoiser, text_encoder (where it is trained): skeletons on the meta device, which stay as they are.  size:
-        width and height in pixels of the largest pictures; left out, data.resolution's square."""
+        width and height in pixels of the largest pictures; left out, data.resolution's square.  device: that trains."""
         self.preset, self.skeleton, self.dtype, self.text_encoder = preset, denoiser, dtype, text_encoder
         self.family = families.get(preset.model.family)
         self.size = size or (preset.data.resolution, preset.data.resolution)
-        self.steps: dict[tuple[bool, str], tuple[int, int]] = {}
+        self.device, self.steps = device, dict[tuple[bool, str], tuple[int, int, int]]()
 
     def __call__(self, plan: Plan) -> Estimate:
         """What a step takes when the model is held as `plan` says."""
         kind = plan.quantize != "none", plan.checkpointing
         if kind not in self.steps:
             self.steps[kind] = self._trace(*kind)
-        trained, activations = self.steps[kind]
+        trained, activations, beside = self.steps[kind]
         weights, host = self._weights(plan)
         train, method = self.preset.train, self.preset.adapter.method
         rule = 0 if train.optimizer == "stiefel" else RULE.get(method, 0)
         held = HELD + STATE[train.optimizer] + rule + (EMA if train.ema_decay else 0)
         convolves = any(isinstance(module, nn.Conv2d) for module in self.skeleton.modules())
-        workspace = WORKSPACE + (CONVOLUTIONS if convolves else 0)
+        hopper = self.device.type == "cuda" and torch.cuda.get_device_capability(self.device) == HOPPER
+        workspace = WORKSPACE + beside * BESIDE * (hopper or train.deterministic) + (CONVOLUTIONS if convolves else 0)
         return Estimate(weights, trained * held, max(activations, self._update(trained)) + workspace, host)
 
     def fits(self, plan: Plan, room: float) -> bool:
@@ -102,8 +105,8 @@ class Estimator:
             chosen.retraction)
         return trained * (UPDATE.get(name, UPDATE_FREE) + self.dtype.itemsize)
 
-    def _trace(self, quantised: bool, checkpointing: str) -> tuple[int, int]:
-        """Numbers trained, and bytes at the peak of forward and backward pass beside weights and adapter."""
+    def _trace(self, quantised: bool, checkpointing: str) -> tuple[int, int, int]:
+        """Numbers trained, bytes at the peak of forward and backward pass beside weights and adapter, `streams_of`."""
         denoiser = nn.Module.to(copy.deepcopy(self.skeleton), META, self.dtype).requires_grad_(False)
         for path, linear in linears_in_blocks(denoiser).items() if quantised else ():
             denoiser.set_submodule(path, UnmadeLinear(linear.weight.shape, linear.bias, self.dtype))
@@ -115,7 +118,7 @@ class Estimator:
         gradients = [leaf.grad for leaf in leaves.values()]
         with Alive([*denoiser.parameters(), *denoiser.buffers(), *leaves.values(), *gradients]) as alive, gpu_kernels():
             self._step(denoiser, targets, method, leaves)
-        return sum(leaf.numel() for leaf in leaves.values()), alive.peak
+        return sum(leaf.numel() for leaf in leaves.values()), alive.peak, streams_of(method)
 
     def _step(self, denoiser: nn.Module, targets: list[Target], method: Any, leaves: dict[str, Tensor]) -> None:
         """What `Session.loss` and `backward` do, without data."""
@@ -141,6 +144,11 @@ def make_leaves(preset: Preset, layout: Layout) -> tuple[Any, dict[str, Tensor]]
     for leaf in leaves.values():
         leaf.grad = torch.empty_like(leaf)
     return method, leaves
+
+
+def streams_of(method: Any) -> int:
+    """On how many streams of its own the backward pass works on an adapter's sizes."""
+    return min(STREAMS, len(method.dims)) if isinstance(method, StelLA) else 0
 
 
 def held_weights(denoiser: nn.Module, plan: Plan, dtype: torch.dtype) -> tuple[int, int]:
