@@ -107,6 +107,14 @@ def test_blocks_in_the_hosts_memory_draw_the_same_picture(tmp_path):
     assert bench._offload is not None
 
 
+def test_pictures_are_computed_as_their_settings_ask(exact, tmp_path):
+    base, found = MAKERS["sd15"](tmp_path / "base"), []
+    for precision in ("auto", "fp32"):
+        Bench(Settings(family="sd15", base=str(base), device="cpu", precision=precision), lambda *_: None)
+        found.append(torch.backends.cudnn.conv.fp32_precision)
+    assert found == ["tf32", "ieee"]
+
+
 def test_what_a_request_leaves_out_is_the_files_or_the_familys(tmp_path):
     base = MAKERS["sd15"](tmp_path / "base")
     file = lora(tmp_path / "a.safetensors", base, "sd15")

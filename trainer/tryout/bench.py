@@ -52,6 +52,7 @@ class Bench:
         self.settings, self.tell = settings, tell
         self.device = gpu.pick_device(settings.device, "device")
         self.dtype = gpu.pick_dtype(settings.precision, self.device)
+        gpu.choose_arithmetic(settings.precision, deterministic=False)
         check(settings.quantize, self.device, "quantize")
         self.family = families.get(settings.family)
         self.base = self.family.open_base(
