@@ -252,6 +252,7 @@ def test_two_tabs_do_not_lose_an_edit(browser, server, folder):
         assert (folder / "00.txt").read_text() == "saved by the first tab"
         button(two, "Decide later").click()
         expect(caption(two, "00.png")).to_have_value("typed in the second tab")
+        expect(two.locator(".st-tile", has_text="00.png")).to_contain_text("tokens")  # all that a card may say
         button(two, "Compare").click()
         two.get_by_label("Yours").fill("both: first and second")
         button(two, "Save yours").click()

@@ -91,12 +91,18 @@ def test_a_process_that_cannot_begin_is_told(trying):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends a signal")
 def test_a_process_that_is_killed_while_it_draws_is_told(trying):
-    program = ("import pathlib, sys, time; folder = pathlib.Path(sys.argv[-1]);"
-               "(folder / 'events.jsonl').write_text('{\"kind\": \"phase\", \"request\": 1, \"name\": \"x\"}\\n');"
-               "[path.unlink() for path in (folder / 'control').glob('draw-*')]; time.sleep(30)")
+    program = """if True:  # it is there before the request is
+        import pathlib, sys, time
+        folder = pathlib.Path(sys.argv[-1])
+        (folder / "events.jsonl").write_text('{"kind": "phase", "request": 1, "name": "x"}\\n')
+        while not (asked := list((folder / "control").glob("draw-*.json"))):
+            time.sleep(0.01)
+        asked[0].unlink()
+        time.sleep(30)
+    """
     trying._command = (sys.executable, "-c", program)
     asked = trying.ask(RUN, "run:cats", {"prompt": "x"})
-    [found], end = task.list_tasks(trying.places.workspace), time.monotonic() + 20
+    [found], end = task.list_tasks(trying.places.workspace), time.monotonic() + 60
     while found.newer_waits():
         assert time.monotonic() < end
         time.sleep(0.05)
