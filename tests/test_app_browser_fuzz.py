@@ -73,6 +73,7 @@ class Sequence:
             if texts(self.folder) == self.states[-1]:
                 return
         self.arrive(expected, is_undo)
+        self.page.wait_for_timeout(1000)  # files change before the page hears of it; who types meanwhile is asked
 
     def arrive(self, expected, is_undo=False):
         deadline = time.monotonic() + PATIENCE
