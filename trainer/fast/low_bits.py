@@ -160,11 +160,11 @@ def product_seconds(session: Session, low: LowBits) -> list[float]:
     counts, totals = Counter(shapes.values()), [0.0, 0.0]
     make = partial(torch.randn, dtype=session.dtype, device=session.device,
                    generator=torch.Generator(session.device).manual_seed(0))  # the run's own stays as it is
-    for (n, m, count), path in {shape: path for path, shape in shapes.items()}.items():
-        x, grad = make(count, n), make(count, m)
+    for (n, m, tall), path in {shape: path for path, shape in shapes.items()}.items():
+        x, grad = make(tall, n), make(tall, m)
         for way, (product, gradient) in enumerate(matmul.both_ways(layers[path], low.kind)):
             once = sum(passes.clocked(work, session.device) for work in (partial(product, x), partial(gradient, grad)))
-            totals[way] += counts[n, m, count] * once
+            totals[way] += counts[n, m, tall] * once
     return totals
 
 

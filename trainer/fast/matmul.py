@@ -41,7 +41,7 @@ class LowBitLinear(RowScaledLinear):
     8 bits turns them over in each backward pass. An adapter's product is added in the kernel.
     """
 
-    adds_pair = True
+    adds_pair = True  # an adapted layer leaves its pair's product to this one
     code_kind: torch.dtype
     turned: Tensor | None  # n m, of those that had 16 bits
 

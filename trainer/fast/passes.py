@@ -33,7 +33,7 @@ def seconds(session: Session) -> float:
 
 
 def clocked(work: Callable[[], object], device: torch.device) -> float:
-    """Seconds of a small part of a pass, by the device's clock: of one call of several, after the first."""
+    """Seconds of one call of a small part of a pass, by the device's clock: the mean of several, after some to warm."""
     for _ in range(WARM):
         work()
     if device.type != "cuda":

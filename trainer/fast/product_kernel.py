@@ -12,7 +12,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from trainer.quantize import linear
 
 # Rows and columns of the output, and columns of x, that a program works on at a time; its warps, and how many loads are
-# under way. Measured on an H200; the second is for processors with less memory of their own or without its loads.
+# under way. The first was the fastest of several on an H200; the second is for processors with less memory of their own
+# or without its loads.
 LARGE = {"ROWS": 128, "COLUMNS": 128, "DEEP": 128, "num_warps": 4, "num_stages": 3}
 SMALL = {"ROWS": 128, "COLUMNS": 128, "DEEP": 64, "num_warps": 8, "num_stages": 3}
 LARGE_NEEDS = 160 * 1024  # bytes of a multiprocessor's memory
