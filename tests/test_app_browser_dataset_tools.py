@@ -10,6 +10,8 @@ from tests import models_caption
 from tests.app_browser import button, chromium, faults, opened, served  # noqa: F401 - a fixture
 from tests.app_pictures import caption, card, images, make, panel, texts, undo, use
 from tests.data_sets import draw
+from trainer.caption import task as captioner
+from trainer.events import EventWriter
 
 pytestmark = pytest.mark.browser
 PRESET = ('[model]\nfamily = "sd15"\nbase = "base"\n[data]\nfolder = "."\nresolution = 256\ntrigger = "sks"\n'
@@ -191,6 +193,36 @@ def test_a_model_proposes_captions_which_are_written_when_applied(browser, serve
         expect(undo(page)).to_have_text("Undo: Automatic captions")
         expect(button(page, "Start")).to_be_visible()
         assert texts(folder)["01.txt"] == b"" and texts(folder)["03.txt"] == b"by hand"
+
+
+def test_proposals_of_one_data_set_never_come_up_in_another(browser, server, folder):
+    other = make(folder.with_name("without_proposals"), 2)
+    make(folder, 3)
+    task = captioner.create(server.workspace, captioner.parse({"folder": str(folder), "model": "m/n"}))
+    EventWriter(task.results).write("caption", image="00.png", before="", after="of the first set")
+    EventWriter(task.events).write("end", reason="done", done=1, of=1)
+    with opened(browser, server.address) as page:
+        use(page, folder, 3)
+        page.evaluate("""() => {
+            const { ask } = Studio;
+            Studio.ask = async (server, name, request) => {
+                const answer = await ask(server, name, request);
+                if (name === "read_captioning" && answer.task) await new Promise((go) => { window.arrive = go; });
+                return answer;
+            };
+        }""")
+        automatic = panel(page, "Automatic captions")
+        page.wait_for_function("window.arrive !== undefined")
+        page.get_by_role("combobox", name="Data set").select_option(label=other.name)
+        expect(page.locator(".st-chosen")).to_contain_text("2 images")
+        page.evaluate("window.arrive()")
+        expect(button(page, "Start")).to_be_visible()
+        expect(automatic.get_by_text("of the first set")).to_have_count(0)
+        page.get_by_role("combobox", name="Data set").select_option(label=folder.name)
+        page.evaluate("delete window.arrive")
+        page.wait_for_function("window.arrive !== undefined")
+        page.evaluate("window.arrive()")
+        expect(automatic.get_by_text("of the first set")).to_be_visible()
 
 
 def test_captions_are_not_made_for_all_when_none_is_shown_and_excluded_ones_are_not_counted(browser, server, folder):

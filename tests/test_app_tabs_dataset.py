@@ -4,7 +4,7 @@ import base64
 
 import pytest
 
-from app.captioning import Captioning
+from app.captioning import Captioning, Progress
 from app.components import server_function
 from app.datasets.library import Library
 from app.paths import Places
@@ -13,7 +13,9 @@ from app.tabs.dataset import AddFiles, SaveMask, Uploaded, add_files, decoded, u
 from app.tabs.dataset_requests import OfSet
 from app.tabs.dataset_tools import ReadTraining, list_trainings, read_training
 from tests.data_sets import draw, tree
+from trainer.caption import task as captioner
 from trainer.errors import UserError
+from trainer.events import EventWriter
 
 PRESET = ('[model]\nfamily = "flux1"\nbase = "base"\n[data]\nfolder = ["../datasets/cats", "more"]\nresolution = 768\n'
           'trigger = "sks"\n[train]\nsteps = 5\nbatch_size = 2\ngrad_accum = 3\n')
@@ -105,3 +107,20 @@ def test_the_panels_count_with_the_presets_settings(library):
     assert read["handling"]["trigger"] == "sks" and sum(read["timesteps"]["shares"]) == pytest.approx(1)
     with pytest.raises(UserError, match="is not a name inside"):
         read_training(library, ReadTraining(shelf="own", name="../mine"))
+
+
+def test_the_answer_that_says_a_captioner_has_ended_brings_its_last_proposals(library, cats):
+    tasks = Captioning(library.places)
+    task = captioner.create(library.places.workspace, captioner.parse({"folder": str(cats.root), "model": "m/n"}))
+
+    class EndsMeanwhile(Captioning):
+        def progress(self, name: str) -> Progress:
+            EventWriter(task.results).write("caption", image="a.png", before="", after="a cat")
+            EventWriter(task.events).write("end", reason="done", done=1, of=1)
+            return tasks.progress(name)
+
+    functions = dataset_tools.functions(library, EndsMeanwhile(library.places))
+    read = next(function for function in functions if function.__name__ == "read_captioning")
+    answer = read({"id": cats.id, "task": task.name, "start": 0})
+    assert (answer["word"], answer["alive"]) == ("done", False)
+    assert answer["rows"] == [{"image": "a.png", "before": "", "after": "a cat"}]

@@ -33,7 +33,13 @@ class Terminal:
         self.stream = os.fdopen(inside, "w", encoding="utf-8")
 
     def shown(self) -> str:
-        return os.read(self._outside, 65536).decode()
+        """All that was written; the system hands it through in pieces, and not at once."""
+        self.stream.write("\0")
+        self.stream.flush()
+        shown = b""
+        while not shown.endswith(b"\0"):
+            shown += os.read(self._outside, 65536)
+        return shown[:-1].decode()
 
     def close(self) -> None:
         self.stream.close()

@@ -176,6 +176,17 @@ def test_a_second_trainer_is_refused_and_a_kill_frees_the_run(run):
     assert not run.is_held()
 
 
+def test_a_run_that_ends_while_its_state_is_worked_out_has_ended_and_not_crashed(run, monkeypatch):
+    say(run, START, STEP)
+
+    def ends(self: Run) -> bool:
+        say(self, START, STEP, event("end", reason="done", step=9, steps=9))
+        return False
+
+    monkeypatch.setattr(Run, "is_held", ends)
+    assert run.state() == State("done", "done at step 9", 9, 9)
+
+
 def test_a_look_at_the_lock_does_not_keep_a_trainer_out(run):
     looker = subprocess.Popen([sys.executable, "-c", LOOKER, str(run.path)], stdout=subprocess.PIPE)
     looker.stdout.readline()

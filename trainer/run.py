@@ -80,8 +80,7 @@ class Run(WorkFolder):
             return State("failed", f"{error.filename or self.path}: cannot be read: {error.strerror}")
 
     def _state(self, now: float | None) -> State:
-        last = last_event(self.events)
-        held = self.is_held()
+        last, held = self.look(lambda: last_event(self.events))
         step, steps = _progress(self.events, last)
         if last is None:
             return State("starting", "starting", alive=True) if held else State("new", "not started yet")

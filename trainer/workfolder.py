@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from filelock import FileLock, Timeout
 
@@ -16,6 +16,7 @@ from trainer.files import write_atomic
 Request = Literal["stop", "pause", "save", "sample", "prompts"]
 # Taken once, and void for the next process; "pause" lasts while its file exists, and "prompts" wait for a process
 ONCE: tuple[Request, ...] = ("stop", "save", "sample")
+Found = TypeVar("Found")
 PROBE = 0.04  # seconds: another one that only looks has let go of the lock long before
 
 
@@ -64,6 +65,17 @@ class WorkFolder:
             return False
         lock.release()
         return False
+
+    def look(self, read: Callable[[], Found]) -> tuple[Found, bool]:
+        """What `read` finds among its files, and whether its process is alive; of one that is not, its last words too.
+
+        A process writes its last words before it lets go of the lock, and both may come between `read` and the look at
+        the lock.  What was found is then not how things ended, so it is read again.
+        """
+        found, held = read(), self.is_held()
+        if found and not held:
+            found, held = read(), self.is_held()
+        return found, held
 
     def busy(self) -> UserError:
         """What a second process is told."""

@@ -87,7 +87,7 @@
   /** A task of the captioner: progress, and a table of captions before and after. */
   class Task {
     constructor(panel) {
-      Object.assign(this, { panel, name: null, rows: [], off: new Set(), isBusy: false });
+      Object.assign(this, { panel, name: null, rows: [], off: new Set(), isBusy: false, turn: 0 });
       const { page } = panel;
       this.text = h("p", { role: "status" });
       this.bar = h("progress", { "aria-label": "Captions written" });
@@ -105,7 +105,7 @@
     begin() { return this.follow(null); }
 
     follow(name) {
-      Object.assign(this, { name, rows: [], off: new Set(), isAlive: true });
+      Object.assign(this, { name, rows: [], off: new Set(), isAlive: true, turn: this.turn + 1 });
       this.table.replaceChildren();
       return this.poll(true);
     }
@@ -113,12 +113,15 @@
     async poll(isFirst = false) {
       if (this.isBusy || (!isFirst && (!this.name || !this.isAlive))) return;
       this.isBusy = true;
+      const { turn } = this;
       await this.panel.page.store.attempt(async () => {
         const answer = await this.panel.page.store.ask("read_captioning", { task: this.name, start: this.rows.length });
+        if (turn !== this.turn) return; // another task is followed by now, or another data set is open
         this.name = answer.task;
         if (answer.task) this.take(answer);
       });
       this.isBusy = false;
+      if (turn !== this.turn) { await this.poll(true); return; }
       this.element.hidden = !this.name;
       this.panel.asking.hidden = Boolean(this.name);
     }

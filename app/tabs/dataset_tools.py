@@ -157,8 +157,8 @@ def _of_captioning(library: Library, tasks: Captioning) -> list[Any]:
         name = asked.task or tasks.latest(library.open(asked.id).root)
         if name is None:
             return {"task": None}
-        rows = captioning.as_rows(tasks.results(name, asked.start))
-        return {"task": name, **asdict(tasks.progress(name)), "rows": rows}
+        progress = tasks.progress(name)  # before the rows: at its end, what is read after it are all of them
+        return {"task": name, **asdict(progress), "rows": captioning.as_rows(tasks.results(name, asked.start))}
 
     def stop(asked: ChangeCaptioning) -> Answer:
         tasks.cancel(asked.task)

@@ -94,7 +94,7 @@ class Task(WorkFolder):
 
     def state(self) -> State:
         """What it is doing: is the lock held, and what was said last?"""
-        last, held = last_event(self.events), self.is_held()
+        last, held = self.look(lambda: last_event(self.events))
         if last is None:
             return State("starting", "starting", alive=held)
         done, of = last.get("done", 0), last.get("of", 0)

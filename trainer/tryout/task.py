@@ -109,7 +109,7 @@ class Task(WorkFolder):
 
     def state(self, request: int) -> State:
         """How far a request is; one that a newer has overtaken ended."""
-        events, held, waits = self._events(), self.is_held(), request in self._numbers()
+        (events, held), waits = self.look(self._events), request in self._numbers()
         own = [event for event in events if event.get("request") == request]
         last = own[-1] if own else last_event(self.events) or {}
         if last.get("kind") in ("drawn", "failed", "passed") and last in own:
