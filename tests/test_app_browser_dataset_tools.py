@@ -205,9 +205,11 @@ def test_proposals_of_one_data_set_never_come_up_in_another(browser, server, fol
         use(page, folder, 3)
         page.evaluate("""() => {
             const { ask } = Studio;
+            window.answers = [];
             Studio.ask = async (server, name, request) => {
                 const answer = await ask(server, name, request);
                 if (name === "read_captioning" && answer.task) await new Promise((go) => { window.arrive = go; });
+                if (name === "read_captioning") window.answers.push(answer.task);
                 return answer;
             };
         }""")
@@ -216,6 +218,7 @@ def test_proposals_of_one_data_set_never_come_up_in_another(browser, server, fol
         page.get_by_role("combobox", name="Data set").select_option(label=other.name)
         expect(page.locator(".st-chosen")).to_contain_text("2 images")
         page.evaluate("window.arrive()")
+        page.wait_for_function("window.answers.length === 2")
         expect(button(page, "Start")).to_be_visible()
         expect(automatic.get_by_text("of the first set")).to_have_count(0)
         page.get_by_role("combobox", name="Data set").select_option(label=folder.name)
