@@ -221,9 +221,10 @@ class Exporting:
     def progress(self, name: str) -> Answer:
         """How far a task is; at its end what came of it, or what was wrong."""
         task = self._task(name)
+        is_running = task.launch.is_running  # before its log: of one that has ended, that is whole
         lines = task.launch.log.read_text(encoding="utf-8", errors="replace").splitlines()
         said = [found for line in lines if line.startswith("{") and isinstance(found := _parsed(line), dict)]
-        if task.launch.is_running:
+        if is_running:
             last = next((one for one in reversed(said) if "of" in one and "done" in one), {})
             return {"word": "working", "done": last.get("done", 0), "of": last.get("of", 0)}
         results = [one for one in said if "done" not in one]

@@ -1,5 +1,6 @@
 """LoRA files for the app: which it may read, what they are, the tools as processes, and their answers for the page."""
 
+import json
 import os
 import shutil
 import sys
@@ -16,6 +17,7 @@ from app.paths import Places
 from app.tabs import export
 from tests import lora_bases
 from trainer import run as runs
+from trainer.detached import Launch
 from trainer.errors import UserError
 from trainer.export.consumers import CONSUMERS, READERS
 from trainer.export.lora_file import open_lora
@@ -229,6 +231,20 @@ def test_a_tool_is_cancelled_and_leaves_nothing(exporting):
     assert exporting.progress(task) == {"word": "failed", "text": "Cancelled. Nothing was written."}
     assert list(exporting.places.exports.iterdir()) == []
     exporting.cancel(task)  # once more does no harm
+
+
+def test_a_tool_that_ends_while_one_looks_has_not_failed(exporting, monkeypatch):
+    exporting = Exporting(exporting.places, (sys.executable, "-c", ""))
+    task = exporting.start([])
+    exporting._task(task).launch.process.wait()
+
+    def ends(launch: Launch) -> bool:
+        launch.log.write_text(json.dumps({"words": ["alike"], "layers": [], "names": ["a", "b"]}) + "\n")
+        return False
+
+    monkeypatch.setattr(Launch, "is_running", property(ends))
+    comparison = {"words": ["alike"], "layers": [], "names": ["a", "b"]}
+    assert exporting.progress(task) == {"word": "done", "result": {"comparison": comparison}}
 
 
 def test_a_cancel_takes_its_own_draft_alone(exporting):
