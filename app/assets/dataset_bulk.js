@@ -73,6 +73,9 @@
 
     soon() {
       clearTimeout(this.timer);
+      this.turn += 1; // what is shown, or still on its way, is not what the form says any more
+      this.plan = null;
+      this.go.disabled = true;
       this.shown = 20;
       this.timer = setTimeout(() => this.preview(), PAUSE);
     }

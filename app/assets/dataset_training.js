@@ -22,9 +22,11 @@
     /** Have it at hand, a preset that uses the data set first; `changed` is called when a setting is another one. */
     async use(changed) {
       this.changed = changed;
-      if (this.id === this.store.id) return;
-      this.id = this.store.id;
+      const { id } = this.store;
+      if (this.id === id) return;
       const shelves = await this.store.ask("list_trainings");
+      if (id !== this.store.id) return; // another data set is open by now, and asks for itself
+      this.id = id;
       const group = (shelf, label) => (shelves[shelf].length ? h("optgroup", { label }, shelves[shelf].map((name) => h("option", { value: `${shelf}/${name}` }, name))) : null);
       this.choice.replaceChildren(...[group("own", "Yours"), group("shipped", "Shipped")].filter(Boolean));
       const kept = shelves.using ? `own/${shelves.using}` : localStorage.getItem(KEPT);
@@ -61,7 +63,7 @@
   /** Five captions as steps would train on them. */
   Studio.RehearsalPanel = class {
     constructor(page) {
-      this.page = page;
+      Object.assign(this, { page, turn: 0 });
       this.seed = Math.floor(Math.random() * 1e6);
       this.how = h("p", { class: "st-small" });
       this.list = h("ol", { class: "st-rehearsal", "aria-label": "Captions as trained" });
@@ -78,8 +80,10 @@
 
     load() {
       return this.page.store.attempt(async () => {
+        const turn = (this.turn += 1);
         const { handling } = this.page.settings.values;
         const { captions } = await this.page.store.ask("rehearse_captions", { handling, seed: this.seed });
+        if (turn !== this.turn) return;
         this.how.textContent = [handling.shuffle_tags ? `Tags are shuffled, the first ${handling.keep_tags} stay.` : "Tags keep their order.",
           handling.caption_dropout ? `${Math.round(100 * handling.caption_dropout)} % of the samples are trained without their caption.` : "No caption is left out.",
           handling.trigger ? `The trigger word is put first where it is missing.` : "There is no trigger word."].join(" ");

@@ -129,7 +129,7 @@
         const found = await Studio.ask(this.server, "look_at", { id });
         if (this.files.value === id) this.show(found);
       } catch (error) {
-        this.facts.textContent = error.message;
+        if (this.files.value === id) this.facts.textContent = error.message;
       }
       this.start.disabled = this.check.disabled = !this.chosen;
     }

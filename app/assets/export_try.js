@@ -70,8 +70,7 @@
         if (!about.bases.length) this.said.textContent = NO_BASE;
         this.go.disabled = !about.bases.length;
       } catch (error) {
-        this.said.textContent = error.message;
-        this.go.disabled = true;
+        if (this.files.value === id) this.said.textContent = error.message;
       }
     }
 
