@@ -49,8 +49,10 @@ def test_a_bulk_change_is_shown_first_and_undone_after_a_restart(browser, tmp_pa
             expect(bulk.get_by_text("1 of 1 caption of the 1 image shown would change in 2 places.")).to_be_visible()
             page.get_by_label("Search in captions").fill("")
             expect(button(page, re.compile(r"^Change \d captions"))).to_be_enabled()
-            typed = "input => { input.dispatchEvent(new Event('input')); return document.querySelector('.st-panel .st-primary').disabled; }"
-            assert bulk.get_by_label("Find").evaluate(typed)  # at once: nothing is changed as it was asked before
+            assert bulk.get_by_label("Find").evaluate("""input => {
+                input.dispatchEvent(new Event("input"));
+                return document.querySelector(".st-panel .st-primary").disabled;
+            }""")  # at once: nothing is changed as it was asked for before
             card(page, "00.png").click()
             card(page, "01.png").click(modifiers=["Shift"])
             expect(bulk.get_by_text("2 of 2 captions of the 2 chosen images would change.")).to_be_visible()
