@@ -171,3 +171,36 @@ def test_files_are_taken_where_they_are_dropped(browser, server, tmp_path):
         page.locator(".st-data").dispatch_event("drop", {"dataTransfer": dropped})
         expect(page.get_by_text("Added 1 image.")).to_be_visible()
         expect(page.get_by_role("button", name=re.compile(r"^a\.png"))).to_be_visible()
+
+
+LISTS = """async ({ isOther }) => {
+    const waiting = [];
+    const answer = ({ id, search }) => ({ names: [`${id}${search}.png`], cards: [] });
+    const server = {
+        list_images: (query) => new Promise((done) => waiting.push(() => done(answer(query)))),
+        read_info: () => ({ tag: "", undo: null, redo: null }),
+    };
+    const listed = [];
+    const hooks = { listed: (_, isNew) => listed.push([...store.names, isNew]), state: () => {} };
+    const store = new Studio.SetStore(server, hooks);
+    const turns = [];
+    const opened = (id) => store.open(id).then(() => turns.push(store.names[0]));
+    const first = opened("a");
+    while (waiting.length < 1) await null;
+    const second = isOther ? opened("b") : (store.query.search = "x", store.list(false));
+    while (waiting.length < 2) await null;
+    waiting[1](); // the newer answer comes first, or last
+    if (!isOther) await second;
+    waiting[0]();
+    await Promise.all([first, second]);
+    return { names: store.names, turns, listed: listed.at(-1) };
+}"""
+
+
+@pytest.mark.parametrize("is_other, name", [(True, "b.png"), (False, "ax.png")])
+def test_a_list_that_is_overtaken_waits_for_the_newer_one(browser, server, is_other, name):
+    with opened(browser, server.address) as page:
+        page.wait_for_function("globalThis.Studio?.SetStore !== undefined")
+        found = page.evaluate(LISTS, {"isOther": is_other})
+        assert found["names"] == [name] and set(found["turns"]) == {name}
+        assert found["listed"] == [name, True]  # what is another list for the first is so for the second, too

@@ -14,7 +14,7 @@
    */
   Studio.SetStore = class {
     constructor(server, hooks) {
-      Object.assign(this, { server, hooks, id: "", tag: "", info: null });
+      Object.assign(this, { server, hooks, id: "", tag: "", info: null, turn: 0 });
       this.query = { search: "", filter: "all", sort: "name", tag: "", names: null };
       this.counts = new Map(); // text -> [tokens, where the limit falls]
       this.clear();
@@ -24,7 +24,7 @@
       clearTimeout(this.gathering);
       clearTimeout(this.retrying);
       Object.assign(this, { names: [], at: new Map(), cards: new Map(), wanted: new Set(), pending: new Set(), kept: new Set(),
-        drafts: new Map(), saving: new Map(), line: Promise.resolve(), savedAt: new Map(), selected: new Set(), turn: 0, gathering: 0, retrying: 0, tag: "", info: null });
+        drafts: new Map(), saving: new Map(), line: Promise.resolve(), savedAt: new Map(), selected: new Set(), turn: this.turn + 1, isNew: false, gathering: 0, retrying: 0, tag: "", info: null });
     }
 
     ask(name, request = {}) { return Studio.ask(this.server, name, { id: this.id, ...request }); }
@@ -53,18 +53,26 @@
 
     // The list
 
-    /** Ask for the list as the query says; `isNew` when the query is another one. */
-    async list(isNew = true) {
-      const turn = (this.turn += 1);
+    /** Ask for the list as the query says, and be done when the newest list is there; `isNew` when the query is another one. */
+    list(isNew = true) {
+      this.turn += 1;
+      this.isNew ||= isNew; // also for the list that takes its place
       if (isNew) this.kept.clear();
+      this.listing = this.read(this.turn);
+      return this.listing;
+    }
+
+    async read(turn) {
       const begun = performance.now();
       const answer = await this.ask("list_images", this.query);
-      if (turn !== this.turn) return;
+      if (turn !== this.turn) { await this.listing; return; }
       this.take(answer.cards, begun);
       const there = new Set(answer.names);
       const kept = [...this.kept].filter((name) => !there.has(name));
       const still = kept.length ? new Set((await this.ask("read_cards", { names: kept.slice(0, PAGE) })).names) : new Set();
-      if (turn !== this.turn) return;
+      if (turn !== this.turn) { await this.listing; return; }
+      const { isNew } = this;
+      this.isNew = false;
       this.setNames(Studio.mergeNames(this.names, answer.names, still), isNew);
     }
 
