@@ -90,3 +90,21 @@ def test_the_workshop_resizes_and_compares(browser, server):
         expect(page.get_by_text("80 layers are changed by both")).to_be_visible(timeout=60_000)
         page.get_by_text("The layers where they overlap most").click()
         assert page.evaluate("document.documentElement.scrollWidth") <= 390 and faults(page) == []
+
+
+CARD = """async () => {
+    const answers = [{ word: "working", done: 1, of: 9 }, null, null, { word: "failed", text: "so it ended" }];
+    const card = new Studio.ExportCard({ read_task: () => answers.shift() }, "1", { label: "x" });
+    const told = [];
+    new MutationObserver(() => told.push(card.text.textContent)).observe(card.text, { childList: true });
+    await card.follow();
+    return told;
+}"""
+
+
+def test_a_tool_is_followed_over_a_broken_connection(browser, server):
+    with opened(browser, server.address) as page:
+        page.wait_for_function("globalThis.Studio?.ExportCard !== undefined")
+        page.route("**/config", lambda route: route.abort())
+        assert page.evaluate(CARD) == ["1 of 9 layers", "so it ended"]
+        expect(page.locator("#studio-connection")).to_be_empty()

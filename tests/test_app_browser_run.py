@@ -50,6 +50,28 @@ def test_what_was_measured_is_shown_and_an_older_run_does_without(browser, serve
         expect(page.locator(".st-bestline")).to_be_hidden()
 
 
+LATE = """() => {
+    const { ask } = Studio;
+    Studio.ask = async (server, name, request) => {
+        const answer = await ask(server, name, request);
+        if (name === "read_run" && !window.arrive) await new Promise((go) => { window.arrive = go; });
+        return answer;
+    };
+}"""
+
+
+def test_a_run_that_is_left_and_chosen_again_has_its_whole_curve(browser, server):
+    with look(browser, server) as page:
+        curve = page.get_by_role("img", name=re.compile(r"^Loss, steps 1 to "))
+        name = curve.get_attribute("aria-label")
+        page.evaluate(LATE)
+        page.wait_for_function("window.arrive !== undefined")
+        page.evaluate("() => { Studio.chooseRun('old'); Studio.chooseRun('measured'); window.arrive(); }")
+        page.wait_for_timeout(300)
+        expect(page.get_by_role("img", name=name, exact=True)).to_be_visible()
+        expect(page.locator(".st-run .st-badge")).to_have_text("stopped early")
+
+
 def test_a_cell_of_the_map_leads_to_its_spectrum_by_keyboard_and_by_mouse(browser, server):
     with look(browser, server) as page:
         blocks = card(page, "Effective rank by block")

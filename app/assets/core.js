@@ -68,6 +68,7 @@
 
   Studio.fileUrl = (path) => `${Studio.root()}gradio_api/file=${path.split("/").map(encodeURIComponent).join("/")}`;
 
+  const LOOK_AGAIN = 1000; // milliseconds until a lost server is asked again
   const LOST = {
     offline: "No answer from the server. Training goes on; trying again.",
     changed: "The app runs, but it is not the one that this page came from: reload the page. Training was not touched.",
@@ -120,6 +121,21 @@
   };
 
   Studio.Lost = class extends Error {};
+
+  /** Look every `pause` milliseconds until `see` makes something of the answer; a server that is lost is waited for. */
+  Studio.watch = async (look, see, pause) => {
+    for (;;) {
+      let wait = pause;
+      try {
+        const seen = see(await look());
+        if (seen !== undefined) return seen;
+      } catch (error) {
+        if (!(error instanceof Studio.Lost)) throw error;
+        wait = LOOK_AGAIN;
+      }
+      await new Promise((wake) => { setTimeout(wake, wait); });
+    }
+  };
 
   /** Call `work` again and again while `element` can be seen; it returns the seconds to wait. Returns "do it now". */
   Studio.poll = (element, work) => {

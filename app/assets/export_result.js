@@ -29,13 +29,19 @@
     }
 
     async follow() {
-      for (;;) {
-        const answer = await Studio.ask(this.server, "read_task", { task: this.task });
-        if (answer.word !== "working") { this.end(answer); return; }
-        if (answer.of) Object.assign(this.bar, { max: answer.of, value: answer.done });
-        if (!this.stop.disabled) this.text.textContent = answer.of ? `${answer.done} of ${answer.of} layers` : "At work…";
-        await new Promise((wake) => { setTimeout(wake, PAUSE); });
+      try {
+        this.end(await Studio.watch(() => Studio.ask(this.server, "read_task", { task: this.task }), (answer) => this.show(answer), PAUSE));
+      } catch (error) {
+        this.end({ word: "failed", text: error.message });
       }
+    }
+
+    /** How far it is; the answer itself at the end. */
+    show(answer) {
+      if (answer.word !== "working") return answer;
+      if (answer.of) Object.assign(this.bar, { max: answer.of, value: answer.done });
+      if (!this.stop.disabled) this.text.textContent = answer.of ? `${answer.done} of ${answer.of} layers` : "At work…";
+      return undefined;
     }
 
     end({ word, text, result }) {

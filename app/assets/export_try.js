@@ -109,14 +109,13 @@
     }
 
     /** How a request ends; null when a newer one was made meanwhile. */
-    async follow(turn, { task, request }) {
-      for (;;) {
-        const answer = await Studio.ask(this.server, "read_try", { task, request });
+    follow(turn, { task, request }) {
+      return Studio.watch(() => Studio.ask(this.server, "read_try", { task, request }), (answer) => {
         if (turn !== this.asked) return null;
         if (["done", "failed", "ended"].includes(answer.word)) return answer;
         this.show(answer.of ? `${sentence(answer.text)}: step ${answer.done} of ${answer.of}` : `${sentence(answer.text)}…`, answer);
-        await new Promise((wake) => { setTimeout(wake, PAUSE); });
-      }
+        return undefined;
+      }, PAUSE);
     }
 
     show(text, { done = 0, of = 0 } = {}) {

@@ -21,7 +21,7 @@
 
   class RunView {
     constructor(server) {
-      this.server = server;
+      Object.assign(this, { server, turn: 0 });
       this.again = () => {};
       this.group = new Studio.ChartGroup("run");
       this.loss = new Studio.LossPanel(this.group);
@@ -66,6 +66,7 @@
     /** Look at another run, from its beginning. */
     choose(name) {
       this.run = name;
+      this.turn += 1; // an answer on its way holds rows from a cursor that is void
       this.element.hidden = !name;
       this.title.textContent = name ?? "";
       this.ownNotes.choose(name);
@@ -89,17 +90,17 @@
     }
 
     async poll() {
-      const name = this.run;
+      const { run: name, turn } = this;
       if (!name) return 1;
       let answer;
       const begun = performance.now();
       try {
         answer = await Studio.ask(this.server, "read_run", { run: name, cursor: this.cursor, word: this.word, seen: this.seen });
       } catch (error) {
-        if (!(error instanceof Studio.Lost) && name === this.run) this.showState(["failed", error.message, 0, 0, false]);
+        if (!(error instanceof Studio.Lost) && turn === this.turn) this.showState(["failed", error.message, 0, 0, false]);
         throw error;
       }
-      if (name !== this.run) return 0;
+      if (turn !== this.turn) return 0;
       this.take(answer);
       if (answer.seen) this.seen = this.ownNotes.take(answer.own_notes, answer.notes_tag, begun) ? answer.seen : "";
       return answer.state[4] ? 1 : 3;
