@@ -59,6 +59,7 @@
 
     later() {
       clearTimeout(this.timer);
+      this.asked += 1; // a plan on its way is not of what the form says now
       this.start.disabled = true;
       this.timer = setTimeout(() => this.plan(), PAUSE);
     }

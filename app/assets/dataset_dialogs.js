@@ -63,23 +63,31 @@
     const list = h("ul", { class: "st-folders", "aria-label": "Folders" });
     const name = Studio.input("", { maxlength: "200" });
     let at = roots[0]?.id;
-    const show = async (id) => {
+    let turn = 0;
+    let coming; // the folder that was chosen last, which the buttons mean though it may still be on its way
+    const open = async (id) => {
+      const asked = (turn += 1);
       const answer = await Studio.ask(server, "browse_folder", { id });
+      if (asked !== turn) return;
       at = id;
       where.textContent = `${answer.folder}: ${Studio.count(answer.images, "image")}`;
       name.value = answer.folder.split("/").at(-1);
-      const go = (to, text) => h("li", {}, h("button", { type: "button", class: "st-folder", onclick: () => show(to).catch((error) => { where.textContent = error.message; }) }, text));
+      const go = (to, text) => h("li", {}, h("button", { type: "button", class: "st-folder", onclick: () => show(to) }, text));
       list.replaceChildren(...[answer.up ? go(answer.up, "↑ One folder up") : null,
         ...answer.folders.map((folder) => go(folder.id, `${folder.name}${folder.images ? ` (${Studio.count(folder.images, "image")})` : ""}`))].filter(Boolean));
+    };
+    const show = (id) => {
+      coming = open(id);
+      coming.catch((error) => { where.textContent = error.message; });
     };
     const choice = Studio.select(roots.map(({ id, folder }) => [id, folder]), at, { onchange: () => show(choice.value) });
     const none = h("p", {}, "The app may read only its own workspace so far. Start it with --root FOLDER to open data sets below that folder: ",
       h("code", {}, "python launch.py --root ~/images"));
     if (!roots.length) { Studio.dialog("Open a folder", none); return; }
     Studio.dialog("Open a folder", [Studio.field("Below", choice), where, list, Studio.field("Name of the copy", name, "A copy in the workspace leaves the originals alone.")],
-      [["Use it in place", "st-primary", () => opened(at)],
-        ["Copy it into the workspace", "", async () => opened((await Studio.ask(server, "copy_set", { id: at, name: name.value.trim() })).id)]]);
-    show(at).catch((error) => { where.textContent = error.message; });
+      [["Use it in place", "st-primary", async () => { await coming; await opened(at); }],
+        ["Copy it into the workspace", "", async () => { await coming; await opened((await Studio.ask(server, "copy_set", { id: at, name: name.value.trim() })).id); }]]);
+    show(at);
   };
 
   /** Somebody else has changed a caption: both texts, and what shall stand. */

@@ -44,6 +44,7 @@
 
     clear() {
       this.at = null;
+      this.turn += 1; // a spectrum on its way is of what was shown before
       this.detail.hidden = true;
       this.said.textContent = "";
     }
@@ -184,8 +185,10 @@
       const turn = (this.turn += 1);
       try {
         const answer = await this.spectrum(block, step);
-        if (turn === this.turn) this.detail.replaceChildren(...drawn(answer, () => this.clear()));
+        if (turn !== this.turn) return;
+        this.detail.replaceChildren(...drawn(answer, () => this.clear()));
       } catch (error) {
+        if (turn !== this.turn) return;
         this.detail.replaceChildren(h("p", { class: "st-warn", role: "alert" }, error.message));
       }
       this.detail.hidden = false;
