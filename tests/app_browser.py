@@ -24,7 +24,7 @@ FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "-
          "--disable-component-update", "--disable-sync"]
 PRESET = '[model]\nfamily = "sd15"\nbase = "base"\n[data]\nfolder = "pictures"\n[train]\nsteps = {steps}\n'
 
-expect.set_options(timeout=15_000)  # others use the machine: several browsers at a time
+expect.set_options(timeout=40_000)  # others use the machine: several browsers at a time
 
 
 @pytest.fixture(scope="module", name="browser")

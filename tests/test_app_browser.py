@@ -18,7 +18,7 @@ def test_from_the_first_start_to_the_download_in_two_clicks(browser, tmp_path):
     with served(tmp_path / "w") as server, opened(browser, server.address) as page:
         button(page, "Run the demo").click()
         expect(page.get_by_role("heading", name="demo")).to_be_visible()
-        expect(page.locator(".st-run .st-badge")).to_have_text("done", timeout=30_000)
+        expect(page.locator(".st-run .st-badge")).to_have_text("done")
         assert "?run=demo" in page.url
         for title in ("Loss", "Effective rank", "Learning rate", "Distance to held-out images"):
             expect(curve(page, title)).to_be_visible()
@@ -39,7 +39,7 @@ def test_distances_are_labelled_honestly(browser, tmp_path):
     with served(tmp_path / "w", pace=0) as server, opened(browser, server.address) as page:
         button(page, "Run the demo").click()
         panel = page.get_by_role("region", name="Distance to held-out images")
-        expect(panel.get_by_text("KID ×10³ 14.2 (95 %: 4.1 to 24.3) indicative only")).to_be_visible(timeout=30_000)
+        expect(panel.get_by_text("KID ×10³ 14.2 (95 %: 4.1 to 24.3) indicative only")).to_be_visible()
         expect(panel.get_by_text("FD-EffLite0-24 158 · floor 143 · base model 222")).to_be_visible()
         expect(panel.get_by_text("24 generated against 48 held-out images, extractor EffLite0")).to_be_visible()
         expect(panel.get_by_text("Closer to the held-out images than the base model, beyond both")).to_be_visible()
@@ -54,7 +54,7 @@ def test_pause_continue_save_sample_stop_and_resume(browser, tmp_path):
             badge = page.locator(".st-run .st-badge")
             expect(badge).to_have_text("crashed")
             button(page, "Resume from step 5").click()
-            expect(badge).to_have_text("training", timeout=20_000)
+            expect(badge).to_have_text("training")
             button(page, "Pause").click()
             expect(badge).to_have_text("paused")
             button(page, "Continue").click()
@@ -91,14 +91,14 @@ def test_a_killed_app_leaves_the_training_alone_and_the_page_goes_on_by_itself(b
         run_in(server.workspace, "long", rows=5)
         with opened(browser, server.address) as page:
             button(page, "Resume from step 5").click()
-            expect(page.locator(".st-run .st-badge")).to_have_text("training", timeout=20_000)
+            expect(page.locator(".st-run .st-badge")).to_have_text("training")
             page.evaluate("window.isSamePage = true")
             server.kill()
             lost = page.get_by_text("No answer from the server. Training goes on; trying again.")
-            expect(lost).to_be_visible(timeout=15_000)
+            expect(lost).to_be_visible()
             before = run.open_run(server.workspace / "runs" / "long").state().step
             server.start()
-            expect(lost).to_have_count(0, timeout=15_000)
+            expect(lost).to_have_count(0)
             page.wait_for_function(f"parseInt(document.querySelector('.st-numbers dd').textContent) > {before}")
             assert page.evaluate("window.isSamePage")
 
@@ -110,12 +110,12 @@ def test_after_a_restart_with_a_password_the_page_asks_to_sign_in_again(browser,
             page.get_by_label("username").fill("studio")
             page.get_by_label("password").fill("correct horse battery")
             page.get_by_role("button", name="Login").click()
-            expect(page.get_by_role("heading", name="a", exact=True)).to_be_visible(timeout=15_000)
+            expect(page.get_by_role("heading", name="a", exact=True)).to_be_visible()
             server.kill()
             server.start()
-            expect(page.get_by_text("sign in again to go on")).to_be_visible(timeout=20_000)
+            expect(page.get_by_text("sign in again to go on")).to_be_visible()
             button(page, "Sign in").click()
-            expect(page.get_by_role("button", name="Login")).to_be_visible(timeout=15_000)
+            expect(page.get_by_role("button", name="Login")).to_be_visible()
 
 
 def test_a_zoom_holds_while_the_run_goes_on(browser, tmp_path):
@@ -123,7 +123,7 @@ def test_a_zoom_holds_while_the_run_goes_on(browser, tmp_path):
         run_in(server.workspace, "long", rows=200)
         with opened(browser, server.address) as page:
             button(page, "Resume from step 200").click()
-            expect(page.locator(".st-run .st-badge")).to_have_text("training", timeout=20_000)
+            expect(page.locator(".st-run .st-badge")).to_have_text("training")
             over = page.locator(".st-charts section").first.locator(".u-over").bounding_box()
             page.mouse.move(over["x"] + 40, over["y"] + 60)
             page.mouse.down()
@@ -145,7 +145,7 @@ def test_a_zoom_holds_while_the_run_goes_on(browser, tmp_path):
 def test_charts_and_pictures_work_by_keyboard(browser, tmp_path):
     with served(tmp_path / "w", pace=0) as server, opened(browser, server.address) as page:
         button(page, "Run the demo").click()
-        expect(page.locator(".st-run .st-badge")).to_have_text("done", timeout=30_000)
+        expect(page.locator(".st-run .st-badge")).to_have_text("done")
         curve(page, "Loss").focus()
         page.keyboard.press("+")
         expect(button(page, "Show all steps")).to_be_visible()
@@ -177,7 +177,7 @@ def test_a_crash_shows_the_log_and_a_trainer_that_did_not_start_its_message(brow
             button(page, "New run").click()
             page.get_by_label("Preset", exact=True).select_option("own/gone")
             button(page, "Start training").click()
-            expect(page.get_by_text("missing does not exist")).to_be_visible(timeout=20_000)
+            expect(page.get_by_text("missing does not exist")).to_be_visible()
             expect(page.get_by_role("button", name="Start again")).to_be_hidden()
 
 

@@ -87,7 +87,7 @@ def test_a_comparison_from_one_preset_is_planned_started_and_followed_live(brows
         form.get_by_label("Name").fill("pair")
         assert faults(page) == []
         button(form, "Start 2 runs").click()
-        expect(page.get_by_role("heading", name="pair")).to_be_visible(timeout=20_000)
+        expect(page.get_by_role("heading", name="pair")).to_be_visible()
         expect(page.get_by_text("2 runs: 2 done.")).to_be_visible(timeout=60_000)
         expect(curve(page, "Training loss, smoothed")).to_have_attribute("aria-label", re.compile("steps 1 to 30"))
         expect(page.get_by_role("button", name="pair 2 runs from small")).to_have_attribute("aria-pressed", "true")

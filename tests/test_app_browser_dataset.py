@@ -216,7 +216,7 @@ def test_a_tag_that_is_written_otherwise_takes_the_place_of_the_old_one(browser,
         page.get_by_role("button", name="beta, tag 2 of 3").click()
         expect(entry).to_have_value("beta")
         (folder / "01.txt").write_text("two")  # makes the page read all cards again
-        expect(page.get_by_role("button", name="two, tag 1 of 1")).to_be_visible(timeout=10_000)
+        expect(page.get_by_role("button", name="two, tag 1 of 1")).to_be_visible()
         entry.fill("delta")
         entry.press("Enter")
         expect(page.get_by_role("button", name="delta, tag 2 of 3")).to_be_visible()
@@ -225,7 +225,7 @@ def test_a_tag_that_is_written_otherwise_takes_the_place_of_the_old_one(browser,
         page.get_by_role("button", name="gamma, tag 3 of 3").click()
         (folder / "00.txt").write_text("first, gamma, alpha")  # by another program
         (folder / "01.txt").write_text("three")
-        expect(page.get_by_role("button", name="three, tag 1 of 1")).to_be_visible(timeout=10_000)
+        expect(page.get_by_role("button", name="three, tag 1 of 1")).to_be_visible()
         entry.fill("omega")
         entry.press("Enter")
         expect(page.get_by_role("button", name="omega, tag 2 of 3")).to_be_visible()
@@ -266,9 +266,9 @@ def test_two_tabs_do_not_lose_an_edit(browser, server, folder):
         button(two, "Compare").click()
         two.get_by_label("Yours").fill("both: first and second")
         button(two, "Save yours").click()
-        expect(caption(one, "00.png")).to_have_value("both: first and second", timeout=10_000)
+        expect(caption(one, "00.png")).to_have_value("both: first and second")
         undo(one).click()
-        expect(caption(two, "00.png")).to_have_value("saved by the first tab", timeout=10_000)
+        expect(caption(two, "00.png")).to_have_value("saved by the first tab")
 
 
 def test_the_large_view_shows_what_another_tab_saved_and_overwrites_nothing(browser, server, folder):
@@ -281,12 +281,12 @@ def test_the_large_view_shows_what_another_tab_saved_and_overwrites_nothing(brow
         expect(large).to_have_value("as it was")
         caption(two, "00.png").fill("of the other tab")
         caption(two, "00.png").press("Control+Enter")
-        expect(large).to_have_value("of the other tab", timeout=10_000)
+        expect(large).to_have_value("of the other tab")
         large.press("Control+End")
         large.press_sequentially(", and more")
         large.press("Control+Enter")
         expect(large).to_have_value("second")
-        expect(caption(two, "00.png")).to_have_value("of the other tab, and more", timeout=10_000)
+        expect(caption(two, "00.png")).to_have_value("of the other tab, and more")
         large.fill("typed large")  # not saved yet, so that the other tab's is a conflict
         caption(two, "01.png").fill("typed beside")
         caption(two, "01.png").press("Control+Enter")

@@ -109,7 +109,7 @@ def test_the_overview_counts_filters_and_shows_crops(browser, server, folder):
         expect(overview.get_by_label("Trigger word")).to_have_value("sks")
         expect(overview.get_by_text("4 of 5 captions have the trigger word “sks”;")).to_be_visible()
         expect(overview.get_by_role("row", name=re.compile("^wide 1"))).to_be_visible()
-        expect(overview.get_by_text(re.compile(r"An epoch shows 5 images in 5 steps"))).to_be_visible(timeout=15_000)
+        expect(overview.get_by_text(re.compile(r"An epoch shows 5 images in 5 steps"))).to_be_visible()
         bucket = overview.get_by_role("row", name=re.compile(r"^4\d\d × 1\d\d 1, cut"))
         card(page, "wide.png").hover()
         expect(page.locator(".st-crop:visible")).to_have_count(1)
@@ -150,7 +150,7 @@ def test_a_health_finding_is_shown_mended_and_undone(browser, server, folder):
         health = panel(page, "Health check")
         expect(health.get_by_text("Captions that cannot be read: 1")).to_be_visible()
         expect(page.get_by_text("is not UTF-8 text")).to_be_visible()
-        expect(health.get_by_text("The same image more than once: 2")).to_be_visible(timeout=15_000)
+        expect(health.get_by_text("The same image more than once: 2")).to_be_visible()
         button(page, "Show: The same image more than once").click()
         expect(page.get_by_text("2 of 5 images")).to_be_visible()
         page.get_by_role("button", name="Show no longer only").click()
@@ -187,7 +187,7 @@ def test_a_model_proposes_captions_which_are_written_when_applied(browser, serve
         button(page, "Start").click()
         row = automatic.get_by_role("row", name="02.png")
         expect(row).to_contain_text("red circle", timeout=60_000)
-        button(page, "Apply 3 captions").wait_for(timeout=20_000)
+        button(page, "Apply 3 captions").wait_for()
         assert (folder / "00.txt").read_text() == ""
         page.reload()  # the task is found again
         use(page, folder, 4)

@@ -61,7 +61,7 @@ def test_a_live_view_of_3000_points_costs_at_most_a_kilobyte_a_second(browser, t
         run_in(server.workspace, "long", rows=3000)
         with opened(browser, server.address) as page:
             button(page, "Resume from step 3000").click()
-            expect(page.locator(".st-run .st-badge")).to_have_text("training", timeout=20_000)
+            expect(page.locator(".st-run .st-badge")).to_have_text("training")
             page.wait_for_timeout(3000)
             session = page.context.new_cdp_session(page)
             session.send("Network.enable")

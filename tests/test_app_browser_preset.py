@@ -259,18 +259,18 @@ def test_a_deleted_preset_is_in_the_trash_and_comes_back(page, server):
 
 def test_what_training_takes_is_told_and_follows_the_text(page):
     panel = page.get_by_role("region", name="What it takes")
-    expect(panel.get_by_text("Ready to train.")).to_be_visible(timeout=15_000)
+    expect(panel.get_by_text("Ready to train.")).to_be_visible()
     expect(panel.get_by_text("5.0 of 22.0 GiB of GPU memory")).to_be_visible()
     expect(panel.get_by_text("weights in FP8, gradient checkpointing")).to_be_visible()
     expect(panel.get_by_text("24 to train on, 6 held out")).to_be_visible()
     expect(panel.get_by_text("512×512: 20, 448×576: 4")).to_be_visible()
     page.get_by_role("textbox", name="Batch size").fill("64")
-    expect(panel.get_by_text("Looking at the base model")).to_be_visible(timeout=15_000)
+    expect(panel.get_by_text("Looking at the base model")).to_be_visible()
     page.get_by_role("textbox", name="Batch size").fill("8")  # the one before is stopped
-    expect(panel.get_by_text("40.0 of 22.0 GiB of GPU memory: too much")).to_be_visible(timeout=15_000)
+    expect(panel.get_by_text("40.0 of 22.0 GiB of GPU memory: too much")).to_be_visible()
     expect(panel.get_by_text("this will hardly fit")).to_be_visible()
     page.get_by_role("textbox", name="Images (needed)").fill("missing")
-    expect(panel.get_by_text("This cannot be trained yet.")).to_be_visible(timeout=15_000)
+    expect(panel.get_by_text("This cannot be trained yet.")).to_be_visible()
     expect(panel.get_by_text("missing does not exist")).to_be_visible()
     page.get_by_role("textbox", name="Batch size").fill("0")
     expect(panel.get_by_text("Mend the faults first")).to_be_visible()
@@ -283,11 +283,11 @@ def test_while_another_run_is_trained_it_is_looked_at_only_when_asked_and_the_st
         file_of(server).write_text(MINE)
         with opened(browser, server.address) as page:
             button(page, "Resume from step 5").click()
-            expect(page.locator(".st-run .st-badge")).to_have_text("training", timeout=20_000)
+            expect(page.locator(".st-run .st-badge")).to_have_text("training")
             show(page, "own/mine")
-            expect(page.get_by_text("Another run is being trained")).to_be_visible(timeout=15_000)
+            expect(page.get_by_text("Another run is being trained")).to_be_visible()
             button(page, "Check anyway").click()
-            expect(page.get_by_text("Ready to train.")).to_be_visible(timeout=15_000)
+            expect(page.get_by_text("Ready to train.")).to_be_visible()
             page.get_by_role("textbox", name="Name of the run").fill("next")
             button(page, "Add to queue").click()
             expect(page.get_by_role("tab", name="Train")).to_have_attribute("aria-selected", "true")
@@ -299,7 +299,7 @@ def test_an_edited_preset_is_trained_as_it_stands(page):
     page.get_by_role("textbox", name="Name of the run").fill("edited")
     button(page, "Start training").click()
     expect(page.get_by_role("heading", name="edited")).to_be_visible()
-    expect(page.locator(".st-run .st-badge")).to_have_text("done", timeout=30_000)
+    expect(page.locator(".st-run .st-badge")).to_have_text("done")
     expect(page.get_by_text("7 of 7").first).to_be_visible()
 
 
@@ -364,7 +364,7 @@ def test_a_base_model_of_another_program_is_chosen_with_its_parts(page, server, 
 def test_nothing_is_wrong_against_wcag_aa_nor_scrolls_sideways(browser, server, theme, width):
     with opened(browser, server.address, width, theme, motion="reduce") as page:
         show(page, "shipped/demo")
-        expect(page.get_by_text("Ready to train.")).to_be_visible(timeout=15_000)
+        expect(page.get_by_text("Ready to train.")).to_be_visible()
         page.get_by_role("textbox", name="Rank", exact=True).fill("4")
         page.get_by_text("1 difference from").click()
         for group in page.locator(".st-group summary").all():

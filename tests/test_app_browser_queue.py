@@ -42,7 +42,7 @@ def waiting(page):
 def test_a_second_start_waits_is_moved_cancelled_and_had_back(browser, server):
     with opened(browser, server.address) as page:
         button(page, "Resume from step 5").click()
-        expect(page.locator(".st-run .st-badge")).to_have_text("training", timeout=20_000)
+        expect(page.locator(".st-run .st-badge")).to_have_text("training")
         for name in ("first", "second", "third"):
             start(page, name)
         expect(waiting(page)).to_have_text(["first", "second", "third"])
@@ -68,17 +68,17 @@ def test_the_queue_outlives_the_app_its_runner_and_a_failing_run(browser, server
     queue = Queue(server.workspace)
     with opened(browser, server.address) as page:
         button(page, "Resume from step 5").click()
-        expect(page.locator(".st-run .st-badge")).to_have_text("training", timeout=20_000)
+        expect(page.locator(".st-run .st-badge")).to_have_text("training")
         start(page, "after", steps=40)
         missing = presets.parse(PRESET.format(steps=3).replace("pictures", "missing"), "p.toml")
         queue.add(missing, "faulty")
         queue.add(presets.parse(PRESET.format(steps=3), "p.toml"), "last")
-        expect(waiting(page)).to_have_text(["after", "faulty", "last"], timeout=15_000)
+        expect(waiting(page)).to_have_text(["after", "faulty", "last"])
         server.kill()
         kill_runner(server.workspace)
         assert not queue.is_served()
         server.start()
-        expect(waiting(page)).to_have_text(["after", "faulty", "last"], timeout=15_000)
+        expect(waiting(page)).to_have_text(["after", "faulty", "last"])
         page.get_by_role("link", name="long").click()
         button(page, "Stop").click()
         failed = page.get_by_role("region", name="Queue").locator(".st-queue-failed")
@@ -87,7 +87,7 @@ def test_the_queue_outlives_the_app_its_runner_and_a_failing_run(browser, server
         expect(failed).to_contain_text("data.folder does not exist")
         assert faults(page) == []
         page.get_by_role("link", name="last").click()
-        expect(page.locator(".st-run .st-badge")).to_have_text("done", timeout=30_000)
+        expect(page.locator(".st-run .st-badge")).to_have_text("done")
         assert Run(server.workspace / "runs" / "after").state().word == "done"
         button(page, "Dismiss: faulty").click()
         expect(page.get_by_role("region", name="Queue")).to_be_hidden()

@@ -96,7 +96,7 @@ def test_a_hard_image_leads_to_its_caption(browser, server):
         expect(hard).to_contain_text("12 images measured, 9 harder than the usual")
         button(page, "Show 9").click()
         expect(rows).to_have_count(9)
-        expect(rows.first.locator("img")).to_be_visible(timeout=20_000)
+        expect(rows.first.locator("img")).to_be_visible()
         button(page, "cat07.png").click()
         caption = page.get_by_role("dialog", name="Image").get_by_label("Caption")
         expect(caption).to_have_value("sks cat number 7")
@@ -141,7 +141,7 @@ def test_notes_are_saved_as_typed_and_two_windows_lose_nothing(browser, server):
         page.get_by_label("Your notes").fill("the rate was right")
         expect(card(page, "Notes").get_by_text("Saved", exact=True)).to_be_visible()
         other.context.set_offline(False)
-        button(other, "Keep both").click(timeout=15_000)
+        button(other, "Keep both").click()
         expect(card(other, "Notes").get_by_text("Saved", exact=True)).to_be_visible()
         assert notes.read_text() == "the rate was right\n\nmy own words"
         expect(page.get_by_label("Your notes")).to_have_value("the rate was right\n\nmy own words", timeout=8000)
@@ -163,7 +163,7 @@ def test_a_checkpoint_is_kept_and_branched_from(browser, server):
         form.get_by_label("Name of the new run").fill("a branch")
         button(form, "Start the branch").click()
         expect(page.get_by_role("heading", name="a branch", exact=True)).to_be_focused()
-        expect(page.locator(".st-run .st-badge")).to_have_text("done", timeout=30_000)
+        expect(page.locator(".st-run .st-badge")).to_have_text("done")
         expect(page.get_by_text("170 of 170").first).to_be_visible()
         expect(page.get_by_role("heading", name="a branch", exact=True)).to_be_focused()
     assert "lr = 5e-5" in (server.workspace / "runs/a branch/preset.toml").read_text().replace("5e-05", "5e-5")
@@ -213,7 +213,7 @@ def test_a_run_gets_another_name_goes_to_the_trash_and_comes_back(browser, serve
 @pytest.mark.parametrize(("width", "theme"), [(390, "dark"), (390, "light"), (1440, "light"), (1440, "dark")])
 def test_the_view_is_clean_at_each_width_in_each_theme(browser, server, width, theme):
     with look(browser, server, width=width, theme=theme, motion="reduce") as page:
-        expect(page.locator(".st-hard tbody img").first).to_be_visible(timeout=20_000)
+        expect(page.locator(".st-hard tbody img").first).to_be_visible()
         expect(page.locator(".st-matrix img").first).to_be_visible()
         page.locator("canvas.st-heat").focus()
         page.keyboard.press("Enter")

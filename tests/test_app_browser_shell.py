@@ -102,7 +102,7 @@ def test_a_closed_browser_and_a_killed_app_find_the_run_again_with_its_whole_cur
         ours = run.open_run(server.workspace / "runs/long")
         with opened(browser, server.address) as page:
             button(page, "Resume from step 5").click()
-            expect(page.locator(".st-run .st-badge")).to_have_text("training", timeout=20_000)
+            expect(page.locator(".st-run .st-badge")).to_have_text("training")
         at = wait_beyond(ours, 20)
         with opened(browser, server.address) as page:
             attached(page, at)
@@ -112,14 +112,14 @@ def test_a_closed_browser_and_a_killed_app_find_the_run_again_with_its_whole_cur
         with opened(browser, server.address) as page:
             attached(page, at)
             button(page, "Stop").click()
-            expect(page.locator(".st-run .st-badge")).to_have_text("stopped", timeout=20_000)
+            expect(page.locator(".st-run .st-badge")).to_have_text("stopped")
         steps = [int(step) for step in re.findall(r'"kind":"step","step":(\d+)', ours.events.read_text())]
         assert steps and steps == list(range(1, len(steps) + 1))  # none is missing, none was done twice
 
 
 def attached(page, at):
     """The page shows the run at work, with its curve from the first step to one after `at`."""
-    expect(page.locator(".st-run .st-badge")).to_have_text("training", timeout=20_000)
+    expect(page.locator(".st-run .st-badge")).to_have_text("training")
     expect(curve(page, "Loss")).to_be_visible()
     label = curve(page, "Loss").get_attribute("aria-label")
     first, last = map(int, re.match(r"Loss, steps (\d+) to (\d+)", label).groups())
