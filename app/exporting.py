@@ -64,6 +64,7 @@ class Exporting:
         self.places = places
         self._tools = tools
         self._tasks: dict[str, Task] = {}
+        self._first = int(time.time())  # a page that outlives the app must not come upon another one's task
         self._walked: tuple[float, list[Answer]] = (-WALKED_FOR, [])
         self._lock = threading.Lock()
 
@@ -187,11 +188,11 @@ class Exporting:
         with self._lock:
             if out is not None and self._is_being_written(out):  # asked for by two tabs in the same moment
                 raise UserError(f"{out.name} is being written already; choose another name")
-            number = str(len(self._tasks) + 1)
+            number = str(self._first + len(self._tasks))
             for folder in (self.places.exports, self.places.models):
                 folder.mkdir(parents=True, exist_ok=True)
             command = [*self._tools, *arguments, *(["--out", str(out)] if out else []), "--json"]
-            launch = start_detached(command, self.places.logs / f"export-{os.getpid()}-{number}.log")
+            launch = start_detached(command, self.places.logs / f"export-{number}-{os.getpid()}.log")
             self._tasks[number] = Task(launch, out)
         return number
 

@@ -247,6 +247,17 @@ def test_a_tool_that_ends_while_one_looks_has_not_failed(exporting, monkeypatch)
     assert exporting.progress(task) == {"word": "done", "result": {"comparison": comparison}}
 
 
+def test_a_page_that_outlives_the_app_meets_no_other_task(exporting, monkeypatch):
+    quick = (sys.executable, "-c", "")
+    old = Exporting(exporting.places, quick).start([])
+    later = time.time() + 1
+    monkeypatch.setattr("app.exporting.time.time", lambda: later)
+    restarted = Exporting(exporting.places, quick)
+    assert restarted.start([]) != old
+    with pytest.raises(UserError, match="the app was started again meanwhile"):
+        restarted.progress(old)
+
+
 def test_a_cancel_takes_its_own_draft_alone(exporting):
     program = ("import pathlib, sys, time; out = pathlib.Path(sys.argv[-2]);"
                "out.with_name(f'.{out.name[:60]}.77.partial').write_text('half');"

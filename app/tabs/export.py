@@ -39,7 +39,7 @@ class AddLora(Request):
 
 
 class ReadTask(Request):
-    task: Annotated[str, Field(pattern=r"^\d{1,9}$")]
+    task: Annotated[str, Field(pattern=r"^\d{1,12}$")]
 
 
 class Write(Request):
