@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -31,9 +32,13 @@ def image_hashes(*folders: Path) -> list[str]:
 
 
 def tree(root: Path) -> dict[str, bytes]:
-    """All files but those of the journal and the trash."""
-    return {path.relative_to(root).as_posix(): path.read_bytes() for path in sorted(root.rglob("*"))
-            if path.is_file() and ".studio" not in path.parts}
+    """All files but those of the journal and the trash; a draft that is put in place meanwhile is none."""
+    found = {}
+    for path in sorted(root.rglob("*")):
+        if path.is_file() and ".studio" not in path.parts:
+            with suppress(FileNotFoundError):
+                found[path.relative_to(root).as_posix()] = path.read_bytes()
+    return found
 
 
 def wait_until_known(data_set: DataSet, seconds: float = 60.0) -> None:
