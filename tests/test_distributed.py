@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Collection, Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -245,3 +246,28 @@ def test_what_is_told_of_a_fault_is_what_it_was() -> None:
     assert isinstance(rebuilt(told(UserError("do this"))), UserError) and str(rebuilt(told(UserError("do this")))) == \
         "do this"
     assert str(rebuilt(told(ValueError("odd")))) == "ValueError: odd"
+
+
+def test_no_connection_closes_before_every_process_has_come_to_its_end(monkeypatch) -> None:
+    closed: list[str] = []
+    monkeypatch.setattr("torch.distributed.new_group", lambda **options: None)
+    monkeypatch.setattr("torch.distributed.destroy_process_group",
+                        lambda: closed.append(threading.current_thread().name))
+    store = torch.distributed.HashStore()
+    members = [World(rank, 2, rank, store) for rank in range(2)]
+    first = threading.Thread(target=members[0].close, name="first")
+    first.start()
+    first.join(0.3)
+    assert closed == []
+    second = threading.Thread(target=members[1].close, name="second")
+    second.start()
+    for thread in (first, second):
+        thread.join(20)
+    assert sorted(closed) == ["first", "second"]
+
+
+def test_a_process_that_never_comes_to_its_end_does_not_hold_up_the_others(monkeypatch) -> None:
+    monkeypatch.setattr("torch.distributed.new_group", lambda **options: None)
+    monkeypatch.setattr("torch.distributed.destroy_process_group", lambda: None)
+    monkeypatch.setattr("trainer.distributed.AT_THE_END", timedelta(seconds=0.2))
+    World(0, 2, 0, torch.distributed.HashStore()).close()

@@ -21,6 +21,7 @@ from trainer.run import Run
 BETWEEN_STEPS = timedelta(minutes=3)  # after which a process that does not answer counts as lost; compiling takes long
 AT_LENGTH = timedelta(hours=6)  # the same while pictures are encoded, drawn or waited for
 ON_THE_GPUS = timedelta(minutes=30)
+AT_THE_END = timedelta(seconds=30)  # that a process waits for the others when all is done
 LOOK = 1.0  # seconds between two looks whether another process was asked to stop
 
 T = TypeVar("T")
@@ -130,8 +131,12 @@ class World:
             self._tell("fault", f"process {self.rank + 1} of {self.size}: {describe(error)}")
 
     def close(self) -> None:
-        """Part in peace: every process has come to its end."""
+        """Part in peace: no connection closes before every process has come to its end, since one that is still
+        listening to the last word would take the others for lost."""
         if self.size > 1:
+            self._tell(f"end {self.rank}", "reached")
+            with suppress(RuntimeError):  # the process that keeps the store may be gone, which is no harm any more
+                self._store.wait([f"end {rank}" for rank in range(self.size)], AT_THE_END)
             dist.destroy_process_group()
 
     def _gather(self, depth: int, error: Exception | None, result: Any,  # noqa: ANN401
