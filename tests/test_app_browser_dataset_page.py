@@ -204,3 +204,37 @@ def test_a_list_that_is_overtaken_waits_for_the_newer_one(browser, server, is_ot
         found = page.evaluate(LISTS, {"isOther": is_other})
         assert found["names"] == [name] and set(found["turns"]) == {name}
         assert found["listed"] == [name, True]  # what is another list for the first is so for the second, too
+
+
+SAVES = """async () => {
+    let saved = { text: "before", version: "1" };
+    const asked = [];
+    const server = { save_caption: ({ text, version }) => {
+        asked.push([text, version]);
+        if (version !== saved.version) return { saved: false, conflict: saved };
+        saved = { text, version: String(Number(version) + 1) };
+        return asked.length === 1 ? null : { saved: true, version: saved.version }; // the first answer is lost
+    } };
+    const conflicts = [];
+    const hooks = { state: () => {}, changed: () => {}, conflict: (name) => conflicts.push(name), failed: () => {} };
+    const store = new Studio.SetStore(server, hooks);
+    store.cards.set("a.png", { caption: "before", version: "1" });
+    store.edit("a.png", "one");
+    await store.save("a.png");
+    store.edit("a.png", "one, two");
+    asked.push("typed on");
+    await store.save("a.png");
+    saved = { text: "by another", version: "9" };
+    store.edit("a.png", "three");
+    await store.save("a.png");
+    return { asked, conflicts, saved };
+}"""
+
+
+def test_a_caption_whose_answer_was_lost_is_typed_on_without_a_conflict_with_itself(browser, server):
+    with opened(browser, server.address) as page:
+        page.wait_for_function("globalThis.Studio?.SetStore !== undefined")
+        page.route("**/config", lambda route: route.abort())
+        found = page.evaluate(SAVES)
+        assert found["asked"] == [["one", "1"], "typed on", ["one, two", "1"], ["one, two", "2"], ["three", "3"]]
+        assert found["conflicts"] == ["a.png"] and found["saved"]["text"] == "by another"  # of another it is one

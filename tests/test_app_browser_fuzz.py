@@ -79,7 +79,7 @@ class Sequence:
         deadline = time.monotonic() + PATIENCE
         while texts(self.folder) != expected and time.monotonic() < deadline:
             self.page.wait_for_timeout(50)
-        assert texts(self.folder) == expected
+        assert texts(self.folder) == expected, self.page.locator("body").aria_snapshot()
         if is_undo:
             self.states.pop()
         elif expected != self.states[-1]:

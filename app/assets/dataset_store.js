@@ -183,7 +183,7 @@
     }
 
     remember() {
-      const kept = [...this.drafts].map(([name, { text, version }]) => [name, { text, version }]);
+      const kept = [...this.drafts].map(([name, { text, version, unheard }]) => [name, { text, version, unheard }]);
       if (kept.length) sessionStorage.setItem(this.shelf, JSON.stringify(kept));
       else sessionStorage.removeItem(this.shelf);
     }
@@ -210,11 +210,16 @@
         const answer = await this.ask("save_caption", { name, text, version });
         if (id !== this.id) return; // another data set is open now
         this.hooks.state(answer);
+        if (!answer.saved && draft.unheard?.includes(answer.conflict.text)) { // no one else's: it arrived, only its answer did not
+          Object.assign(draft, { version: answer.conflict.version, unheard: [] });
+          await this.send(name);
+          return;
+        }
         if (!answer.saved) {
           draft.theirs = answer.conflict;
           this.hooks.conflict(name);
         } else {
-          draft.version = answer.version;
+          Object.assign(draft, { version: answer.version, unheard: [] });
           const card = this.cards.get(name);
           if (card) Object.assign(card, { caption: text, version: answer.version });
           this.savedAt.set(name, performance.now());
@@ -223,7 +228,10 @@
       } catch (error) {
         if (id !== this.id) return;
         draft.fault = error instanceof Studio.Lost ? "not saved yet: trying again" : error.message;
-        if (error instanceof Studio.Lost) this.retry();
+        if (error instanceof Studio.Lost) {
+          draft.unheard = [...(draft.unheard ?? []), text];
+          this.retry();
+        }
         else this.hooks.failed(`${name}: ${error.message}`);
       }
       this.remember();
