@@ -16,8 +16,9 @@ from trainer.files import write_atomic
 Request = Literal["stop", "pause", "save", "sample", "prompts"]
 # Taken once, and void for the next process; "pause" lasts while its file exists, and "prompts" wait for a process
 ONCE: tuple[Request, ...] = ("stop", "save", "sample")
-Found = TypeVar("Found")
 PROBE = 0.04  # seconds: another one that only looks has let go of the lock long before
+
+Found = TypeVar("Found")
 
 
 class WorkFolder:

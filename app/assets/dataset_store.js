@@ -229,10 +229,9 @@
         if (id !== this.id) return;
         draft.fault = error instanceof Studio.Lost ? "not saved yet: trying again" : error.message;
         if (error instanceof Studio.Lost) {
-          draft.unheard = [...(draft.unheard ?? []), text];
+          draft.unheard = [...new Set([...(draft.unheard ?? []), text])]; // the same text goes out every few seconds
           this.retry();
-        }
-        else this.hooks.failed(`${name}: ${error.message}`);
+        } else this.hooks.failed(`${name}: ${error.message}`);
       }
       this.remember();
       this.hooks.changed([name]);
