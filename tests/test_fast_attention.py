@@ -37,11 +37,11 @@ def test_calls_count_as_often_as_they_are_made() -> None:
     assert attention.fastest({}, Counter())[0] == USUAL
 
 
-def test_cudnn_is_timed_only_where_torch_and_the_family_would_use_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    for capability, allowed, timed in (((9, 0), True, True), ((9, 0), False, False), ((8, 9), True, False)):
+def test_cudnn_is_timed_only_where_torch_would_use_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for capability, timed in (((9, 0), True), ((8, 9), False)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
-        assert ("cudnn" in attention.candidates(torch.device("cuda"), allowed)) == timed
-    assert attention.candidates(CPU, True) == ["flash", "efficient"]
+        assert ("cudnn" in attention.candidates(torch.device("cuda"))) == timed
+    assert attention.candidates(CPU) == ["flash", "efficient"]
 
 
 @pytest.mark.parametrize(("case", "count"), [("klein-4b:1", 5), ("sd15:1", 32)])

@@ -28,6 +28,7 @@ from trainer.fast import convolutions
 from trainer.fast.graphs import StepGraphs
 from trainer.fast.matmul import LowBits
 from trainer.fast.prefetch import Prefetcher
+from trainer.fast.whole_gradient import keep_gradients_whole
 from trainer.faults import out_of_memory
 from trainer.flow import FlowObjective
 from trainer.material import Material, framing, noise_seeds, to_device
@@ -285,7 +286,7 @@ def load_denoiser(family: ModuleType, base: Any, device: torch.device, dtype: to
 def hold(family: ModuleType, denoiser: nn.Module, plan: Plan, device: torch.device) -> Offload | None:
     """Checkpoint and offload a loaded denoiser's blocks as `plan` says; what is not offloaded comes to the device."""
     selective.checkpoint_blocks(family, denoiser, plan.checkpointing)
-    torch.backends.cuda.enable_cudnn_sdp(family.CUDNN_ATTENTION)  # for good: the backward pass chooses as well
+    keep_gradients_whole(denoiser)
     if device.type == "cuda":
         convolutions.lay_out(denoiser)
     if not plan.offload_blocks:

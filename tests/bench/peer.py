@@ -30,7 +30,7 @@ def build(size: Size, denoiser: nn.Module, rank: int, checkpointing: bool, devic
     from peft import LoraConfig  # late: only these rows need it
 
     family = families.get(size.family)
-    torch.backends.cuda.enable_cudnn_sdp(family.CUDNN_ATTENTION)  # as ours: Flux.1's backward pass fails with it
+    torch.backends.cuda.enable_cudnn_sdp(size.family != "flux1")  # it fails there: trainer/fast/whole_gradient.py
     targets = family.adapter_targets({family.DENOISER: denoiser}, true_size.BLOCK_LINEARS[size.family])
     chosen = {id(module) for target in targets for module in target.modules}
     names = [name for name, module in denoiser.named_modules() if id(module) in chosen]

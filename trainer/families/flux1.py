@@ -30,9 +30,6 @@ from trainer.flow import FlowObjective
 LATENT_CHANNELS = 16
 VAE_FACTOR = 8
 T5_PLACES = {True: 512, False: 256}  # dev, schnell
-
-# torch 2.11 on an H200: illegal memory access in the backward pass of cuDNN's attention, here alone.
-CUDNN_ATTENTION = False
 PARTS = {  # what a base is made of, and what to give where a file lacks one
     "transformer": "",
     "vae": "Flux.1's VAE (such as ae.safetensors)",

@@ -29,7 +29,6 @@ from trainer.flow import FlowObjective
 
 LATENT_FACTOR = 16  # pixels a latent: the VAE's 8, then 2 x 2 packed into channels
 
-CUDNN_ATTENTION = True
 PARTS = {  # what a base is made of, and what to give where a file lacks one
     "transformer": "",
     "vae": "Flux.2's VAE (such as flux2-vae.safetensors)",

@@ -29,7 +29,6 @@ from trainer.families.unet import load_vae as load_vae
 from trainer.families.unet import objective as objective
 from trainer.families.unet import set_gradient_checkpointing as set_gradient_checkpointing
 
-CUDNN_ATTENTION = True
 PARTS = {  # what a base is made of, and what to give where a file lacks one
     "unet": "",
     "vae": "SD 1.5's VAE (such as vae-ft-mse-840000-ema-pruned.safetensors)",

@@ -62,16 +62,16 @@ def worth_it(session: Session) -> bool:
             and session.steps >= WORTH_STEPS)
 
 
-def candidates(device: torch.device, cudnn: bool) -> list[str]:
-    """The kernels to time; cudnn: whether the family may use that one."""
+def candidates(device: torch.device) -> list[str]:
+    """The kernels to time."""
     newer = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= CUDNN_FROM
-    return [name for name in BACKENDS if name != "cudnn" or (cudnn and newer)]
+    return [name for name in BACKENDS if name != "cudnn" or newer]
 
 
 def _found(session: Session, calls: Counter[Call]) -> str:
     """The fastest kernels as remembered or as measured now, with a note where they are not the usual ones."""
     device = session.device
-    names = candidates(device, session.family.CUDNN_ATTENTION)
+    names = candidates(device)
     workspace, key = session.cache.root.parent, signature(calls, names, speed.device_name(device))
     known = speed.recall_attention(workspace, key)
     if known in (USUAL, *names):
