@@ -44,14 +44,19 @@ def tiny_project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return projects.make(tmp_path_factory.mktemp("project"))
 
 
-@pytest.fixture
-def exact() -> Iterator[None]:
-    """A GPU repeats itself to the bit, and computes fp32 in fp32: what presets ask for, without a preset."""
+@pytest.fixture(autouse=True)
+def _arithmetic() -> Iterator[None]:
+    """How a test's runs let this process compute does not stay for the next test."""
     before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.conv.fp32_precision
-    gpu.choose_arithmetic("fp32", deterministic=True)
     yield
     torch.use_deterministic_algorithms(before[0])
     torch.backends.cudnn.conv.fp32_precision = before[1]
+
+
+@pytest.fixture
+def exact() -> None:
+    """A GPU repeats itself to the bit, and computes fp32 in fp32: what presets ask for, without a preset."""
+    gpu.choose_arithmetic("fp32", deterministic=True)
 
 
 @pytest.fixture

@@ -25,18 +25,18 @@ CASES = ["klein-4b:1", "klein-4b:2:selective", "klein-4b:1:full", "flux1-dev:1",
 @pytest.mark.parametrize("case", CASES)
 def test_gradients_are_those_of_plain_attention(case: str, compiled: str) -> None:
     """cuDNN's kernels among them, where this GPU has them: what they keep of one block must not be used for another."""
-    [row] = step_time.rows_of(case, ["lora"])
+    [row] = step_time.rows_of(case, ["stella"])
     size = true_size.shrunk(true_size.SIZES[row.size])
     torch.manual_seed(0)
     denoiser = true_size.denoiser_of(size, "none", GPU, torch.bfloat16)
-    session = step_time.session_of(size, "lora", ["adapter.init=random"], denoiser, GPU, torch.bfloat16, row)
+    session = step_time.session_of(size, "stella", ["adapter.init=random"], denoiser, GPU, torch.bfloat16, row)
     with sdpa_kernel(SDPBackend.MATH):
         plain = gradients(session, size)
     if compiled == "on":
         block_compiler.install(session.denoiser)
     for name in attention.candidates(GPU):
         with attention.preferred(name):
-            assert likeness([gradients(session, size)], [plain]) > 0.999, name
+            assert likeness([gradients(session, size)], [plain]) > 0.99, name
 
 
 def gradients(session, size: true_size.Size) -> list[Tensor]:
