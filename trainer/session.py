@@ -24,11 +24,10 @@ from trainer.data.store import LatentStore, TextStore
 from trainer.distributed import ALONE, World
 from trainer.errors import UserError
 from trainer.families.base import quantised_id
-from trainer.fast import convolutions
+from trainer.fast import convolutions, whole_gradient
 from trainer.fast.graphs import StepGraphs
 from trainer.fast.matmul import LowBits
 from trainer.fast.prefetch import Prefetcher
-from trainer.fast.whole_gradient import keep_gradients_whole
 from trainer.faults import out_of_memory
 from trainer.flow import FlowObjective
 from trainer.material import Material, framing, noise_seeds, to_device
@@ -286,9 +285,9 @@ def load_denoiser(family: ModuleType, base: Any, device: torch.device, dtype: to
 def hold(family: ModuleType, denoiser: nn.Module, plan: Plan, device: torch.device) -> Offload | None:
     """Checkpoint and offload a loaded denoiser's blocks as `plan` says; what is not offloaded comes to the device."""
     selective.checkpoint_blocks(family, denoiser, plan.checkpointing)
-    keep_gradients_whole(denoiser)
     if device.type == "cuda":
         convolutions.lay_out(denoiser)
+        whole_gradient.install()
     if not plan.offload_blocks:
         return None
     offload = Offload(repeated_blocks(denoiser), plan.offload_blocks, device)

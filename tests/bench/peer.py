@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tests.bench import true_size
 from tests.bench.true_size import Size
 from trainer import families
+from trainer.fast import whole_gradient
 from trainer.material import noise_seeds
 
 LR = 1e-4
@@ -30,7 +31,7 @@ def build(size: Size, denoiser: nn.Module, rank: int, checkpointing: bool, devic
     from peft import LoraConfig  # late: only these rows need it
 
     family = families.get(size.family)
-    torch.backends.cuda.enable_cudnn_sdp(size.family != "flux1")  # it fails there: trainer/fast/whole_gradient.py
+    whole_gradient.install()  # without it cuDNN's attention, torch's first choice, ends Flux.1 with an illegal access
     targets = family.adapter_targets({family.DENOISER: denoiser}, true_size.BLOCK_LINEARS[size.family])
     chosen = {id(module) for target in targets for module in target.modules}
     names = [name for name, module in denoiser.named_modules() if id(module) in chosen]

@@ -5,17 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor
+
+_plain = F.scaled_dot_product_attention
 
 
 class WholeGradient(torch.autograd.Function):
-    """The same tensor, whose gradient is made contiguous where it is a part of a larger one.
+    """What attention found [b, h, n, d], with a gradient that lies as a whole tensor [b, n, h, d].
 
-    torch keeps cuDNN's plan of a backward pass for the layouts of queries, keys and values, and takes it again for a
-    gradient that lies otherwise: it then reads outside of it. Flux.1 needs this: its two kinds of blocks have all three
-    alike, and one kind's gradient is a part of a wider one. (torch's newest source has the gradient's layout in the
-    cache's key: aten/src/ATen/native/cudnn/MHA.cpp.)
+    torch keeps cuDNN's plan of a backward pass by the layouts of queries, keys and values, and takes it again for a
+    gradient that lies otherwise: it then reads outside of it, and the process dies of an illegal memory access. That
+    happens where a gradient is a part of a wider one in some blocks and not in others (Flux.1), or in plain passes and
+    not in compiled ones (Flux.2). (torch's newest source has the gradient's layout in the cache's key:
+    aten/src/ATen/native/cudnn/MHA.cpp.)
     """
 
     @staticmethod
@@ -24,11 +27,15 @@ class WholeGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad.contiguous()
+        return grad.transpose(-3, -2).contiguous().transpose(-3, -2)
 
 
-def keep_gradients_whole(denoiser: nn.Module) -> None:
-    """See to it in a model's blocks that need it."""
-    for block in denoiser.modules():
-        if isinstance(block, FluxSingleTransformerBlock):
-            block.attn.register_forward_hook(lambda attn, given, found: WholeGradient.apply(found))
+def attention(*given: Tensor, **named: Any) -> Tensor:  # noqa: ANN401 - as torch's own
+    """`scaled_dot_product_attention` with a whole gradient."""
+    found = _plain(*given, **named)
+    return WholeGradient.apply(found) if found.requires_grad else found
+
+
+def install() -> None:
+    """From now on for every model of this process: each calls attention by its name in torch."""
+    F.scaled_dot_product_attention = attention

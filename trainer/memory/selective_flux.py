@@ -20,7 +20,6 @@ from diffusers.models.transformers.transformer_flux2 import (
 )
 from torch import Tensor, nn
 
-from trainer.fast.whole_gradient import WholeGradient
 from trainer.memory.redo import Selective, redo
 
 Rotary = tuple[Tensor, Tensor]
@@ -49,8 +48,7 @@ class SelectiveFluxSingleBlock(Selective, FluxSingleTransformerBlock):
         modulation = sets(self.norm, temb, 3)[0]
         normed = redo(partial(modulated, self.norm.norm, modulation), x)
         wide = self.proj_mlp(normed)
-        found = WholeGradient.apply(
-            attention(attn, attn.to_q(normed), attn.to_k(normed), attn.to_v(normed), image_rotary_emb))
+        found = attention(attn, attn.to_q(normed), attn.to_k(normed), attn.to_v(normed), image_rotary_emb)
         joined = redo(lambda found, wide: torch.cat([found, self.act_mlp(wide)], dim=2), found, wide)
         x = clipped(x + modulation[2] * self.proj_out(joined))
         return x[:, :length], x[:, length:]
