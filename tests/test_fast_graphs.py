@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tests import projects
 from trainer.errors import UserError
+from trainer.fast import compile as block_compiler
 from trainer.fast import graphs as fast_graphs
 from trainer.fast import start
 from trainer.fast.graphs import FIRST_PASSES, MOST_SHAPES, StepGraphs, Waits, explain, shape_key
@@ -229,6 +230,8 @@ def test_graphs_are_worth_it_for_unets_and_runs_of_some_length(tiny_project, tmp
     session.preset = session.preset.model_copy(update={"model": session.preset.model.model_copy(
         update={"family": "flux2"})})
     assert not start.worth_it(session)
+    block_compiler.install(session.denoiser)
+    assert start.worth_it(session), "small kernels, once its blocks are compiled"
 
 
 def test_only_a_wait_counts_as_one(monkeypatch) -> None:

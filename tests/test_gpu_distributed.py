@@ -64,7 +64,7 @@ def test_a_killed_process_leaves_a_whole_checkpoint_that_one_gpu_goes_on_from(ti
     processes = [subprocess.Popen(words, cwd=ROOT, env=each) for each in several.environments(2, os.environ)]
     run = Run(tmp_path / "runs" / "run")
     try:
-        wait_for_step(run, 60)
+        wait_for_step(run, 20)  # as graphs by then
         processes[1].send_signal(signal.SIGKILL)
         assert processes[0].wait(60) == 1, run.log_tail()
     finally:

@@ -83,7 +83,8 @@ def test_attention_runs_by_the_kernels_that_were_timed_and_a_resume_keeps_them(c
     calls = attention.recorded(lambda: passes.first_forward(session))
     for call in calls:
         times = {name: attention.seconds(call, name, device) for name in (USUAL, *attention.BACKENDS)}
-        assert times[USUAL] and times["flash"] and times["efficient"], times
+        whole = call.sizes[0][-1] % 8 == 0  # other widths of a head only FlashAttention takes, filled up
+        assert times[USUAL] and times["flash"] and bool(times["efficient"]) == whole, times
         print(call.sizes, {name: found and f"{1e6 * found:.0f} us" for name, found in times.items()})
     session.progress.step = 7
     session.progress.attention = "efficient"

@@ -86,7 +86,8 @@ def light_modules() -> frozenset[str]:
     return frozenset(found)
 
 
-BASE = {"trainer.manifold", "trainer.objective", "trainer.flow", "trainer.adapters.target"}  # what families stand on
+# What families stand on.
+BASE = {f"trainer.{name}" for name in ("manifold", "manifold_kernel", "objective", "flow", "adapters.target")}
 
 
 def layer(name: str) -> int:

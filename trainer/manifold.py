@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cache, partial
 from itertools import cycle
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -47,6 +49,8 @@ def gram(left: Tensor, right: Tensor, dtype: torch.dtype | None = None) -> Tenso
     Rows are multiplied piece by piece: a sum over 64 to 256 rows keeps fp32 within 2e-7 of fp64 when the pieces are
     added in fp64, and a GPU works on all pieces at once instead of walking down each tall matrix.
     """
+    if dtype in (None, left.dtype) and (kernel := _kernel(left, right)):
+        return kernel.grams(left, right)[:, 0]
     count, dim, wide = left.shape
     size = piece(dim, 256 if wide >= 64 else 128)
     if not size:  # a length without a fitting divisor
@@ -66,6 +70,27 @@ def piece(dim: int, limit: int) -> int:
     return size if size >= 32 else 0
 
 
+def times(x: Tensor, core: Tensor, out: Tensor | None = None) -> Tensor:
+    """x core, [L, dim, r] and [L, r, r] -> [L, dim, r]."""
+    if kernel := _kernel(x, x if out is None else out):
+        return kernel.times_(torch.empty_like(x) if out is None else out, x, core)
+    return torch.bmm(x, core, out=out)
+
+
+def _kernel(*stacks: Tensor) -> ModuleType | None:
+    """Kernels that take these stacks, where this GPU has them."""
+    if stacks[0].device.type != "cuda" or not _triton():
+        return None
+    from trainer import manifold_kernel  # late: Triton is only where there is a GPU for it
+
+    return manifold_kernel if manifold_kernel.fits(*stacks) else None
+
+
+@cache
+def _triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
 def riemannian_gradient(x: Tensor, grad: Tensor) -> Tensor:
     """grad - X (grad^T X), all [L, dim, r]: the gradient in the canonical metric (StelLA, eq. for the pre-step)."""
     return riemannian_gradient_(x, grad.clone())
@@ -74,6 +99,8 @@ def riemannian_gradient(x: Tensor, grad: Tensor) -> Tensor:
 def riemannian_gradient_(x: Tensor, grad: Tensor) -> Tensor:
     """`riemannian_gradient` in place of grad."""
     with exact_arithmetic(x.device):
+        if kernel := _kernel(x, grad):
+            return kernel.times_(grad, x, gram(grad, x).neg(), add=True)
         return grad.baddbmm_(x, gram(grad, x), alpha=-1)
 
 
@@ -136,11 +163,16 @@ def advance_(points: Stacks, updates: Stacks, step: Step, retraction: str, proje
 
 
 def _grams(x: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
+    if kernel := _kernel(x, d):
+        return kernel.grams(x, d, square=True).unbind(1)
     return gram(x, d), gram(d, d)
 
 
 def _change(x: Tensor, d: Tensor, of_x: Tensor, of_d: Tensor) -> None:
-    x.add_((d @ of_d).baddbmm_(x, of_x))
+    if kernel := _kernel(x, d):
+        kernel.times_(x, x, of_x, d, of_d, add=True)
+    else:
+        x.add_((d @ of_d).baddbmm_(x, of_x))
 
 
 def side_by_side(work: Sequence[Callable[[], Any]], streams: int | None = None) -> list[Any]:

@@ -219,8 +219,8 @@ class Memory(Section):
         "auto", "Several GPUs share the frozen model: each holds a part and reads the others', for some time more. "
         "auto: when the budget needs it.", advanced=True)
     cuda_graphs: Literal["auto", "on", "off"] = setting(
-        "auto", "Steps as CUDA graphs: the same numbers, faster, for more GPU memory. auto: SD 1.5 and SDXL, where "
-        "there is memory enough.", advanced=True)
+        "auto", "Steps as CUDA graphs: the same numbers, faster, for more GPU memory. auto: SD 1.5, SDXL and "
+        "compiled blocks, where there is memory enough.", advanced=True)
 
 
 class Sample(Section):

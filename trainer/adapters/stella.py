@@ -14,7 +14,7 @@ from trainer.adapters.layer import base_matrix
 from trainer.adapters.layout import Layout
 from trainer.adapters.lora import Stacks, leading_svd, subtracted
 from trainer.adapters.stiefel import random_orthonormal
-from trainer.manifold import exact_arithmetic, gram, orthonormalize, side_by_side
+from trainer.manifold import exact_arithmetic, gram, orthonormalize, side_by_side, times
 
 STREAMS = 3  # of the backward pass: on each of them cuBLAS keeps up to 32 MiB for autograd's thread
 
@@ -130,7 +130,7 @@ class Folded(torch.autograd.Function):
 
 def _times(u: Tensor, core: Tensor, out: Tensor | None = None) -> Tensor:
     """U S, or U diag(S)."""
-    return torch.mul(u, core.unsqueeze(1), out=out) if core.ndim == 2 else torch.bmm(u, core, out=out)
+    return torch.mul(u, core.unsqueeze(1), out=out) if core.ndim == 2 else times(u, core, out)
 
 
 def _unfold(factor: Tensor, core: Tensor, up: Tensor, down: Tensor, grad: Tensor) -> Tensor:

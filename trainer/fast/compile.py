@@ -54,12 +54,18 @@ def install(denoiser: nn.Module) -> None:
             block.__class__ = compiled_class(type(block))
 
 
+def is_installed(denoiser: nn.Module) -> bool:
+    """Whether blocks run compiled."""
+    return any(isinstance(block, CompiledBlock) for block in blocks_of(denoiser))
+
+
 def remove(denoiser: nn.Module) -> bool:
     """Give the blocks their own classes back; says whether any was compiled."""
-    compiled = [block for block in blocks_of(denoiser) if isinstance(block, CompiledBlock)]
-    for block in compiled:
-        block.__class__ = block.plain_kind
-    return bool(compiled)
+    compiled = is_installed(denoiser)
+    for block in blocks_of(denoiser):
+        if isinstance(block, CompiledBlock):
+            block.__class__ = block.plain_kind
+    return compiled
 
 
 def compiler_missing() -> str | None:

@@ -114,16 +114,16 @@ class StepGraphs:
 
     Gradients add up at the bank's fixed addresses, so a replay does what the pass did. A shape's first passes run as
     they are. `room` is how many bytes tensors may take (0: nobody counts); what does not fit beside a graph, or
-    cannot be recorded, runs without one for good, and `tell` says why, once.
+    cannot be recorded, runs without one for good, and `tell` says why, once, with `advice` for what does not fit.
     """
 
     def __init__(self, forward: Callable[[Inputs], Tensor], backward: Callable[[Tensor], None],
                  quiet: Callable[[], None], gradients: Sequence[Tensor], room: int, tell: Callable[[str], None],
-                 recorder: Recorder) -> None:
+                 recorder: Recorder, advice: str = "") -> None:
         """forward: the loss, with fresh weights; backward: adds its gradients up in `gradients`; quiet: makes layers
         let go of the last pass, whose streams are not the recording's."""
         self.forward, self.backward, self.quiet, self.gradients = forward, backward, quiet, gradients
-        self.room, self.tell, self.recorder = room, tell, recorder
+        self.room, self.tell, self.recorder, self.advice = room, tell, recorder, advice
         self.on, self.said = True, False
         self.seen: Counter[Key] = Counter()
         self.activations = 0  # bytes that the largest pass held between forward and backward
@@ -179,8 +179,7 @@ class StepGraphs:
         if self.captured or not self.room or need <= FULL * self.room:  # graphs share memory: the first decides
             return True
         self.stop(f"CUDA graphs are not used: with them this run would take about {need / 2**30:.1f} GiB of the "
-                  f"{self.room / 2**30:.1f} GiB that it may. Steps take longer so; a smaller train.batch_size or "
-                  "memory.gradient_checkpointing = 'selective' or 'full' makes room")
+                  f"{self.room / 2**30:.1f} GiB that it may. {self.advice}".rstrip())
         return False
 
     def _make_place(self, key: Key) -> bool:

@@ -16,6 +16,8 @@ from trainer.schema import FLOW_FAMILIES
 from trainer.session import Session
 
 WORTH_STEPS = 40  # a graph saves some tens of milliseconds a step, and takes a second or two to record
+TO_MAKE_ROOM = ("Steps take longer so; a smaller train.batch_size or memory.gradient_checkpointing = 'selective' or "
+                "'full' makes room")  # which for a transformer costs more than graphs save
 COMPILING = 30.0  # seconds that compiling a transformer's blocks takes, for each shape of batch
 SAVES = 0.25  # of a step's time, when its blocks are compiled
 PAYS = 3.0  # times its cost that compiling must save to be done unasked
@@ -42,7 +44,8 @@ def _record(session: Session) -> None:
     session.graphs = StepGraphs(
         session.forward, session.backward, lambda: session.use("off"),
         [leaf.grad for leaf in session.adapter.parameters()], 0 if chosen == "on" else room(session),
-        lambda text: session.recorder.note(session.progress.step, text), CudaRecorder(session.device))
+        lambda text: session.recorder.note(session.progress.step, text), CudaRecorder(session.device),
+        TO_MAKE_ROOM if is_unet(session) else "")
 
 
 def finish(session: Session) -> None:
@@ -114,10 +117,15 @@ def _try_compiled(session: Session) -> None:
 
 
 def worth_it(session: Session) -> bool:
-    """Whether graphs are worth recording unasked: a UNet's hundreds of small kernels wait for the processor, a
-    transformer's large ones do not."""
-    unet = session.preset.model.family not in FLOW_FAMILIES
-    return unet and session.device.type == "cuda" and session.steps - session.progress.step >= WORTH_STEPS
+    """Whether graphs are worth recording unasked: a UNet's hundreds of small kernels wait for the processor, and so do
+    a transformer's where its blocks are compiled; its large ones by themselves do not."""
+    many = is_unet(session) or block_compiler.is_installed(session.denoiser)
+    return many and session.device.type == "cuda" and session.steps - session.progress.step >= WORTH_STEPS
+
+
+def is_unet(session: Session) -> bool:
+    """Whether the model is a UNet, not a transformer."""
+    return session.preset.model.family not in FLOW_FAMILIES
 
 
 def obstacle(session: Session) -> str | None:
