@@ -24,7 +24,7 @@ def near(found: Tensor, expected: Tensor) -> bool:
     return ((found - expected).norm() <= 2e-6 * expected.norm()).item()
 
 
-@pytest.mark.parametrize("count, dim, rank", [(480, 1280, 16), (3, 77, 4), (2, 320, 24), (5, 640, 32), (2, 2049, 1)])
+@pytest.mark.parametrize("count, dim, rank", [(480, 1280, 16), (3, 77, 4), (2, 320, 12), (2, 2049, 1)])
 def test_products_are_those_of_fp64(count: int, dim: int, rank: int) -> None:
     x, d = stacks(count, dim, rank)
     assert manifold_kernel.fits(x, d)
@@ -39,7 +39,7 @@ def test_products_are_those_of_fp64(count: int, dim: int, rank: int) -> None:
 
 
 def test_others_are_left_to_torch() -> None:
-    x, wide = stacks(2, 64, 16, count=1)[0], stacks(2, 64, 48, count=1)[0]
+    x, wide = stacks(2, 64, 16, count=1)[0], stacks(2, 64, 17, count=1)[0]
     for stack in (wide, x.double(), x.mT.contiguous().mT, x[:0]):
         assert not manifold_kernel.fits(stack)
         assert near(manifold.gram(stack, stack), stack.double().mT @ stack.double())

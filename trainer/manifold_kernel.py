@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-WIDEST = 32  # columns; with more of them the tiles no longer fit a program's registers
-ROWS, WARPS = 128, 4  # of a program: its rows are also what is summed up in one go
-FEWEST = 16  # columns that a product of tiles takes
+WIDE = 16  # columns of a program: the fewest that a product of tiles takes; more would not fit its registers
+SUMMED = 128  # rows of a program that sums them up
+ROWS, WARPS = 32, 8  # of one that gives a row for each
 
 
 @triton.jit
@@ -55,13 +55,13 @@ def _times(out, one, of_one, layer_one, row_one, column_one, other, of_other, la
 def grams(left: Tensor, right: Tensor, square: bool = False) -> Tensor:
     """left^T right and, if asked for, right^T right: [L, dim, r] twice -> [L, 1 or 2, r, r].
 
-    Sums run over ROWS rows in fp32, as in `manifold.gram`, and then over the pieces.
+    Sums run over SUMMED rows in fp32, as in `manifold.gram`, and then over the pieces.
     """
     count, dim, rank = left.shape
-    pieces = triton.cdiv(dim, ROWS)
+    pieces = triton.cdiv(dim, SUMMED)
     out = left.new_empty(count, pieces, 2 if square else 1, rank, rank)
     with torch.cuda.device(left.device):
-        _gram_pieces[(count, pieces)](left, right, out, dim, rank, square, _wide(rank), ROWS, num_warps=WARPS)
+        _gram_pieces[(count, pieces)](left, right, out, dim, rank, square, WIDE, SUMMED, num_warps=WARPS)
     return out[:, 0] if pieces == 1 else out.sum(1)
 
 
@@ -71,14 +71,14 @@ def times_(out: Tensor, x: Tensor, of_x: Tensor, d: Tensor | None = None, of_d: 
     (count, dim, rank), (last, of_last) = x.shape, (x, of_x) if d is None else (d, of_d)
     with torch.cuda.device(x.device):
         _times[(count, triton.cdiv(dim, ROWS))](out, x, of_x, *of_x.stride(), last, of_last, *of_last.stride(), dim,
-                                                rank, add, d is not None, _wide(rank), ROWS, num_warps=WARPS)
+                                                rank, add, d is not None, WIDE, ROWS, num_warps=WARPS)
     return out
 
 
 def fits(*stacks: Tensor) -> bool:
     """Whether the kernels take these stacks [L, dim, r]."""
     first = stacks[0]
-    return len(first) > 0 and first.shape[2] <= WIDEST and works(first.device) and all(
+    return len(first) > 0 and first.shape[2] <= WIDE and works(first.device) and all(
         stack.dtype == torch.float32 and stack.shape == first.shape and stack.is_contiguous() for stack in stacks)
 
 
@@ -95,7 +95,3 @@ def works(device: torch.device) -> bool:
     x, d = x.double(), d.double()
     exact = x + x @ (x.mT @ d) + d @ (d.mT @ d)
     return torch.allclose(y.double(), exact, rtol=1e-4, atol=1e-3)
-
-
-def _wide(rank: int) -> int:
-    return max(FEWEST, triton.next_power_of_2(rank))

@@ -24,7 +24,7 @@ from trainer.data.store import LatentStore, TextStore
 from trainer.distributed import ALONE, World
 from trainer.errors import UserError
 from trainer.families.base import quantised_id
-from trainer.fast import convolutions, whole_gradient
+from trainer.fast import convolutions, group_norm, whole_gradient
 from trainer.fast.graphs import StepGraphs
 from trainer.fast.matmul import LowBits
 from trainer.fast.prefetch import Prefetcher
@@ -284,10 +284,11 @@ def load_denoiser(family: ModuleType, base: Any, device: torch.device, dtype: to
 
 def hold(family: ModuleType, denoiser: nn.Module, plan: Plan, device: torch.device) -> Offload | None:
     """Checkpoint and offload a loaded denoiser's blocks as `plan` says; what is not offloaded comes to the device."""
-    selective.checkpoint_blocks(family, denoiser, plan.checkpointing)
     if device.type == "cuda":
         convolutions.lay_out(denoiser)
+        group_norm.install(denoiser)
         whole_gradient.install()
+    selective.checkpoint_blocks(family, denoiser, plan.checkpointing)
     if not plan.offload_blocks:
         return None
     offload = Offload(repeated_blocks(denoiser), plan.offload_blocks, device)

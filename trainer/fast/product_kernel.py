@@ -20,9 +20,8 @@ LARGE_NEEDS = 160 * 1024  # bytes of a multiprocessor's memory
 DESCRIPTORS_FROM = 9  # compute capability that loads and stores whole tiles by themselves
 BAND = 8  # tiles in a column that follow one another, so that they find each other's loads in the cache
 RANKS, FEWEST = 64, 16  # columns of the low-rank product at a time: most, in 16 bits, and what a product of tiles takes
-WARPS = {4096: 4, 16384: 8}  # of a row, by what its columns reach to
-MOST_WARPS, WIDEST = 16, 2**16  # of rows and columns that a program holds
-TO_WHOLE = 1.5 * 2**23  # added to a number of fp32 far below it and taken away again, it leaves the nearest integer
+PART = 4096  # of a row that a program holds at a time
+TO_WHOLE = 1.5 * 2**23  # added to a number of fp32 far below it, it leaves the nearest integer in the lowest bits
 
 
 @triton.jit(do_not_specialize=["m"])  # one kernel for all numbers of rows
@@ -71,32 +70,39 @@ def _tiles(x, codes, own, scale, bias, hidden, factor, out, m, n, k, r, scale_st
 def _rows(x, gain, codes, own, k, step, gain_step, HAS_GAIN: tl.constexpr, INTEGERS: tl.constexpr, TOP: tl.constexpr,
           LEAST: tl.constexpr, TO_WHOLE: tl.constexpr, WIDE: tl.constexpr):
     row, column = tl.program_id(0).to(tl.int64), tl.arange(0, WIDE)
-    inside = column < k
-    y = tl.load(x + row * step + column, mask=inside, other=0.0).to(tl.float32)
-    if HAS_GAIN:
-        y *= tl.load(gain + column * gain_step, mask=inside, other=0.0)
-    scale = tl.maximum(tl.max(tl.abs(y), 0), LEAST) / TOP
-    scale = tl.where(tl.sum((y != y).to(tl.int32), 0) > 0, float("nan"), scale)  # the largest number passes NaN over
-    y = tl.minimum(tl.maximum(y / scale, -TOP), TOP)
-    if INTEGERS:
-        y = y + TO_WHOLE - TO_WHOLE
-    tl.store(codes + row * k + column, y.to(codes.dtype.element_ty), mask=inside)
+    most, odd = tl.zeros((WIDE,), dtype=tl.float32), tl.zeros((WIDE,), dtype=tl.float32)
+    for at in range(0, k, WIDE):
+        inside = column < k - at
+        y = tl.load(x + row * step + at + column, mask=inside, other=0.0).to(tl.float32)
+        if HAS_GAIN:
+            y *= tl.load(gain + (at + column) * gain_step, mask=inside, other=0.0)
+        most = tl.maximum(most, tl.abs(y))
+        odd += y * 0.0  # NaN where y is, which the largest number passes over, or where y is infinite
+    scale = tl.maximum(tl.max(most, 0), LEAST) / TOP + tl.sum(odd, 0)
+    for at in range(0, k, WIDE):  # what was just read is near
+        inside = column < k - at
+        y = tl.load(x + row * step + at + column, mask=inside, other=0.0).to(tl.float32)
+        if HAS_GAIN:
+            y *= tl.load(gain + (at + column) * gain_step, mask=inside, other=0.0)
+        y *= 1 / scale  # the largest may come out a last bit above TOP, which rounds to it
+        if INTEGERS:
+            code = (y + TO_WHOLE).to(tl.int32, bitcast=True).to(tl.int8)  # the nearest integer, in its lowest bits
+        else:
+            code = y.to(codes.dtype.element_ty)
+        tl.store(codes + row * k + at + column, code, mask=inside)
     tl.store(own + row, scale)
 
 
 def rows_to_codes(x: Tensor, gain: Tensor | None, kind: torch.dtype) -> tuple[Tensor, Tensor]:
     """As `codes_of_rows`, on the GPU that holds x."""
-    (m, k), wide = x.shape, triton.next_power_of_2(x.shape[1])
-    if wide > WIDEST:
-        codes, own = linear.rows_to_codes(x if gain is None else x.float() * gain.t(), kind)
-        return codes.contiguous(), own
+    m, k = x.shape
+    wide = min(triton.next_power_of_2(k), PART)
     x = x if x.stride(1) == 1 else x.contiguous()
     codes, own = torch.empty(m, k, dtype=kind, device=x.device), x.new_empty(m, 1, dtype=torch.float32)
     with torch.cuda.device(x.device):
         _rows[(m,)](x, own if gain is None else gain, codes, own, k, x.stride(0),
                     0 if gain is None or gain.numel() == 1 else 1, gain is not None, kind == torch.int8,
-                    linear.top_of(kind), linear.LEAST, TO_WHOLE, wide,
-                    num_warps=next((warps for most, warps in WARPS.items() if wide <= most), MOST_WARPS))
+                    linear.top_of(kind), linear.LEAST, TO_WHOLE, wide, num_warps=8 if wide == PART else 4)
     return codes, own
 
 

@@ -14,6 +14,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_flux2 import Flux2SwiGLU
 from torch import Tensor, nn
 
+from trainer.fast.group_norm import ChannelsLastNorm
 from trainer.memory import selective_flux
 from trainer.memory.redo import Selective, redo
 
@@ -24,6 +25,11 @@ class RemadeLayerNorm(nn.LayerNorm):
 
 
 class RemadeGroupNorm(nn.GroupNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return redo(super().forward, x)
+
+
+class RemadeChannelsLastNorm(ChannelsLastNorm):
     def forward(self, x: Tensor) -> Tensor:
         return redo(super().forward, x)
 
@@ -61,9 +67,9 @@ class SelectiveResnet(Selective, ResnetBlock2D):
 
 
 KINDS: dict[type[nn.Module], type[nn.Module]] = {
-    nn.LayerNorm: RemadeLayerNorm, nn.GroupNorm: RemadeGroupNorm, nn.SiLU: RemadeSiLU, GELU: RemadeGELU,
-    GEGLU: RemadeGEGLU, Flux2SwiGLU: RemadeSwiGLU, BasicTransformerBlock: SelectiveBlock,
-    ResnetBlock2D: SelectiveResnet} | selective_flux.KINDS
+    nn.LayerNorm: RemadeLayerNorm, nn.GroupNorm: RemadeGroupNorm, ChannelsLastNorm: RemadeChannelsLastNorm,
+    nn.SiLU: RemadeSiLU, GELU: RemadeGELU, GEGLU: RemadeGEGLU, Flux2SwiGLU: RemadeSwiGLU,
+    BasicTransformerBlock: SelectiveBlock, ResnetBlock2D: SelectiveResnet} | selective_flux.KINDS
 PLAIN = {selective: plain for plain, selective in KINDS.items()}
 
 
