@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from tests.test_memory_selective import gradients, tiny
 from trainer.adapters.layer import base_matrix
-from trainer.fast.convolutions import lay_out
+from trainer.fast.convolutions import OrderedTransformer, lay_out
 from trainer.memory import selective
 
 WAYS = [("sd15:1:none:int8", "stella", ()),
@@ -42,3 +42,20 @@ def test_a_step_has_the_same_numbers(case: str, method: str, changes: tuple[str,
     assert all(map(torch.equal, matrices, map(base_matrix, targets)))  # of which starts and DoRA's norms are made
     lay_out(session.denoiser, torch.contiguous_format)
     assert layouts(session.denoiser) == {False} and all(map(torch.equal, plain, gradients(session, size)))
+
+
+@pytest.mark.parametrize("case", ["sd15:2", "sdxl:1"])
+def test_images_stay_in_their_order_through_attention(case: str) -> None:
+    session, size = tiny(case, "lora", ())
+    lay_out(session.denoiser)
+    stacks = [module for module in session.denoiser.modules() if isinstance(module, OrderedTransformer)]
+    orders: list[tuple[bool, bool]] = []
+    for stack in stacks:
+        stack.register_forward_hook(lambda module, given, found: orders.append(
+            (is_last(given[0]), is_last(found[0]))))
+    gradients(session, size)
+    assert orders == [(True, True)] * len(stacks) and len(stacks) > 5
+
+
+def is_last(x: Tensor) -> bool:
+    return x.is_contiguous(memory_format=torch.channels_last)
