@@ -40,6 +40,31 @@ def button(page, name):
     return page.get_by_role("button", name=name, exact=True)
 
 
+# Keeps the next answer to `name` back; what is asked after it may be answered before it
+HOLD = """name => {
+    const { ask } = Studio;
+    delete window.arrive;
+    Studio.ask = async (server, asked, request) => {
+        if (asked !== name) return ask(server, asked, request);
+        Studio.ask = ask;
+        const answer = await ask(server, asked, request);
+        await new Promise((go) => { window.arrive = go; });
+        return answer;
+    };
+}"""
+
+
+@contextmanager
+def late(page, name, asking=None):
+    """An answer to the function `name`, asked by `asking` or by the page itself, is on its way until this ends."""
+    page.evaluate(HOLD, name)
+    if asking:
+        asking()
+    page.wait_for_function("window.arrive !== undefined")
+    yield
+    page.evaluate("() => { window.arrive(); return new Promise((done) => { setTimeout(done); }); }")
+
+
 def curve(page, title):
     """A chart that has something to show."""
     return page.get_by_role("img", name=f"{title}, steps")

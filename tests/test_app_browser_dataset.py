@@ -6,7 +6,7 @@ import zipfile
 import pytest
 from playwright.sync_api import expect
 
-from tests.app_browser import button, chromium, opened, served  # noqa: F401 - a fixture
+from tests.app_browser import button, chromium, late, opened, served  # noqa: F401 - a fixture
 from tests.app_pictures import caption, card, images, make, texts, undo, use
 from tests.data_sets import draw
 
@@ -51,15 +51,6 @@ def test_images_captions_and_a_zip_are_added_to_a_new_data_set(browser, tmp_path
         expect(page.get_by_text("No images yet")).to_be_visible()
 
 
-SLOW = """() => {
-    const { ask } = Studio;
-    Studio.ask = async (server, name, request) => {
-        if (name === "browse_folder") await new Promise((go) => { setTimeout(go, 300); });
-        return ask(server, name, request);
-    };
-}"""
-
-
 def test_a_folder_below_a_root_is_used_in_place_or_copied(browser, tmp_path):
     folder = make(tmp_path / "w/root/photos/cats", 3, {"00": "in place"})
     with served(tmp_path / "w") as server, opened(browser, server.address) as page:
@@ -74,11 +65,10 @@ def test_a_folder_below_a_root_is_used_in_place_or_copied(browser, tmp_path):
         caption(page, "01.png").focus()
         expect(undo(page)).to_contain_text("00.png")
         assert texts(folder)["00.txt"] == b"changed where it is"
-        page.evaluate(SLOW)
         button(page, "Open a folder…").first.click()
         button(page, "photos").click()
-        button(page, "cats (3 images)").click()
-        button(page, "Copy it into the workspace").click()  # of what was chosen, though it is still on its way
+        with late(page, "browse_folder", button(page, "cats (3 images)").click):
+            button(page, "Copy it into the workspace").click()  # of what was chosen, though it is still on its way
         expect(page.get_by_role("dialog")).to_have_count(0)
         expect(page.locator(".st-set-facts")).to_contain_text("/datasets/cats")
         expect(caption(page, "00.png")).to_have_value("changed where it is")

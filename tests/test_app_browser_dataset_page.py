@@ -5,7 +5,7 @@ import re
 import pytest
 from playwright.sync_api import expect
 
-from tests.app_browser import button, chromium, faults, opened, served  # noqa: F401 - a fixture
+from tests.app_browser import button, chromium, faults, late, opened, served  # noqa: F401 - a fixture
 from tests.app_pictures import caption, card, make, panel, undo, use
 from tests.data_sets import draw
 
@@ -16,7 +16,7 @@ MANY = 400
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    """A data set with something of everything, one of many images, and an empty one."""
+    """A data set with something of everything, one of many images, an empty one, and a folder elsewhere."""
     workspace = tmp_path_factory.mktemp("app") / "w"
     odd = make(workspace / "datasets/odd", 4, {"00": "cat " * 90, "01": "", "02": "a, b"})
     (odd / "03.txt").write_bytes(b"\xff\xfe\xfa")
@@ -27,8 +27,15 @@ def server(tmp_path_factory):
     for number in range(MANY):
         draw(many / f"{number:03d}.png", (16, 16), number, f"number {number}, tag")
     (workspace / "datasets/empty").mkdir()
+    make(workspace / "root/photos", 1)
     with served(workspace) as running:
         yield running
+
+
+def scroll(page, share):
+    """Scroll the grid to that share of its height, and wait until the cards are asked for and drawn."""
+    page.locator(".st-grid").evaluate("(grid, share) => { grid.scrollTop = share * grid.scrollHeight; }", share)
+    page.wait_for_timeout(200)
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
@@ -76,10 +83,8 @@ def test_no_width_makes_the_tab_scroll_sideways(browser, server, width):
 def test_of_many_images_only_those_that_are_seen_are_on_the_page(browser, server):
     with opened(browser, server.address) as page:
         use(page, server.workspace / "datasets/many", MANY)
-        grid = page.locator(".st-grid")
         for share in (0.3, 1, 0.5):
-            grid.evaluate("(element, share) => { element.scrollTop = share * element.scrollHeight; }", share)
-            page.wait_for_timeout(200)
+            scroll(page, share)
             assert page.locator(".st-tile").count() < 50
         names = page.evaluate("[...document.querySelectorAll('.st-tile .st-file')].map((file) => file.textContent)")
         assert names == sorted(names)  # the order of the page is that of the list, for Tab and screen readers
@@ -171,6 +176,79 @@ def test_files_are_taken_where_they_are_dropped(browser, server, tmp_path):
         page.locator(".st-data").dispatch_event("drop", {"dataTransfer": dropped})
         expect(page.get_by_text("Added 1 image.")).to_be_visible()
         expect(page.get_by_role("button", name=re.compile(r"^a\.png"))).to_be_visible()
+
+
+# Answers that come late
+
+
+def test_undo_says_what_it_undoes_though_an_older_answer_comes_after_a_change(browser, server):
+    with opened(browser, server.address) as page:
+        use(page, server.workspace / "datasets/many", MANY)
+        before = undo(page).text_content()
+        with late(page, "read_info"):
+            caption(page, "007.png").fill("typed meanwhile")
+            caption(page, "007.png").press("Control+Enter")
+            expect(undo(page)).to_have_text("Undo: edit the caption of 007.png")
+        assert undo(page).text_content() == "Undo: edit the caption of 007.png"
+        with late(page, "read_info"):
+            undo(page).click()
+            expect(page.get_by_text("Undone: edit the caption of 007.png.")).to_be_visible()
+        assert undo(page).text_content() == before
+
+
+def test_cards_that_a_change_overtakes_are_asked_for_again(browser, server):
+    with opened(browser, server.address) as page:
+        use(page, server.workspace / "datasets/many", MANY)
+        with late(page, "read_cards", lambda: scroll(page, 1)):  # to cards that are not known yet
+            button(page, "Choose all").click()
+            button(page, "Exclude").click()
+            expect(undo(page)).to_have_text(f"Undo: exclude {MANY} images")
+        expect(card(page, "399.png")).to_contain_text("excluded")
+        undo(page).click()
+        expect(card(page, "399.png")).not_to_contain_text("excluded")
+
+
+def test_an_older_card_never_takes_the_place_of_a_younger_one(browser, server):
+    file = server.workspace / "datasets/many/000.txt"
+    with opened(browser, server.address) as page:
+        use(page, file.parent, MANY)
+        card(page, "000.png").dblclick()
+        with late(page, "read_cards", button(page, "Close").last.click):
+            file.write_text("by another program")
+            expect(caption(page, "000.png")).to_have_value("by another program")
+        assert caption(page, "000.png").input_value() == "by another program"
+    file.write_text("number 0, tag")
+
+
+def test_the_next_image_large_is_not_as_it_was_before_an_undo(browser, server):
+    with opened(browser, server.address) as page:
+        use(page, server.workspace / "datasets/many", MANY)
+        scroll(page, 0.7)
+        last = page.locator(".st-tile .st-file").last.text_content()
+        following = f"{int(last.removesuffix('.png')) + 1}.png"  # its card is not known here
+        scroll(page, 0.75)
+        saved = caption(page, following).input_value()
+        caption(page, following).fill("to be undone")
+        caption(page, following).press("Control+Enter")
+        expect(undo(page)).to_have_text(f"Undo: edit the caption of {following}")
+        use(page, server.workspace / "datasets/many", MANY)
+        scroll(page, 0.7)
+        page.get_by_role("button", name=f"Open {last}").dispatch_event("click")  # a click would scroll
+        with late(page, "read_cards", button(page, "Next →").click):
+            behind = page.locator(".st-turn").first
+            behind.dispatch_event("click")  # as if pressed before the image was opened large
+            expect(behind).not_to_contain_text(following)
+        expect(page.get_by_role("dialog").get_by_role("heading", name=following)).to_be_visible()
+        assert page.get_by_label("Caption", exact=True).input_value() == saved
+
+
+def test_folders_are_offered_though_the_list_of_data_sets_is_on_its_way(browser, server):
+    with opened(browser, server.address) as page:
+        page.wait_for_function("globalThis.Studio?.SetStore !== undefined")
+        with late(page, "list_sets", page.get_by_role("tab", name="Data set").click):
+            button(page, "Open a folder…").first.dblclick()
+            expect(button(page, "photos (1 image)")).to_be_visible()
+            expect(page.get_by_role("dialog")).to_have_count(1)
 
 
 LISTS = """async ({ isOther }) => {

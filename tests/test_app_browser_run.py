@@ -6,7 +6,7 @@ import re
 import pytest
 from playwright.sync_api import expect
 
-from tests.app_browser import button, chromium, faults, opened, run_in, served  # noqa: F401 - a fixture
+from tests.app_browser import button, chromium, faults, late, opened, run_in, served  # noqa: F401 - a fixture
 from tests.measured_run import PROMPTS, measured
 from trainer import run as runs
 
@@ -50,23 +50,12 @@ def test_what_was_measured_is_shown_and_an_older_run_does_without(browser, serve
         expect(page.locator(".st-bestline")).to_be_hidden()
 
 
-LATE = """() => {
-    const { ask } = Studio;
-    Studio.ask = async (server, name, request) => {
-        const answer = await ask(server, name, request);
-        if (name === "read_run" && !window.arrive) await new Promise((go) => { window.arrive = go; });
-        return answer;
-    };
-}"""
-
-
 def test_a_run_that_is_left_and_chosen_again_has_its_whole_curve(browser, server):
     with look(browser, server) as page:
         curve = page.get_by_role("img", name=re.compile(r"^Loss, steps 1 to "))
         name = curve.get_attribute("aria-label")
-        page.evaluate(LATE)
-        page.wait_for_function("window.arrive !== undefined")
-        page.evaluate("() => { Studio.chooseRun('old'); Studio.chooseRun('measured'); window.arrive(); }")
+        with late(page, "read_run"):
+            page.evaluate("() => { Studio.chooseRun('old'); Studio.chooseRun('measured'); }")
         page.wait_for_timeout(300)
         expect(page.get_by_role("img", name=name, exact=True)).to_be_visible()
         expect(page.locator(".st-run .st-badge")).to_have_text("stopped early")

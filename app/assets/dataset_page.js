@@ -30,7 +30,7 @@
 
   class DataSetPage {
     constructor(server, offered) {
-      Object.assign(this, { server, offered, sets: [], roots: [], panel: null, panels: {} });
+      Object.assign(this, { server, offered, sets: [], roots: null, browses: 0, panel: null, panels: {} });
       this.store = new Studio.SetStore(server, {
         listed: (isOther, isNew) => { if (isOther) this.grid.listed(isNew); this.showFound(); },
         changed: (names) => { this.grid.update(names); this.viewer.update(names); }, isShown: (name) => this.grid.isShown(name) || this.viewer.isShown(name),
@@ -67,7 +67,7 @@
         detail: { id: this.store.id, failed: (text) => this.say(text, true) } })), { hidden: true });
       return h("section", { class: "st-card st-top", "aria-label": "Data set" },
         h("div", { class: "st-row st-bottom" }, h("div", { class: "st-field st-set" }, h("label", { for: "studio-dataset" }, "Data set"), this.choice),
-          this.button("New…", "", () => this.create()), this.button("Open a folder…", "", () => Studio.browse(this.server, this.roots, (id) => this.use(id))),
+          this.button("New…", "", () => this.create()), this.button("Open a folder…", "", () => this.browse()),
           h("span", { class: "st-space" }), this.own),
         h("div", { class: "st-row" }, this.facts, this.train), this.status);
     }
@@ -79,7 +79,7 @@
           "Your images themselves are never changed."].map((text) => h("li", {}, text))),
         h("div", { class: "st-row" }, Studio.fileButton("Choose pictures…", "st-primary st-large", false, (files) => this.upload(files)),
           this.button("New data set", "st-large", () => this.create()),
-          this.button("Open a folder…", "st-large", () => Studio.browse(this.server, this.roots, (id) => this.use(id)))));
+          this.button("Open a folder…", "st-large", () => this.browse())));
       return this.first;
     }
 
@@ -185,6 +185,15 @@
       Studio.askName("New data set", "Name", "", "Create", async (name) => {
         const { id } = await Studio.ask(this.server, "create_set", { name });
         await this.use(id);
+      });
+    }
+
+    /** Open a folder below the roots, which come with the list of data sets. */
+    browse() {
+      const turn = (this.browses += 1); // of several presses while the list is on its way, the last one counts
+      return this.store.attempt(async () => {
+        if (!this.roots) await this.list();
+        if (turn === this.browses) Studio.browse(this.server, this.roots, (id) => this.use(id));
       });
     }
 

@@ -14,7 +14,7 @@
    */
   Studio.SetStore = class {
     constructor(server, hooks) {
-      Object.assign(this, { server, hooks, id: "", tag: "", info: null, turn: 0 });
+      Object.assign(this, { server, hooks, id: "", tag: "", info: null, turn: 0, toldAt: 0, changedAt: 0 });
       this.query = { search: "", filter: "all", sort: "name", tag: "", names: null };
       this.counts = new Map(); // text -> [tokens, where the limit falls]
       this.clear();
@@ -24,7 +24,7 @@
       clearTimeout(this.gathering);
       clearTimeout(this.retrying);
       Object.assign(this, { names: [], at: new Map(), cards: new Map(), wanted: new Set(), pending: new Set(), kept: new Set(),
-        drafts: new Map(), saving: new Map(), line: Promise.resolve(), savedAt: new Map(), selected: new Set(), turn: this.turn + 1, isNew: false, gathering: 0, retrying: 0, tag: "", info: null });
+        drafts: new Map(), saving: new Map(), line: Promise.resolve(), asOf: new Map(), selected: new Set(), turn: this.turn + 1, isNew: false, gathering: 0, retrying: 0, tag: "", info: null });
     }
 
     ask(name, request = {}) { return Studio.ask(this.server, name, { id: this.id, ...request }); }
@@ -66,7 +66,7 @@
       const begun = performance.now();
       const answer = await this.ask("list_images", this.query);
       if (turn !== this.turn) { await this.listing; return; }
-      this.take(answer.cards, begun);
+      this.want(this.take(answer.cards, begun), true);
       const there = new Set(answer.names);
       const kept = [...this.kept].filter((name) => !there.has(name));
       const still = kept.length ? new Set((await this.ask("read_cards", { names: kept.slice(0, PAGE) })).names) : new Set();
@@ -89,8 +89,10 @@
     /** Look whether anything is another than the page shows; returns the seconds to wait. */
     async look() {
       const { id } = this;
+      const begun = performance.now();
       const info = await this.ask("read_info");
       if (id !== this.id) return 0;
+      if (begun < this.toldAt) return this.look(); // it is from before a change that is shown already
       const isOther = info.tag !== this.tag;
       Object.assign(this, { info, tag: info.tag });
       this.hooks.state(info);
@@ -121,23 +123,31 @@
       const names = [...this.wanted].slice(-PAGE);
       names.forEach((name) => this.wanted.delete(name));
       if (this.wanted.size) this.want([]);
-      await this.attempt(async () => {
-        const { id } = this;
-        const begun = performance.now();
-        const answer = await this.ask("read_cards", { names });
-        if (id === this.id) this.take(answer.cards, begun);
-      });
+      await this.attempt(() => this.bring(names));
     }
 
-    /** Cards as they were when they were asked for; one that was saved since then is asked for again. */
-    take(cards, begun = Infinity) {
+    /** Cards are there as they are now; those that a change overtakes on their way are asked for again. */
+    async bring(names) {
+      const { id } = this;
+      const begun = performance.now();
+      const { cards } = await this.ask("read_cards", { names });
+      const old = id === this.id ? this.take(cards, begun) : [];
+      if (old.length) await this.bring(old);
+    }
+
+    /** Take cards as they were at `begun`, when they were asked for; returns the names of those that are older than what is known. */
+    take(cards, begun) {
+      const old = [];
       for (const card of cards) {
-        if (this.saving.has(card.name) || this.savedAt.get(card.name) > begun) { this.want([card.name], true); continue; }
-        this.cards.set(card.name, card);
-        if (!card.thumb && !card.trouble) this.pending.add(card.name);
+        const { name } = card;
+        if (this.saving.has(name) || Math.max(this.changedAt, this.asOf.get(name) ?? 0) > begun) { old.push(name); continue; }
+        this.cards.set(name, card);
+        this.asOf.set(name, begun);
+        if (!card.thumb && !card.trouble) this.pending.add(name);
       }
       if (this.pending.size) this.thumbs();
       if (cards.length) this.hooks.changed(cards.map((card) => card.name));
+      return old;
     }
 
     /** Ask for thumbnails that are not made yet, as long as their cards are shown. */
@@ -209,7 +219,7 @@
       try {
         const answer = await this.ask("save_caption", { name, text, version });
         if (id !== this.id) return; // another data set is open now
-        this.hooks.state(answer);
+        this.told(answer, name);
         if (!answer.saved && draft.unheard?.includes(answer.conflict.text)) { // no one else's: it arrived, only its answer did not
           Object.assign(draft, { version: answer.conflict.version, unheard: [] });
           await this.send(name);
@@ -222,7 +232,6 @@
           Object.assign(draft, { version: answer.version, unheard: [] });
           const card = this.cards.get(name);
           if (card) Object.assign(card, { caption: text, version: answer.version });
-          this.savedAt.set(name, performance.now());
           if (draft.text === text) this.drafts.delete(name);
         }
       } catch (error) {
@@ -264,12 +273,20 @@
 
     // Changes of images
 
+    /** A change was answered, of one image or of any: what was asked before and comes after may know nothing of it. */
+    told(answer, name = "") {
+      this.toldAt = performance.now();
+      if (name) this.asOf.set(name, this.toldAt);
+      else this.changedAt = this.toldAt;
+      this.hooks.state(answer);
+    }
+
     /** Make a change and show what came of it; returns the answer, or null when it was refused. */
     async change(name, request) {
       return this.attempt(async () => {
         if (!await this.flush()) throw new Error("A caption is not saved yet: look at the marked card first.");
         const answer = await this.ask(name, request);
-        this.hooks.state(answer);
+        this.told(answer);
         this.tag = "";
         await this.look();
         return answer;

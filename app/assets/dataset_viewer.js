@@ -86,7 +86,7 @@
       const index = (this.store.at.get(this.name) ?? 0) + by;
       const next = this.store.names[index];
       if (next === undefined) return;
-      if (!this.store.cards.has(next)) this.store.take((await this.store.ask("read_cards", { names: [next] })).cards);
+      if (!this.store.cards.has(next)) await this.store.bring([next]);
       await this.open(next);
     }
 
@@ -167,9 +167,10 @@
 
     async write(png, label) {
       this.said.textContent = "";
+      const { name } = this;
       try {
-        const answer = await this.store.ask("save_mask", { name: this.name, png, version: this.version });
-        this.store.hooks.state(answer);
+        const answer = await this.store.ask("save_mask", { name, png, version: this.version });
+        this.store.told(answer, name);
         if (!answer.saved) {
           this.version = answer.version; // one is told: the next time it is written over that one
           throw new Error("Another tab or program changed this mask after you opened it, so yours is not saved. Save again to put yours in its place, or take your strokes back to keep the other one.");
@@ -182,7 +183,7 @@
       this.mask(false);
       this.masking.textContent = label;
       this.off.hidden = png === null;
-      this.store.want([this.name], true);
+      this.store.want([name], true);
       this.masking.focus();
       return true;
     }
