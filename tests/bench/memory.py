@@ -10,23 +10,21 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import multiprocessing
-import os
 import re
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-
-os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # so that processes may be forked after the imports
 
 import psutil
 import torch
 
 from tests.bench import peer, true_size
+from tests.bench.apart import run_apart
 from tests.bench.true_size import SIZES, Size
 from trainer.gpu import free_memory
 from trainer.memory.blocks import repeated_blocks
@@ -184,51 +182,16 @@ def device_name(device: torch.device) -> str:
 # Many cases.
 
 
-def run_apart(case: Any, options: argparse.Namespace,
-              measure: Callable[[Any, argparse.Namespace], dict[str, Any]]) -> dict[str, Any]:
-    """A case (a dataclass with a name) measured in a process of its own, within a time limit; a fault is a row too.
-
-    A process that has done its work stays, idle and without memory, until this one ends: to take it down costs a
-    driver up to a quarter of a minute, which would go into what is measured next.
-    """
-    context = multiprocessing.get_context("spawn" if torch.cuda.is_initialized() else "fork")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(case, options, measure, sender, os.getpid()), daemon=True)
-    process.start()
-    sender.close()
-    row = asdict(case) | {"name": case.name}
-    try:
-        row = receiver.recv() if receiver.poll(options.limit) else row | {"error": f"over {options.limit} s"}
-    except EOFError:
-        row |= {"error": "the process died"}
-    if "error" in row:
-        process.kill()
-        process.join()
-    return row
-
-
-def _child(case: Any, options: argparse.Namespace, measure: Callable[[Any, argparse.Namespace], dict[str, Any]],
-           sender: Any, parent: int) -> None:
-    try:
-        sender.send(measure(case, options))
-    except Exception as error:  # told in the row; the other cases go on
-        import traceback
-
-        traceback.print_exc()
-        sender.send(asdict(case) | {"name": case.name, "error": f"{type(error).__name__}: {error}"[:300]})
-    free_memory()
-    while os.getppid() == parent:
-        time.sleep(0.2)
-
-
 def run_all(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """All matching cases one after the other, until the time is over or three in a row have failed."""
     ends, failed = time.monotonic() + options.minutes * 60, 0
-    for case in all_cases():
-        if re.search(options.match, case.name) and time.monotonic() < ends and failed < 3:
-            row = run_apart(case, options, measure)
+    with closing(run_apart([case for case in all_cases() if re.search(options.match, case.name)], options,
+                           measure)) as rows:
+        for row in rows:
             failed = failed + 1 if "error" in row else 0
             yield row
+            if time.monotonic() > ends or failed == 3:
+                return
 
 
 # Showing.

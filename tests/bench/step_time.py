@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import sys
 import tempfile
@@ -25,13 +24,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # so that processes may be forked after the imports
-
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.bench import memory, peer, true_size
+from tests.bench.apart import run_apart
 from tests.bench.memory import RANK, Step, wait
 from tests.bench.true_size import SIZES, Size
 from trainer import families
@@ -296,10 +294,7 @@ def main() -> None:
     todo, rows = [row for case in options.case for row in rows_of(case, options.rows)
                   if not (options.agree and row.who.startswith("peer"))], []
     print(HEAD, flush=True)
-    for row in todo:
-        began = time.perf_counter()
-        found = memory.run_apart(row, options, agree if options.agree else measure)
-        found["row_sec"] = time.perf_counter() - began
+    for found in run_apart(todo, options, agree if options.agree else measure):
         rows.append(found)
         print(line(found, rows), *found.get("notes", ()), sep="\n  ", flush=True)
         if options.json:
