@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -97,11 +98,11 @@ def measure(row: Row, options: argparse.Namespace) -> dict[str, Any]:
     began = time.perf_counter()
     device, dtype, size = place(options, row)
     found = {"name": row.name, "case": row.case, **asdict(row), "device": memory.device_name(device),
-             "torch": torch.__version__, "resolution": size.resolution}
+             "torch": version("torch"), "diffusers": version("diffusers"), "resolution": size.resolution}
     torch.manual_seed(0)
     if row.who.startswith("peer"):
         step, facts = peer_step(row, size, device, dtype)
-        found["ceiling"] = matmul_ceiling(device)
+        found |= {"ceiling": matmul_ceiling(device), "peft": version("peft")}
     else:
         step, facts = our_step(row, size, device, dtype)
     wait(device)
