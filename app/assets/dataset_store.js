@@ -158,7 +158,9 @@
         for (const name of [...this.pending]) if (!this.hooks.isShown(name)) this.pending.delete(name);
         const names = [...this.pending].slice(0, PAGE);
         if (!names.length) return;
+        const { id } = this;
         const { thumbs } = await this.ask("read_thumbs", { names });
+        if (id !== this.id) return; // another data set is open now, with images of the same name perhaps
         const made = names.filter((name) => thumbs[name] && this.cards.has(name));
         made.forEach((name) => { this.cards.get(name).thumb = thumbs[name]; this.pending.delete(name); });
         if (made.length) this.hooks.changed(made);
