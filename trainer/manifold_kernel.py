@@ -14,23 +14,30 @@ import triton.language as tl
 from torch import Tensor
 
 WIDE = 16  # columns of a program: the fewest that a product of tiles takes; more would not fit its registers
-SUMMED = 128  # rows of a program that sums them up
-ROWS, WARPS = 32, 8  # of one that gives a row for each
+ROWS = 64  # at a time
+SUMMED, SUM_WARPS = 128, 2  # rows that one program sums up; few warps, since each then reads a tile less often
+WARPS = 4  # of a program that gives a row for each
 
 
 @triton.jit
-def _gram_pieces(left, right, out, dim, r, SQUARE: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr):
+def _gram_pieces(left, right, out, dim, r, SQUARE: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr,
+                 SUMMED: tl.constexpr):
     layer, piece = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    row, column = piece * ROWS + tl.arange(0, ROWS), tl.arange(0, WIDE)
-    side = tl.arange(0, WIDE)
-    spot = layer * dim * r + row[:, None] * r + column[None, :]
-    inside = (row[:, None] < dim) & (column[None, :] < r)
-    a, b = tl.load(left + spot, mask=inside, other=0.0), tl.load(right + spot, mask=inside, other=0.0)
+    column, side = tl.arange(0, WIDE), tl.arange(0, WIDE)
+    across, square = tl.zeros((WIDE, WIDE), dtype=tl.float32), tl.zeros((WIDE, WIDE), dtype=tl.float32)
+    for first in range(piece * SUMMED, piece * SUMMED + SUMMED, ROWS):
+        row = first + tl.arange(0, ROWS)
+        spot = layer * dim * r + row[:, None] * r + column[None, :]
+        inside = (row[:, None] < dim) & (column[None, :] < r)
+        a, b = tl.load(left + spot, mask=inside, other=0.0), tl.load(right + spot, mask=inside, other=0.0)
+        across = tl.dot(tl.trans(a), b, across, input_precision="ieee")
+        if SQUARE:
+            square = tl.dot(tl.trans(b), b, square, input_precision="ieee")
     place = out + (layer * tl.num_programs(1) + piece) * (1 + SQUARE) * r * r + side[:, None] * r + column[None, :]
     small = (side[:, None] < r) & (column[None, :] < r)
-    tl.store(place, tl.dot(tl.trans(a), b, input_precision="ieee"), mask=small)
+    tl.store(place, across, mask=small)
     if SQUARE:
-        tl.store(place + r * r, tl.dot(tl.trans(b), b, input_precision="ieee"), mask=small)
+        tl.store(place + r * r, square, mask=small)
 
 
 @triton.jit
@@ -61,7 +68,8 @@ def grams(left: Tensor, right: Tensor, square: bool = False) -> Tensor:
     pieces = triton.cdiv(dim, SUMMED)
     out = left.new_empty(count, pieces, 2 if square else 1, rank, rank)
     with torch.cuda.device(left.device):
-        _gram_pieces[(count, pieces)](left, right, out, dim, rank, square, WIDE, SUMMED, num_warps=WARPS)
+        _gram_pieces[(count, pieces)](left, right, out, dim, rank, square, WIDE, ROWS, SUMMED,
+                                      num_warps=SUM_WARPS, num_stages=1)
     return out[:, 0] if pieces == 1 else out.sum(1)
 
 
