@@ -45,6 +45,21 @@ def test_others_are_left_to_torch() -> None:
         assert near(manifold.gram(stack, stack), stack.double().mT @ stack.double())
 
 
+@pytest.mark.parametrize("dim, rank", [(640, 16), (1280, 4)])
+def test_a_small_change_keeps_its_digits(dim: int, rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The change is summed up by itself: a sum that began with X would round each part to X's last digit."""
+    start, grad = stacks(40, dim, rank)
+    start = manifold.orthonormalize(start)
+    moved, errors = manifold.riemannian_gradient(start, grad) * 1e-4, []
+    exact = manifold.polar_retraction(start.double(), moved.double())
+    for kernel in (True, False):
+        if not kernel:
+            monkeypatch.setattr(manifold, "_kernel", lambda *stacks: None)
+        manifold.advance_([x := start.clone()], [moved], torch.ones_like, "polar", measure=False)
+        errors.append((x - exact).norm().item())
+    assert errors[0] <= 1.5 * errors[1]
+
+
 @pytest.mark.parametrize("measure", [True, False])
 def test_a_step_is_that_of_torchs_products(measure: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     start, grad = stacks(40, 640, 16)

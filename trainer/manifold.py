@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cache, partial
@@ -88,7 +88,11 @@ def _kernel(*stacks: Tensor) -> ModuleType | None:
 
 @cache
 def _triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    try:
+        importlib.import_module("triton")
+    except Exception:  # it is missing, or broken: torch's own products do
+        return False
+    return True
 
 
 def riemannian_gradient(x: Tensor, grad: Tensor) -> Tensor:

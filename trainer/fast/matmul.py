@@ -107,6 +107,8 @@ def fault(kind: str, device: torch.device, dtype: torch.dtype = torch.bfloat16) 
     try:
         codes, scale = rows_to_codes(weight, CODES[kind])
         y = multiplied(x, codes, scale=scale, bias=bias, hidden=hidden, factor=factor)
+    except torch.OutOfMemoryError:  # says nothing of the kernels, and would be remembered
+        raise
     except Exception as error:  # of torch, of Triton, of the compiler that it calls
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         return f"the kernel for it could not be made or run here: {reason}"

@@ -1,5 +1,5 @@
-"""The GPU's kernels for products of 8-bit codes, in Triton: one makes codes of rows, reading them once; the other makes
-the product, with scales, bias and a product of low rank in the same pass."""
+"""The GPU's kernels for products of 8-bit codes, in Triton: one makes codes of rows; the other makes the product, with
+scales, bias and a product of low rank in the same pass."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ class WholeGradient(torch.autograd.Function):
 def attention(*given: Tensor, **named: Any) -> Tensor:  # noqa: ANN401 - as torch's own
     """`scaled_dot_product_attention` with a whole gradient."""
     found = _plain(*given, **named)
-    return WholeGradient.apply(found) if found.requires_grad else found
+    return WholeGradient.apply(found) if found.requires_grad and found.ndim == 4 else found
 
 
 def install() -> None:

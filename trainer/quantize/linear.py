@@ -173,6 +173,8 @@ def in_one_pass(kind: torch.dtype, dtype: torch.dtype, device: torch.device) -> 
         from trainer.quantize import whole_kernel  # late, as above
 
         return torch.equal(whole_kernel.scaled(codes, scale, dtype), scaled(codes, scale, dtype))
+    except torch.OutOfMemoryError:  # says nothing of the kernels, and would be remembered
+        raise
     except Exception:  # of Triton, or of the compiler that it calls: torch's own operations do
         return False
 
