@@ -42,7 +42,7 @@ def _row(case: Any, process: BaseProcess, pipe: Connection, limit: float) -> dic
         row = pipe.recv() if pipe.poll(limit) else row | {"error": f"over {limit} s"}
     except (EOFError, OSError):
         row |= {"error": "the process died"}
-    process.join(5)
+    process.join(0 if "error" in row else 5)
     if process.is_alive():
         process.kill()
         process.join()
