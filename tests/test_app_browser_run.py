@@ -6,7 +6,7 @@ import re
 import pytest
 from playwright.sync_api import expect
 
-from tests.app_browser import button, chromium, faults, late, opened, run_in, served  # noqa: F401 - a fixture
+from tests.app_browser import button, chromium, curve, faults, late, opened, run_in, served  # noqa: F401 - a fixture
 from tests.measured_run import PROMPTS, measured
 from trainer import run as runs
 
@@ -226,3 +226,16 @@ def test_every_measure_is_explained_by_keyboard(browser, server):
             assert box["x"] >= 0 and box["x"] + box["width"] <= 1440, what
             page.keyboard.press("Escape")
             expect(text).to_be_hidden()
+
+
+def test_a_press_is_not_lost_when_the_list_is_drawn_anew_meanwhile(browser, server):
+    with look(browser, server) as page:
+        expect(curve(page, "Loss")).to_be_visible()
+        old = page.get_by_role("link", name="old").bounding_box()
+        page.mouse.move(old["x"] + 20, old["y"] + 10)
+        with page.expect_response(lambda response: "list_runs" in (response.request.post_data or "")):
+            page.mouse.down()
+            page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")
+        page.wait_for_timeout(200)
+        page.mouse.up()
+        expect(page.get_by_role("heading", name="old", exact=True)).to_be_visible()

@@ -5,14 +5,23 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import pytest
 import torch
 from torch import Tensor
 
-from trainer import manifold, manifold_kernel
+from trainer import manifold
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 GPU = torch.device("cuda", 0)
+
+
+@pytest.fixture
+def kernels() -> ModuleType:
+    from trainer import manifold_kernel  # needs Triton, which is where a GPU is
+
+    return manifold_kernel
 
 
 def stacks(*shape: int, count: int = 2) -> list[Tensor]:
@@ -25,23 +34,23 @@ def near(found: Tensor, expected: Tensor) -> bool:
 
 
 @pytest.mark.parametrize("count, dim, rank", [(480, 1280, 16), (3, 77, 4), (2, 320, 12), (2, 2049, 1)])
-def test_products_are_those_of_fp64(count: int, dim: int, rank: int) -> None:
+def test_products_are_those_of_fp64(kernels: ModuleType, count: int, dim: int, rank: int) -> None:
     x, d = stacks(count, dim, rank)
-    assert manifold_kernel.fits(x, d)
+    assert kernels.fits(x, d)
     [cores] = stacks(count, 2 * rank, rank, count=1)
     of_x, of_d = cores[:, :rank], cores[:, rank:].mT
-    across, square = manifold_kernel.grams(x, d, square=True).unbind(1)
+    across, square = kernels.grams(x, d, square=True).unbind(1)
     assert near(across, x.double().mT @ d.double()) and near(square, d.double().mT @ d.double())
-    assert near(manifold_kernel.grams(x, d)[:, 0], x.double().mT @ d.double())
+    assert near(kernels.grams(x, d)[:, 0], x.double().mT @ d.double())
     expected = x.double() + x.double() @ of_x.double() + d.double() @ of_d.double()
-    assert near(manifold_kernel.times_(torch.empty_like(x), x, of_x), x.double() @ of_x.double())
-    assert near(manifold_kernel.times_(x, x, of_x, d, of_d, add=True), expected)
+    assert near(kernels.times_(torch.empty_like(x), x, of_x), x.double() @ of_x.double())
+    assert near(kernels.times_(x, x, of_x, d, of_d, add=True), expected)
 
 
-def test_others_are_left_to_torch() -> None:
+def test_others_are_left_to_torch(kernels: ModuleType) -> None:
     x, wide = stacks(2, 64, 16, count=1)[0], stacks(2, 64, 17, count=1)[0]
     for stack in (wide, x.double(), x.mT.contiguous().mT, x[:0]):
-        assert not manifold_kernel.fits(stack)
+        assert not kernels.fits(stack)
         assert near(manifold.gram(stack, stack), stack.double().mT @ stack.double())
 
 

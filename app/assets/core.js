@@ -101,6 +101,20 @@
     location.reload();
   }
 
+  // A press becomes a click only if what was pressed is still there when it ends. News redraw lists, so they wait for that.
+  const LONGEST_PRESS = 1000; // ms: who holds on, such as to drag something, sees news too
+  let pressed = null;
+  let lift = () => {};
+
+  function endPress() {
+    setTimeout(lift); // the click itself comes first
+    pressed = null;
+  }
+
+  document.addEventListener?.("pointerdown", () => { pressed ??= new Promise((done) => { lift = done; }); }, true);
+  for (const end of ["pointerup", "pointercancel"]) document.addEventListener?.(end, endPress, true);
+  document.addEventListener?.("pointermove", (event) => pressed && !event.buttons && endPress(), true); // it ended outside
+
   /** Call a function of the server. Its `error` (a sentence) is thrown as `Error`; a lost server as `Studio.Lost`. */
   Studio.ask = async (server, name, request = {}) => {
     let answer;
@@ -109,6 +123,7 @@
     } catch {
       answer = undefined;
     }
+    if (pressed) await Promise.race([pressed, new Promise((go) => { setTimeout(go, LONGEST_PRESS); })]);
     if (answer === undefined || answer === null) { // Gradio's client keeps its failures to itself
       const reason = await whyNoAnswer();
       if (reason === "changed") reloadOnce(); // another version of the app runs there now
