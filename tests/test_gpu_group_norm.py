@@ -8,9 +8,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from tests.bench import step_time, true_size
+from tests.test_gpu_attention import gradients
 from trainer.fast import convolutions, group_norm
 from trainer.fast.group_norm import ChannelsLastNorm
 from trainer.fast.low_bits import likeness
@@ -66,11 +67,3 @@ def test_a_steps_gradients_are_alike_and_no_more_is_held(exact, case: str) -> No
         del loss, session, denoiser, norms
     assert likeness([found[1]], [found[0]]) > 0.9999
     assert held[1] <= 1.02 * held[0], held
-
-
-def gradients(session, size: true_size.Size) -> list[Tensor]:
-    session.gradients(true_size.draws(size, 0))
-    found = [leaf.grad.clone() for leaf in session.adapter.parameters()]
-    session.adapter.zero_grad()
-    session.use("off")
-    return found
