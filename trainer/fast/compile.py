@@ -61,11 +61,10 @@ def is_installed(denoiser: nn.Module) -> bool:
 
 def remove(denoiser: nn.Module) -> bool:
     """Give the blocks their own classes back; says whether any was compiled."""
-    compiled = is_installed(denoiser)
-    for block in blocks_of(denoiser):
-        if isinstance(block, CompiledBlock):
-            block.__class__ = block.plain_kind
-    return compiled
+    compiled = [block for block in blocks_of(denoiser) if isinstance(block, CompiledBlock)]
+    for block in compiled:
+        block.__class__ = block.plain_kind
+    return bool(compiled)
 
 
 def compiler_missing() -> str | None:
