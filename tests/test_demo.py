@@ -28,7 +28,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_demo_trains_to_the_end(workspace: Path, method: str) -> None:
+def test_the_demo_trains_to_the_end(workspace: Path, method: str, capsys: pytest.CaptureFixture[str]) -> None:
     command = [sys.executable, "-m", "trainer", "--preset", "presets/demo.toml", "--workspace", str(workspace),
                "--name", method, "--set", f"adapter.method={method}"]
     plain = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}  # all cores, as at home
@@ -37,7 +37,8 @@ def test_the_demo_trains_to_the_end(workspace: Path, method: str) -> None:
     seconds = time.monotonic() - started
     run = Run(workspace / "runs" / method)
     events = EventReader(run.events).read()
-    print(f"\n{method}: {seconds:.0f} s in all: {', '.join(parts(events))}")
+    with capsys.disabled():  # told whether or not it passes
+        print(f"\nthe demo by {method}: {seconds:.0f} s in all: {', '.join(parts(events))}")
     assert done.returncode == 0, done.stderr + run.log_tail()
     assert run.state().word == "done"
     assert seconds <= SECONDS

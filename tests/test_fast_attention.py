@@ -93,4 +93,7 @@ def test_a_choice_is_measured_once_and_kept_by_a_resume(tmp_path: Path, monkeypa
     assert order_in(0) == order_in(0) == efficient and session.progress.attention == "efficient"
     assert timed == ["measuring attention"] and len(notes) == 2
     assert order_in(7) == usual, "what the run began with"
+    assert order_in(7, "cudnn") == usual and session.progress.attention == "cudnn"
+    assert notes[2] == ("Attention runs by PyTorch's own choice here: cuDNN, by which the run began, is not for this "
+                        "GPU")
     assert torch._C._get_sdp_priority_order()[0] == usual

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from tests.bench import step_time, true_size
 from tests.test_gpu_attention import gradients
@@ -45,6 +46,18 @@ def test_norms_and_their_gradients_are_those_of_fp64(shape: tuple[int, ...], dty
     again = x.clone().requires_grad_()
     model[0](again).backward(grad)
     assert torch.equal(again.grad, found.grad)
+
+
+def test_the_kernels_may_be_tried_out_in_the_middle_of_a_checkpointed_pass() -> None:
+    layer = nn.GroupNorm(32, 64, device=GPU).requires_grad_(False)
+    group_norm.install(nn.ModuleList([layer]))
+    found = []
+    for ask in (group_norm.works.cache_clear, lambda: None):
+        ask()
+        x = torch.ones(2, 64, 8, 8, device=GPU).cumsum(3).to(memory_format=torch.channels_last).requires_grad_()
+        checkpoint(layer, x, use_reentrant=False).pow(3).sum().backward()  # a square's gradient would be zero
+        found.append(x.grad)
+    assert torch.equal(*found)
 
 
 @pytest.mark.parametrize("case", ["sd15:2", "sdxl:1:selective"])

@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from trainer.adapters import Adapter, Target, build
 from trainer.memory.offload import Offload, spread
+from trainer.quantize.linear import QuantizedLinear
 from trainer.quantize.model import linears_in_blocks, quantised_linear
 
 CPU = torch.device("cpu")
@@ -102,6 +103,25 @@ def test_each_block_is_fetched_while_the_one_before_it_runs() -> None:
     offload.log.clear()
     trained(model, adapter, passes=1)
     assert offload.log[:3] == ["run 0", "run 1", "fetch 2"]  # the first two are still here after a backward pass
+
+
+@pytest.mark.parametrize("mode", ["fp8", "int8", "nf4"])
+def test_backward_reads_no_weight_before_its_block_runs_again(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until then it may be on its way: `_enter` is what waits for it."""
+    model, adapter = make(mode)
+    offload = Recorded(list(model.transformer_blocks), DEPTH, CPU)
+    layers = {id(block.plain): number for number, block in enumerate(model.transformer_blocks)}
+    usual = QuantizedLinear.input_gradient
+
+    def recorded(layer: QuantizedLinear, grad: Tensor) -> Tensor:
+        if id(layer) in layers:  # a block's last operation, whose gradient is its first
+            offload.log.append(f"gradient {layers[id(layer)]}")
+        return usual(layer, grad)
+
+    monkeypatch.setattr(QuantizedLinear, "input_gradient", recorded)
+    trained(model, adapter, passes=1)
+    order = [entry for entry in offload.log if not entry.startswith("fetch")]
+    assert order[DEPTH:] == [f"{what} {number}" for number in reversed(range(DEPTH)) for what in ("run", "gradient")]
 
 
 def test_without_gradients_the_first_block_follows_the_last() -> None:

@@ -193,11 +193,13 @@ def side_by_side(work: Sequence[Callable[[], Any]], streams: int | None = None) 
     for stream in chosen:
         stream.wait_stream(here)
     results = []
-    for stream, piece in zip(cycle(chosen), work):
-        with torch.cuda.stream(stream):
-            results.append(piece())
-    for stream in chosen:
-        here.wait_stream(stream)
+    try:
+        for stream, piece in zip(cycle(chosen), work):
+            with torch.cuda.stream(stream):
+                results.append(piece())
+    finally:  # when memory runs out, too: what is let go may still be at work, and a recording could not end
+        for stream in chosen:
+            here.wait_stream(stream)
     return results
 
 

@@ -6,8 +6,8 @@ Its rows run one after the other, each in a process of its own: the peer (see pe
 (gradients, clipping, optimizer with retraction, average), by method. `+` adds to a row: peer+compile, lora+eager
 (without CUDA graphs), lora+nchw (convolutions in torch's own order), lora+attention (its kernels chosen as in a long
 run), lora+fp8 and lora+int8 (frozen layers multiply so, as far as they are large).
-`--agree` compares both sides' losses over 20 steps from the same start instead. `--table FILE…` puts rows together.
-`--tiny` rehearses on a CPU, `--profile` prints what the GPU's time goes to.
+`--agree` compares both sides' losses over 20 steps from the same start instead, for the rows of plain LoRA.
+`--table FILE…` puts rows together. `--tiny` rehearses on a CPU, `--profile` prints what the GPU's time goes to.
 """
 
 from __future__ import annotations
@@ -278,7 +278,8 @@ def main() -> None:
     chosen = parser.add_mutually_exclusive_group(required=True)
     chosen.add_argument("--case", nargs="+", help="model:batch[:checkpointing[:quantize]][=ROW,ROW…]")
     chosen.add_argument("--table", nargs="+", type=Path, metavar="FILE", help="rows of earlier runs as a table")
-    parser.add_argument("--rows", nargs="+", default=list(ROWS), help=f"of {', '.join(ROWS)}, with +{' +'.join(FLAGS)}")
+    parser.add_argument("--rows", nargs="+", help=f"of {', '.join(ROWS)} (all of them; with --agree lora), with "
+                                                  f"+{' +'.join(FLAGS)}")
     parser.add_argument("--agree", action="store_true", help="compare losses with the peer's instead of times")
     parser.add_argument("--profile", action="store_true", help="print what each row's time goes to")
     parser.add_argument("--json", type=Path, help="file that rows are added to, one JSON object a line")
@@ -292,8 +293,10 @@ def main() -> None:
         rows = [json.loads(text) for file in options.table for text in file.read_text().splitlines()]
         print(HEAD, *(line(row, rows) for row in rows), sep="\n")
         return
-    todo, rows = [row for case in options.case for row in rows_of(case, options.rows)
-                  if not (options.agree and row.who.startswith("peer"))], []
+    usual = options.rows or (["lora"] if options.agree else ROWS)
+    todo, rows = [row for case in options.case for row in rows_of(case, usual)], []
+    if options.agree and (others := [row.who for row in todo if not row.who.startswith("lora")]):
+        parser.error(f"--agree compares plain LoRA with the peer, in rows such as lora+compile: leave out {others[0]}")
     print(HEAD, flush=True)
     for found in run_apart(todo, options, agree if options.agree else measure):
         rows.append(found)

@@ -44,8 +44,12 @@ def choose(session: Session) -> None:
         if worth_it(session):
             calls = recorded(lambda: passes.first_forward(session))  # in all processes, which may share the model
             progress.attention = session.world.from_first(lambda: _found(session, calls))
-    if progress.attention != USUAL:
-        session.attention = preferred(progress.attention)
+    chosen = progress.attention
+    if chosen not in (USUAL, *candidates(session.device)):  # of a run that began on another GPU, and may go back
+        session.recorder.note(progress.step, f"Attention runs by PyTorch's own choice here: {WORDS[chosen]}, by which "
+                                             "the run began, is not for this GPU")
+    elif chosen != USUAL:
+        session.attention = preferred(chosen)
         session.attention.__enter__()
 
 

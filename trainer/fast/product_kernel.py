@@ -20,7 +20,8 @@ LARGE_NEEDS = 160 * 1024  # bytes of a multiprocessor's memory
 DESCRIPTORS_FROM = 9  # compute capability that loads and stores whole tiles by themselves
 BAND = 8  # tiles in a column that follow one another, so that they find each other's loads in the cache
 RANKS, FEWEST = 64, 16  # columns of the low-rank product at a time: most, in 16 bits, and what a product of tiles takes
-PART = 4096  # of a row that a program holds at a time
+PART = 2048  # of a row that a program holds at a time
+LONG = 16384  # a row that takes more warps: the programs at work then hold few enough to find them in the cache again
 TO_WHOLE = 1.5 * 2**23  # added to a number of fp32 far below it, it leaves the nearest integer in the lowest bits
 
 
@@ -97,12 +98,13 @@ def rows_to_codes(x: Tensor, gain: Tensor | None, kind: torch.dtype) -> tuple[Te
     """As `codes_of_rows`, on the GPU that holds x."""
     m, k = x.shape
     wide = min(triton.next_power_of_2(k), PART)
+    warps = 4 if wide < PART else 8 if k < LONG else 16
     x = x if x.stride(1) == 1 else x.contiguous()
     codes, own = torch.empty(m, k, dtype=kind, device=x.device), x.new_empty(m, 1, dtype=torch.float32)
     with torch.cuda.device(x.device):
         _rows[(m,)](x, own if gain is None else gain, codes, own, k, x.stride(0),
                     0 if gain is None or gain.numel() == 1 else 1, gain is not None, kind == torch.int8,
-                    linear.top_of(kind), linear.LEAST, TO_WHOLE, wide, num_warps=8 if wide == PART else 4)
+                    linear.top_of(kind), linear.LEAST, TO_WHOLE, wide, num_warps=warps)
     return codes, own
 
 

@@ -76,16 +76,22 @@ class QuantizedLinear(nn.Module):
 
 
 class FrozenProduct(torch.autograd.Function):
-    """x W^T + bias that saves nothing: plain autograd would keep the dequantised W until the backward pass."""
+    """x W^T + bias that keeps nothing: plain autograd would keep the dequantised W until the backward pass.
+
+    It saves an empty tensor all the same: where blocks are checkpointed, the first that is read of what a block saved
+    runs the block again, and so fetches weights that lie elsewhere meanwhile, or are still on their way.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: QuantizedLinear) -> Tensor:
+        ctx.save_for_backward(x.new_empty(0))
         ctx.layer = layer
         return layer.product(x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        _ = ctx.saved_tensors  # before the weight is
         return ctx.layer.input_gradient(grad), None
 
 
