@@ -124,10 +124,10 @@ def test_a_zoom_holds_while_the_run_goes_on(browser, tmp_path):
         with opened(browser, server.address) as page:
             button(page, "Resume from step 200").click()
             expect(page.locator(".st-run .st-badge")).to_have_text("training")
-            over = page.locator(".st-charts section").first.locator(".u-over").bounding_box()
-            page.mouse.move(over["x"] + 40, over["y"] + 60)
+            over = page.locator(".st-charts section").first.locator(".u-over")
+            over.hover(position={"x": 40, "y": 60})
             page.mouse.down()
-            page.mouse.move(over["x"] + 160, over["y"] + 60, steps=5)
+            over.hover(position={"x": 160, "y": 60})
             page.mouse.up()
             page.mouse.move(5, 5)
             expect(button(page, "Show all steps")).to_be_visible()

@@ -231,8 +231,7 @@ def test_every_measure_is_explained_by_keyboard(browser, server):
 def test_a_press_is_not_lost_when_the_list_is_drawn_anew_meanwhile(browser, server):
     with look(browser, server) as page:
         expect(curve(page, "Loss")).to_be_visible()
-        old = page.get_by_role("link", name="old").bounding_box()
-        page.mouse.move(old["x"] + 20, old["y"] + 10)
+        page.get_by_role("link", name="old").hover()
         with page.expect_response(lambda response: "list_runs" in (response.request.post_data or "")):
             page.mouse.down()
             page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")
