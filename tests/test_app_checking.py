@@ -41,6 +41,15 @@ def test_the_report_is_found_among_what_libraries_say_and_kept(checks, tmp_path)
     assert not list((tmp_path / "cache/checks").iterdir())
 
 
+@pytest.mark.parametrize("name", ["{}/mine", "../../../presets/mine"])
+def test_a_name_is_for_messages_only_and_no_file_is_written_by_it(checks, tmp_path, name):
+    mine = tmp_path / "presets" / "mine.toml"
+    mine.parent.mkdir()
+    mine.write_text("# mine")
+    answer = result(checks, checks.begin(TEXT.format(1), name.format(mine.parent), tmp_path))
+    assert mine.read_text() == "# mine" and answer["report"]["facts"]
+
+
 def test_one_is_looked_at_at_a_time_and_one_that_is_stopped_makes_room(checks, tmp_path):
     slow, next_one = (checks.begin(TEXT.format(batch), "a", tmp_path) for batch in (64, 1))
     assert (checks.read(slow)["state"], checks.read(next_one)["state"]) == ("running", "waiting")

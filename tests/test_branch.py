@@ -147,6 +147,16 @@ def test_a_branch_that_could_not_start_gives_its_name_free(origin) -> None:
     assert not begin(origin, name="right").never_began()
 
 
+def test_a_branch_that_could_not_start_keeps_its_name_with_the_only_copy_of_its_checkpoint(origin) -> None:
+    run = begin(origin, "evaluate.folder=nowhere", name="worse")
+    with pytest.raises(UserError):
+        train(run)
+    aside = origin.checkpoint(3).rename(origin.path / "aside")
+    assert not run.never_began() and runs.free_name(origin.path.parent.parent, "worse") == "worse-2"
+    aside.rename(origin.checkpoint(3))
+    assert run.never_began()
+
+
 def test_the_command_line_branches_and_says_what_is_wrong(origin, capsys) -> None:
     workspace = ["--workspace", str(origin.path.parent.parent)]
     assert main(["--branch", "cat@3", "--name", "line", "--set", "train.steps=4", *workspace]) == 0

@@ -18,7 +18,7 @@ def test_notes_are_kept_as_they_are_written_and_empty_ones_leave_no_file(tmp_pat
     notes.write(run, "# why\nrank 8 was too small — ünd\ud800")
     assert notes.read(run) == "# why\nrank 8 was too small — ünd?"
     notes.write(run, " \n")
-    assert notes.read(run) == "" and not (run.path / notes.FILE).exists()
+    assert notes.read(run) == "" and not run.notes.exists()
     notes.write(run, "")
 
 
@@ -28,14 +28,14 @@ def test_too_long_notes_are_refused_and_the_old_ones_stay(tmp_path: Path) -> Non
     with pytest.raises(UserError, match="the notes have 100,001 characters, and 100,000 is the most"):
         notes.write(run, "b" * (notes.MOST + 1))
     assert notes.read(run) == "a" * notes.MOST
-    (run.path / notes.FILE).write_text("c" * (notes.MOST + 9))
+    run.notes.write_text("c" * (notes.MOST + 9))
     assert notes.read(run) == "c" * notes.MOST
 
 
 @pytest.mark.parametrize("text", ["mine", ""])
 def test_what_was_not_shown_is_never_lost(tmp_path: Path, text: str) -> None:
     run = runs.create(tmp_path, "cat", "")
-    file = run.path / notes.FILE
+    file = run.notes
     long = "c" * notes.MOST + "the end"
     file.write_text(long)
     with pytest.raises(UserError, match=r"cat/notes\.md is longer than the 100,000 characters shown here"):

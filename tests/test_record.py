@@ -179,6 +179,33 @@ def test_a_note_is_an_event_and_a_line(run):
     assert log.getvalue() == "note: the disk is nearly full\n"
 
 
+def test_events_wait_for_room_on_a_full_disk_and_lines_and_curves_do_not(run):
+    resource = pytest.importorskip("resource", reason="Windows has no limit on file sizes")
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with open(run.path / "log", "w", encoding="utf-8") as log:
+        recorder = Recorder(run, tensorboard=True, terminal=log)
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (700, old[1]))  # the system then writes as much as fits
+            for number in range(40):
+                recorder.note(number, "no room")
+                recorder.scalars(number, {"loss": 0.5})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, old)
+        assert len(events(run)) < 15
+        time.sleep(0.01)
+        late = time.time()
+        recorder.note(40, "room again")
+    told = EventReader(run.events).read()
+    assert [event["step"] for event in told] == list(range(41))
+    assert [event["t"] for event in told] == sorted(event["t"] for event in told) and told[-2]["t"] < late
+    (board,) = run.tensorboard.iterdir()
+    whole, sizes = board.read_bytes(), []
+    while sum(sizes) < len(whole):
+        sizes.append(struct.unpack_from("<Q", whole, sum(sizes))[0] + 16)  # length, its checksum, data, its checksum
+    assert sum(sizes) == len(whole) and len(sizes) > 5
+    recorder.close()
+
+
 def test_without_a_terminal_lines_go_to_the_log(run, capsys):
     recorder = Recorder(run, tensorboard=False, terminal=None)
     recorder.say("hello")

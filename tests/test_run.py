@@ -291,6 +291,7 @@ def test_a_folder_whose_making_was_killed_gives_way_and_any_other_folder_stays(t
 @pytest.mark.parametrize("reason, step, file", [
     ("stopped", 0, None), ("error", 3, None), ("error", 0, "cat.safetensors"),
     ("error", 0, "exports/cat-000003.safetensors"), ("error", 0, "checkpoints/step_000003/adapter.safetensors"),
+    ("error", 0, "notes.md"),
 ])
 def test_a_run_with_anything_in_it_never_gives_way(tmp_path, reason, step, file):
     run = ended(tmp_path, "cat", reason, step)

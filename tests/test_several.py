@@ -50,6 +50,12 @@ def test_gpus_that_a_preset_names_in_vain_are_told_by_its_setting(tiny_project, 
                                        "from 0; --gpus chooses others, such as --gpus 0\n")
 
 
+def test_a_shortened_word_is_refused_since_it_would_be_passed_on(tiny_project, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(several, "launch", None)  # its processes would launch others without end
+    assert main(["--preset", str(tiny_project), "--workspace", str(tmp_path), "--gpu", "0"]) == 1
+    assert "unrecognized arguments: --gpu 0" in capsys.readouterr().err
+
+
 def test_the_choice_is_not_passed_on() -> None:
     assert several.without_choice(["--preset", "a", "--gpus", "0,1", "--name", "b"]) == [
         "--preset", "a", "--name", "b"]

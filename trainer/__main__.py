@@ -4,7 +4,6 @@ at its checkpoint, `--check` only looks, and verbs such as `list` and `show RUN`
 from __future__ import annotations
 
 import argparse
-import errno
 import gc
 import json
 import os
@@ -13,12 +12,13 @@ import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn, TextIO
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from trainer import branch, cores, facts, several, shelf, shell, shell_bases, shell_queue, shell_shelf, shell_sweep
 from trainer import preset as presets
 from trainer import run as runs
 from trainer.errors import UserError
+from trainer.files import NO_ROOM
 from trainer.quantize import quiet_bitsandbytes
 from trainer.queue import Queue
 from trainer.run import Run
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
 DONE, USER_ERROR, BUG = 0, 1, 2
 LOOKS = ("list", "show", "compare")  # verbs that write nothing but what they are told to
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 LAUNCHED = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what torchrun and accelerate say
 MPI = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 
@@ -73,6 +72,10 @@ def _about(error: OSError, is_look: bool) -> str:
 
 
 class Parser(argparse.ArgumentParser):
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        """Words are taken as they are: `--gpu 0` for --gpus would be passed on to the processes that --gpus starts."""
+        super().__init__(*args, allow_abbrev=False, **settings)
+
     def error(self, message: str) -> NoReturn:
         """A user's error like any other; argparse itself would exit with the code of a bug."""
         raise UserError(f"{message}; `{self.prog} --help` explains all options")

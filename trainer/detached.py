@@ -40,7 +40,8 @@ def start_detached(command: Sequence[str], log: Path, environment: Mapping[str, 
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     new_session = sys.platform != "win32"
-    flags = 0 if new_session else subprocess.CREATE_NEW_PROCESS_GROUP | subprocess.DETACHED_PROCESS
+    # on Windows a console that nobody sees: without any, the interpreter behind a venv's python.exe opens one
+    flags = 0 if new_session else subprocess.CREATE_NEW_PROCESS_GROUP | subprocess.CREATE_NO_WINDOW
     at = time.time()
     with open(log, "wb") as output:
         process = subprocess.Popen(command, cwd=HOME, stdin=subprocess.DEVNULL, stdout=output,

@@ -52,7 +52,8 @@ class EventWriter:
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - lives as long as the run
 
     def write(self, kind: str, **fields: Any) -> None:
-        """Append one event; `t` is unix time in seconds.  Raises `OSError` when the disk is full."""
+        """Append one event; `t` is unix time in seconds, now if it is not among the fields.  Raises `OSError` when the
+        disk is full."""
         event = {"t": round(time.time(), 3), "kind": kind, **fields}
         text = json.dumps(_finite(event), ensure_ascii=False, separators=(",", ":"))
         line = text.encode(errors="replace") + b"\n"  # file names may hold what is not UTF-8

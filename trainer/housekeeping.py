@@ -7,6 +7,7 @@ import time
 import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 from trainer import averaging, checkpoint, evaluation, gpu, prompts
 from trainer.adapters import effective_rank
@@ -271,7 +272,8 @@ def attempt(session: Session, what: str, act: Callable[[], object], alone: bool 
     except Exception as error:
         crowded = out_of_memory(error)
         if not (crowded and graphs_recorded(session)):
-            traceback.print_exc()
+            with suppress(OSError):  # the log's disk may be full
+                traceback.print_exc()
         text = describe(error)
         if out_of_memory(error):
             text = "it did not fit into the GPU's memory beside the model that is trained"

@@ -236,7 +236,8 @@ def _rescue(run: Run, session: Session | None, recorder: Recorder, error: BaseEx
         step = session.progress.step if session else run.last_step()
         recorder.event("end", step=step, reason="error", error=describe(error))
     except Exception:  # the first fault is the one to tell
-        traceback.print_exc()
+        with suppress(OSError):  # the log's disk may be full
+            traceback.print_exc()
 
 
 def _left_alone(run: Run, session: Session | None, recorder: Recorder, error: Lost) -> Lost:

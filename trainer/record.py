@@ -7,11 +7,13 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from statistics import median
 from typing import Any, TextIO
 
 from trainer.events import EventWriter
+from trainer.files import NO_ROOM
 from trainer.run import Run
 from trainer.tensorboard import TensorBoardWriter
 
@@ -28,14 +30,26 @@ class Recorder:
     def __init__(self, run: Run, *, tensorboard: bool, terminal: TextIO | None = None) -> None:
         self.run, self.terminal = run, terminal
         self._events = EventWriter(run.events)
+        self._waiting: deque[tuple[str, dict[str, Any]]] = deque()
         self._board = TensorBoardWriter(run.tensorboard, run.last_step() + 1) if tensorboard else None
         self._phase_at, self._phase = 0.0, ""
         self._line_at = 0.0
         self._seconds: deque[float] = deque(maxlen=50)
 
     def event(self, kind: str, **fields: Any) -> None:
-        """An event as it is; `trainer.events` lists the kinds."""
-        self._events.write(kind, **fields)
+        """An event as it is; `trainer.events` lists the kinds.
+
+        On a full disk it waits until one finds room again, and training goes on.
+        """
+        self._waiting.append((kind, {"t": round(time.time(), 3), **fields}))
+        try:
+            while self._waiting:
+                kind, fields = self._waiting[0]
+                self._events.write(kind, **fields)
+                self._waiting.popleft()
+        except OSError as error:
+            if error.errno not in NO_ROOM:
+                raise
 
     def note(self, step: int, text: str) -> None:
         """Something that a person should read."""
@@ -85,14 +99,15 @@ class Recorder:
             self._board.image(tag, path.read_bytes(), width, height, step)
 
     def say(self, text: str) -> None:
-        """A line of its own, on the terminal or in the log."""
+        """A line of its own, on the terminal or in the log, where there is room for it."""
         stream = self.terminal or sys.stdout
         encoding = stream.encoding or "utf-8"
         text = text.encode(encoding, "replace").decode(encoding)  # a file's name must not end a run
         if stream.isatty():
             stream.write("\r\x1b[K")
-        stream.write(text + "\n")
-        stream.flush()
+        with suppress(OSError):  # a full disk
+            stream.write(text + "\n")
+            stream.flush()
 
     def close(self) -> None:
         self._events.close()

@@ -56,18 +56,24 @@ class Run(WorkFolder):
         self.exports = path / "exports"
         self.tensorboard = path / "tensorboard"
         self.result = path / f"{path.name}.safetensors"
+        self.notes = path / "notes.md"
         self._origin = path / "origin.json"
 
     def never_began(self) -> bool:
-        """Whether a fault, or a kill while the folder was made, came before the first step: nothing is lost with it."""
+        """Whether a fault, or a kill while the folder was made, came before the first step: nothing is lost with it.
+
+        What a person wrote about it would be, and so would the checkpoint that a branch began at, once the other run
+        does not keep that one any more.
+        """
         if not self.preset.exists():
             return self.path.is_dir() and all(entry.name == "control" or entry.name.startswith(f".{self.preset.name}.")
                                               for entry in self.path.iterdir())
         last, origin = last_event(self.events) or {}, self.origin()
         first = origin.step if origin else 0
-        files = [path for path in self.path.rglob("*.safetensors") if path.parent != self.checkpoint(first)]
+        kept = origin is not None and Run(self.path.parent / origin.run).checkpoint(first).exists()
+        files = [path for path in self.path.rglob("*.safetensors") if path.parent != self.checkpoint(first) or not kept]
         return (last.get("kind") == "end" and last.get("reason") == "error" and last.get("step") in (None, first)
-                and not files and not self.is_held())
+                and not files and not self.notes.exists() and not self.is_held())
 
     def state(self, now: float | None = None) -> State:
         """The state after the table of the architecture page: is the lock held, and what was said last?

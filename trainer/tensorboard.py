@@ -8,6 +8,8 @@ import struct
 import time
 from pathlib import Path
 
+from trainer.files import NO_ROOM
+
 # Field numbers are those of tensorboard/compat/proto/event.proto and summary.proto.
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
@@ -43,7 +45,15 @@ class TensorBoardWriter:
     def _event(self, what: bytes, step: int) -> None:
         data = struct.pack("<Bd", 1 << 3 | _FIXED64, time.time()) + _int(2, step) + what  # wall_time, step
         length = struct.pack("<Q", len(data))
-        self._file.write(length + _masked_crc(length) + data + _masked_crc(data))
+        record = length + _masked_crc(length) + data + _masked_crc(data)
+        try:
+            written = self._file.write(record)
+        except OSError as error:
+            if error.errno not in NO_ROOM:
+                raise
+            return  # a full disk: the run's events tell the same
+        if written < len(record):  # readers would stop at half a record
+            os.ftruncate(self._file.fileno(), os.fstat(self._file.fileno()).st_size - written)
 
 
 def _varint(value: int) -> bytes:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from trainer.__main__ import Parser
 from trainer.errors import UserError
 from trainer.quantize import quiet_bitsandbytes
 
@@ -48,15 +49,9 @@ def end_as_by_keyboard() -> None:
             signal.signal(number, interrupt)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """A user's error like any other; argparse itself would exit with another code."""
-        raise UserError(f"{message}; `{self.prog} --help` explains all options")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="python -m trainer.export", description="Examine, convert, change and combine LoRA files.")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
+    parser = Parser(prog="python -m trainer.export", description="Examine, convert, change and combine LoRA files.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for add, name, words in (
             (_add_inspect, "inspect", "what a file says of itself: kind, layers, metadata"),
             (_add_verify, "verify", "what a file is, and which programs read all of it"),

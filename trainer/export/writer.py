@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import math
@@ -22,7 +21,7 @@ from trainer.export import formats, names
 from trainer.export.formats import Format
 from trainer.export.lora_file import swap_halves
 from trainer.export.stacked import Pair, apart, fuse
-from trainer.files import sync_folder
+from trainer.files import NO_ROOM, sync_folder
 
 Parts = tuple[Tensor, Tensor, Tensor | None]
 
@@ -30,7 +29,6 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 CODES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
 FLUX1_MLP = 4  # rows of Flux.1's proj_mlp over its inputs, where an untrained one must be filled in
 LEGACY = range(0x100000, 0x110000)  # bytes of a file
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True)
