@@ -31,9 +31,10 @@ PYTHON_MINOR = "{}.{}".format(*sys.version_info)
 TORCH_WHEELS = "https://download.pytorch.org/whl/"
 APP_REQUIREMENTS = ["requirements.txt"]
 TEST_REQUIREMENTS = ["requirements.txt", "tests/requirements.txt"]
-APP_FOLDERS = ("--workspace", "--root")
+APP_FOLDERS = ("--workspace", "--root", "--models")
 APP_OPTIONS = """options of the app: --port N, --host ADDRESS, --password WORD, --workspace DIR, --listen,
---share, --root DIR (data sets may be opened below it; may be given several times). README.md says more.
+--share, --root DIR (data sets may be opened below it), --models DIR (base models); both may be given several times.
+README.md says more.
 TORCH_INDEX_URL=address takes torch from another package index; empty, from pip's usual one."""
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
+import pytest
 import torch
 
 from trainer import preset as presets
 from trainer.data.cache import Cache
+from trainer.errors import UserError
 from trainer.material import Material, noise_seeds, plain_draw, to_device
 
 
@@ -28,7 +31,21 @@ def test_a_share_is_held_out_when_there_is_no_folder_for_it(tiny_project) -> Non
 
 def test_several_folders_are_one_data_set(tiny_project) -> None:
     folders = [(tiny_project.parent / name).as_posix() for name in ("train", "held")]
-    assert len(material(tiny_project, f"data.folder={folders}").train) == 11
+    found = material(tiny_project, f"data.folder={folders}", "evaluate.folder=", "evaluate.holdout=0")
+    assert len(found.train) == 11
+
+
+def test_what_is_held_out_is_not_trained_on_wherever_it_lies(own_project) -> None:
+    train, held = (own_project.parent / name for name in ("train", "held"))
+    shutil.copytree(held, train / "held")
+    (train / "copy.png").write_bytes((held / "000.png").read_bytes())
+    found = material(own_project, f"data.regularisation={(train / 'held').parent.as_posix()}")
+    assert len(found.train) == len(found.prior) == 7 and len(found.held) == 4
+    assert "held out, so not trained on though they lie among the images to train on: 10, such as " in found.remarks[-1]
+    with pytest.raises(UserError, match="evaluate.folder: every image of data.folder is in .* too"):
+        material(own_project, f"data.folder={held.as_posix()}")
+    with pytest.raises(UserError, match="data.regularisation: every image in it is held out"):
+        material(own_project, f"data.regularisation={held.as_posix()}")
 
 
 def test_a_broken_image_is_remembered_with_its_set(own_project) -> None:

@@ -58,6 +58,11 @@ FAULTS = {
     "variants of one caption": (
         {"data": {"caption_variants": 2}}, "data.caption_variants",
         "has no effect without data.shuffle_tags; take it out"),
+    "first tags of no order": (
+        {"data": {"keep_tags": 2}}, "data.keep_tags", "has no effect without data.shuffle_tags; take it out"),
+    "weights of another extractor": (
+        {"evaluate": {"folder": "h", "distance": "efflite0", "inception_weights": "w.pth"}},
+        "evaluate.inception_weights", "has no effect with evaluate.distance = 'efflite0'; take it out"),
     "a weight outside of masks that are off": (
         {"data": {"masks": "off", "mask_background": 0.5}}, "data.mask_background",
         "has no effect with data.masks = 'off'; take it out"),
@@ -157,7 +162,7 @@ GOOD = {
     "epochs instead of steps": {"train": {"steps": None, "epochs": 2}},
     "an average that is made": {"output": {"weights": "ema"}, "train": {"ema_decay": 0.99}},
     "a family's own format and a cover": {"output": {"format": "U2", "cover": True}, "sample": {"prompts": ["a"]}},
-    "one held-out set": {"evaluate": {"folder": "h"}},
+    "one held-out set": {"evaluate": {"folder": "h", "inception_weights": "w.pth"}},
     "early stop": {"evaluate": {"holdout": 0.1, "early_stop": 2}},
     "crops that vary": {"data": {"crop": "random", "crop_variants": 2}},
     "captions that vary": {"data": {"shuffle_tags": True, "caption_variants": 2}},
@@ -234,6 +239,8 @@ def test_a_target_pattern_must_be_a_regular_expression():
      "'feed_forward', 'projection', 'convolution', 'text_encoder', 'all'"),
     ("flux1", "data", "resolution", 1000, "must be a multiple of 16 for flux1, not 1000"),
     ("flux1", "model", "clip_skip", 2, "has no effect with model.family = 'flux1'; take it out"),
+    ("flux1", "sample", "negative", "blurry", "has no effect with model.family = 'flux1', whose models are guided by "
+     "one prompt only; take it out"),
     ("flux1", "train", "timestep_mean", 1.0, "has no effect with train.timestep_sampling = 'auto'; take it out"),
 ])
 def test_what_a_family_does_not_have_is_refused(family, section, key, value, said):

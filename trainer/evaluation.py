@@ -24,7 +24,7 @@ from trainer.data.decoding import Decoders, processes_for
 from trainer.data.order import stream
 from trainer.data.store import LatentStore
 from trainer.families.base import quantised_id
-from trainer.material import framing, plain_draw
+from trainer.material import FEWEST_HELD, framing, plain_draw
 from trainer.metrics import distances
 from trainer.metrics.features import Extractor, load_extractor
 from trainer.objective import per_sample_loss
@@ -166,7 +166,7 @@ def _draw_part(session: Session, texts: Sequence[str], seeds: Sequence[int], own
 def measure_distance(session: Session, step: int) -> None:
     """KID and FID-like distance of generated to held-out images, beside the base model's own (kept by hash)."""
     evaluate, held = session.preset.evaluate, _items(session.held_latents)
-    if evaluate.distance == "off" or len(held) < 4:
+    if evaluate.distance == "off" or len(held) < FEWEST_HELD:
         return
     texts = [session.material.held_caption(held[i % len(held)]) for i in range(evaluate.generate)]
     seeds = [stream(session.preset.train.seed, i, "distance") & 0xFFFFFFFF for i in range(len(texts))]

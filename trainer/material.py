@@ -17,8 +17,10 @@ from trainer.data.cache import Cache
 from trainer.data.dataset import Item, Skipped
 from trainer.data.order import Draw, Order, stream
 from trainer.data.store import LatentStore
+from trainer.errors import UserError
 from trainer.schema import Data, Preset
 
+FEWEST_HELD = 4  # images that distances are measured to
 Progress = Callable[[int, int], None]
 
 
@@ -45,7 +47,27 @@ class Material:
         elif preset.evaluate.holdout > 0:
             train, kept = dataset.split(self.train, preset.evaluate.holdout, preset.train.seed)
             self.train, self.held = list(train), list(kept)
+        self._leave_out_held()
+        if 0 < len(self.held) < FEWEST_HELD and preset.evaluate.distance != "off":
+            self.remarks.append(f"KID and FID are not measured: they need {FEWEST_HELD} held-out images or more, and "
+                                f"there are {len(self.held)}")
         self.bucket_step = bucket_step
+
+    def _leave_out_held(self) -> None:
+        """Train on no image that is held out, be it in a folder within data.folder, or a copy."""
+        held = {item.sha256 for item in self.held}
+        both = [item for item in self.trained if item.sha256 in held]
+        if not both:
+            return
+        self.train, self.prior = ([item for item in items if item.sha256 not in held]
+                                  for items in (self.train, self.prior))
+        if not self.train:
+            raise UserError(f"evaluate.folder: every image of data.folder is in {self.preset.evaluate.folder} too"
+                            ", so that none would be left to train on; hold out fewer, or use evaluate.holdout instead")
+        if self.preset.data.regularisation and not self.prior:
+            raise UserError("data.regularisation: every image in it is held out, so that none is left; name others")
+        self.remarks.append(f"held out, so not trained on though they lie among the images to train on: {len(both)}, "
+                            f"such as {both[0].path.name}")
 
     def _remarks(self, excluded: int) -> list[str]:
         masked = sum(item.mask is not None for item in self.train)

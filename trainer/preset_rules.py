@@ -82,7 +82,7 @@ def _no_effect(sections: Mapping[str, Any]) -> list[Problem]:
     if data is not None and data.crop == "center":
         idle.append(("data.crop_variants", "with data.crop = 'center'"))
     if data is not None and not data.shuffle_tags:
-        idle.append(("data.caption_variants", "without data.shuffle_tags"))
+        idle += [(f"data.{key}", "without data.shuffle_tags") for key in ("caption_variants", "keep_tags")]
     if data is not None and data.masks == "off":
         idle.append(("data.mask_background", "with data.masks = 'off'"))
     if data is not None and not data.regularisation:
@@ -90,6 +90,8 @@ def _no_effect(sections: Mapping[str, Any]) -> list[Problem]:
                  ("data.regularisation_weight", "without data.regularisation")]
     if train is not None and train.loss == "mse":
         idle.append(("train.huber_delta", "with train.loss = 'mse'"))
+    if (evaluate := sections.get("evaluate")) is not None and evaluate.distance == "efflite0":
+        idle.append(("evaluate.inception_weights", "with evaluate.distance = 'efflite0'"))
     if adapter is not None:
         idle += _idle_in_method(adapter)
     if adapter is not None and train is not None:
@@ -177,7 +179,7 @@ def _family_output(sections: Mapping[str, Any]) -> list[Problem]:
 
 def _family_training(sections: Mapping[str, Any]) -> list[Problem]:
     """Timesteps and loss weights that a family's objective does not know, and sides that its grid does not fit."""
-    model, train = sections.get("model"), sections.get("train")
+    model, train, sample = sections.get("model"), sections.get("train"), sections.get("sample")
     if model is None:
         return []
     flow = model.family in schema.FLOW_FAMILIES
@@ -190,6 +192,9 @@ def _family_training(sections: Mapping[str, Any]) -> list[Problem]:
               and (side := getattr(sections[section], key)) % schema.FLOW_GRID]
     if flow and train is not None:
         found += _idle_sampling(train)
+    if model.family == "flux1" and sample is not None and sample.negative:
+        found.append(Problem("sample.negative", "has no effect with model.family = 'flux1', whose models are guided by "
+                             "one prompt only; take it out"))
     return found
 
 
