@@ -8,7 +8,7 @@ import re
 import threading
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from app import form
 from app.paths import Places, inside
@@ -50,47 +50,70 @@ def tag(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def save(places: Places, name: str, text: str, shelf: str, known: str = "", replace: bool = False) -> str | None:
-    """Write one's own preset; returns its text (paths settled), or None when there is one of that name already.
+class Saved(NamedTuple):
+    """A preset's text with its paths settled, and what the file it took the place of is called in the trash, or ""."""
 
-    known: the tag of the file that the page has; when the file is another one by now, `Changed` is raised.  Both are
-    passed over with `replace`.
+    text: str
+    thrown: str = ""
+
+
+def save(places: Places, name: str, text: str, shelf: str, known: str = "", replace: bool = False) -> Saved | None:
+    """Write one's own preset; None when there is one of that name already.
+
+    known: the tag of the file that the page has; when the file is another one by now, `Changed` is raised.  With
+    `replace` neither hinders, and what was there goes to the trash.
     """
+    thrown = ""
     file = _own(places, name)
     text = form.settled(text, folder_of(places, shelf)) if shelf != "own" else text
     with _writing:
-        if file.exists() and not replace:
+        if file.exists() and replace:
+            thrown = _throw(places, file)
+        elif file.exists():
             if not known:
                 return None
             if tag(preset.read_text(file)) != known:
                 raise Changed(f"{name} was changed by somebody else since you opened it")
         preset.save(file, text)
-    return text
+    return Saved(text, thrown)
 
 
 def delete(places: Places, name: str) -> str:
     """Move one's own preset to the trash; returns what `restore` takes."""
     file = find(places, "own", name)
-    trash = _trash(places)
-    trash.mkdir(parents=True, exist_ok=True)
-    thrown = f"{datetime.now():%Y%m%d-%H%M%S-%f}-{name}.toml"
     with _writing:
-        os.replace(file, trash / thrown)
-    return thrown
+        return _throw(places, file)
 
 
-def restore(places: Places, thrown: str) -> str:
-    """Bring a deleted preset back; returns its name.  Refused when there is another of that name by now."""
+class Restored(NamedTuple):
+    """A preset that is back, and what the one of its name that gave way is called in the trash, or ""."""
+
+    name: str
+    thrown: str = ""
+
+
+def restore(places: Places, thrown: str, replace: bool = False) -> Restored:
+    """Bring a preset back from the trash.  One that has its name by now goes there with `replace`, and else hinders."""
     match = THROWN.fullmatch(thrown)
     source = inside(_trash(places), thrown)
     if not match or not source.is_file() or source.parent != _trash(places).resolve():
         raise UserError(f"there is no deleted preset {thrown[:100]!r} in {_trash(places)}")
     goal = _own(places, match["name"])
     with _writing:
-        if goal.exists():
+        if goal.exists() and not replace:
             raise UserError(f"there is another preset called {goal.stem} by now; rename that one first")
+        gone = _throw(places, goal) if goal.exists() else ""
         os.replace(source, goal)
-    return goal.stem
+    return Restored(goal.stem, gone)
+
+
+def _throw(places: Places, file: Path) -> str:
+    """Move a file to the trash; returns its name there."""
+    trash = _trash(places)
+    trash.mkdir(parents=True, exist_ok=True)
+    thrown = f"{datetime.now():%Y%m%d-%H%M%S-%f}-{file.stem}.toml"
+    os.replace(file, trash / thrown)
+    return thrown
 
 
 def _own(places: Places, name: str) -> Path:

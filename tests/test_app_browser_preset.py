@@ -240,8 +240,14 @@ def test_the_second_of_two_people_saves_over_nothing_unasked(page, server, brows
     expect(text_of(page)).to_have_value(PRESET.format(steps=7))
     button(page, "Save").click()
     button(page, "Overwrite it").click()
-    expect(page.get_by_text("Saved as mine.")).to_be_visible()
+    expect(page.get_by_text("Saved as mine; what was there is in the trash.")).to_be_visible()
     assert file_of(server).read_text() == PRESET.format(steps=7)
+    button(page, "Undo").click()
+    expect(page.get_by_text("What was there before is back.")).to_be_visible()
+    expect(text_of(page)).to_have_value(PRESET.format(steps=6))
+    button(page, "Undo").click()
+    expect(page.get_by_text("Yours is back.")).to_be_visible()
+    expect(text_of(page)).to_have_value(PRESET.format(steps=7))
 
 
 def test_a_deleted_preset_is_in_the_trash_and_comes_back(page, server):

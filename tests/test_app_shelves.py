@@ -17,13 +17,18 @@ def places(tmp_path):
 
 def test_a_second_save_over_a_changed_file_is_refused(places):
     other, mine = TEXT + "batch_size = 2\n", TEXT + "batch_size = 3\n"
-    tag = shelves.tag(shelves.save(places, "a", TEXT, "own"))
+    tag = shelves.tag(shelves.save(places, "a", TEXT, "own").text)
     assert shelves.save(places, "a", other, "own") is None  # a name that is taken
-    assert shelves.save(places, "a", other, "own", known=tag) == other
+    assert shelves.save(places, "a", other, "own", known=tag) == (other, "")
     with pytest.raises(shelves.Changed, match="changed by somebody else"):
         shelves.save(places, "a", mine, "own", known=tag)
     assert preset.read_text(places.presets / "a.toml") == other
-    assert shelves.save(places, "a", mine, "own", known=tag, replace=True) == mine
+    saved = shelves.save(places, "a", mine, "own", known=tag, replace=True)
+    assert saved.text == preset.read_text(places.presets / "a.toml") == mine
+    back = shelves.restore(places, saved.thrown, replace=True)
+    assert back.name == "a" and preset.read_text(places.presets / "a.toml") == other
+    assert shelves.restore(places, back.thrown, replace=True).name == "a"
+    assert preset.read_text(places.presets / "a.toml") == mine
 
 
 def test_what_is_deleted_can_be_brought_back_but_over_nothing(places):
@@ -34,7 +39,7 @@ def test_what_is_deleted_can_be_brought_back_but_over_nothing(places):
     with pytest.raises(UserError, match="another preset called my own"):
         shelves.restore(places, thrown)
     (places.presets / "my own.toml").unlink()
-    assert shelves.restore(places, thrown) == "my own"
+    assert shelves.restore(places, thrown) == ("my own", "")
     assert preset.read_text(places.presets / "my own.toml") == TEXT
 
 

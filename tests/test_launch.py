@@ -363,7 +363,7 @@ def test_no_setup_uses_this_interpreter_and_installs_nothing(copy):
 
 def test_folders_of_the_app_are_taken_from_where_the_person_stands(copy, tmp_path):
     for given, taken in ((["--workspace", "mine"], ["--workspace", str(tmp_path / "mine")]),
-                         (["--workspace=/b"], ["--workspace=/b"]),
+                         (["--workspace=/b", "--models", "m"], ["--workspace=/b", "--models", str(tmp_path / "m")]),
                          (["--root=a", "--root", "/b"], [f"--root={tmp_path / 'a'}", "--root", "/b"])):
         start(copy, *given, "--no-browser", cwd=tmp_path)
         arguments, folder, _ = records(copy)[-1]

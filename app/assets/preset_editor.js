@@ -253,8 +253,18 @@
       if (this.shelf !== "own" || this.name !== name) this.reference = this.shelf === "shipped" ? this.name : this.reference;
       this.take({ shelf: "own", name, saved: answer.text, tag: answer.tag, text: answer.text });
       this.show(answer);
-      this.say(`Saved as ${name}.`);
+      const { thrown } = answer;
+      if (thrown) this.say(`Saved as ${name}; what was there is in the trash. `, ["Undo", () => this.swap(thrown, "What was there before is back. ")]);
+      else this.say(`Saved as ${name}.`);
       return true;
+    }
+
+    /** A preset from the trash, in the place of the one of its name, which goes there. */
+    async swap(thrown, said) {
+      const back = await Studio.ask(this.server, "restore_preset", { thrown, replace: true });
+      await this.list();
+      await this.open("own", back.name);
+      this.say(said, ["Undo", () => this.swap(back.thrown, "Yours is back. ")]);
     }
 
     sayChanged(text) {

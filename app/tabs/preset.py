@@ -66,6 +66,7 @@ class DeletePreset(Request):
 
 class RestorePreset(Request):
     thrown: PresetName
+    replace: bool = False
 
 
 class StartCheck(Request):
@@ -107,7 +108,7 @@ def build(jobs: Jobs, library: Library) -> None:
          server_function("save_preset", SavePreset, lambda asked: save_preset(places, asked)),
          server_function("delete_preset", DeletePreset, lambda asked: {"thrown": shelves.delete(places, asked.name)}),
          server_function("restore_preset", RestorePreset,
-                         lambda asked: {"name": shelves.restore(places, asked.thrown)}),
+                         lambda asked: shelves.restore(places, asked.thrown, asked.replace)._asdict()),
          server_function("list_bases", Nothing, lambda asked: bases.listing()),
          server_function("use_base", UseBase, lambda asked: use_base(bases, asked)),
          server_function("list_cards", Nothing, lambda asked: {"cards": cards.cards()}),
@@ -147,12 +148,13 @@ def _state(text: str, name: str, reference: str, folder: Path) -> Answer:
 def save_preset(places: Places, asked: SavePreset) -> Answer:
     """Write a preset into the workspace; one that is there, or was changed meanwhile, is replaced only when asked."""
     try:
-        text = shelves.save(places, asked.name, asked.text, asked.shelf, asked.tag, asked.replace)
+        saved = shelves.save(places, asked.name, asked.text, asked.shelf, asked.tag, asked.replace)
     except shelves.Changed as changed:
         return {"changed": str(changed)}
-    if text is None:
+    if saved is None:
         return {"exists": True}
-    return {"text": text, "tag": shelves.tag(text), **_state(text, f"{asked.name}.toml", "", places.presets)}
+    return {**saved._asdict(), "tag": shelves.tag(saved.text),
+            **_state(saved.text, f"{asked.name}.toml", "", places.presets)}
 
 
 def use_base(bases: BaseModels, asked: UseBase) -> Answer:
