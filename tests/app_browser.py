@@ -98,7 +98,8 @@ class Server:
                    str(self.pace), *([self.password] if self.password else [])]
         self.workspace.mkdir(parents=True, exist_ok=True)
         self.process = subprocess.Popen(command)
-        for _ in range(400):
+        end = time.monotonic() + 180
+        while time.monotonic() < end:
             try:
                 urllib.request.urlopen(self.address, timeout=5).close()
                 return self

@@ -75,6 +75,7 @@ def test_the_workshop_resizes_and_compares(browser, server):
         tools = page.get_by_role("region", name="Workshop")
         button(tools, "Resize").click()
         form = tools.get_by_role("form", name="Resize")
+        expect(form.get_by_label("Name of the new file")).to_have_value("my-style-small")
         form.get_by_label("Rank", exact=True).fill("none")
         button(form, "Resize").click()
         expect(form.get_by_text("Rank: give a whole number from 1 on.")).to_be_visible()

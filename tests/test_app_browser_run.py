@@ -64,6 +64,7 @@ def test_a_run_that_is_left_and_chosen_again_has_its_whole_curve(browser, server
 def test_a_cell_of_the_map_leads_to_its_spectrum_by_keyboard_and_by_mouse(browser, server):
     with look(browser, server) as page:
         blocks = card(page, "Effective rank by block")
+        expect(blocks.get_by_label("Effective rank of 5 blocks")).to_be_visible()
         blocks.locator("canvas").focus()
         for key in ("ArrowLeft", "ArrowDown", "ArrowLeft", "Enter"):
             page.keyboard.press(key)
@@ -124,7 +125,7 @@ def test_notes_are_saved_as_typed_and_two_windows_lose_nothing(browser, server):
         expect(card(page, "Notes").get_by_text("Saved", exact=True)).to_be_visible()
         assert notes.read_text() == "the rate was too high"
         mine = other.get_by_label("Your notes")
-        expect(mine).to_have_value("the rate was too high", timeout=8000)
+        expect(mine).to_have_value("the rate was too high")
         other.context.set_offline(True)
         mine.fill("my own words")
         page.get_by_label("Your notes").fill("the rate was right")
@@ -133,7 +134,7 @@ def test_notes_are_saved_as_typed_and_two_windows_lose_nothing(browser, server):
         button(other, "Keep both").click()
         expect(card(other, "Notes").get_by_text("Saved", exact=True)).to_be_visible()
         assert notes.read_text() == "the rate was right\n\nmy own words"
-        expect(page.get_by_label("Your notes")).to_have_value("the rate was right\n\nmy own words", timeout=8000)
+        expect(page.get_by_label("Your notes")).to_have_value("the rate was right\n\nmy own words")
 
 
 def test_a_checkpoint_is_kept_and_branched_from(browser, server):
@@ -204,6 +205,7 @@ def test_the_view_is_clean_at_each_width_in_each_theme(browser, server, width, t
     with look(browser, server, width=width, theme=theme, motion="reduce") as page:
         expect(page.locator(".st-hard tbody img").first).to_be_visible()
         expect(page.locator(".st-matrix img").first).to_be_visible()
+        expect(page.get_by_label("Effective rank of 5 blocks")).to_be_visible()
         page.locator("canvas.st-heat").focus()
         page.keyboard.press("Enter")
         expect(page.locator(".st-spectrum svg")).to_be_visible()
@@ -235,6 +237,6 @@ def test_a_press_is_not_lost_when_the_list_is_drawn_anew_meanwhile(browser, serv
         with page.expect_response(lambda response: "list_runs" in (response.request.post_data or "")):
             page.mouse.down()
             page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")
-        page.wait_for_timeout(200)
+        page.wait_for_timeout(100)
         page.mouse.up()
         expect(page.get_by_role("heading", name="old", exact=True)).to_be_visible()

@@ -21,7 +21,7 @@ def checks(tmp_path):
     return Checks(Places(tmp_path), STAND_IN)
 
 
-def result(checks, key, seconds=60.0):
+def result(checks, key, seconds=180.0):
     end = time.monotonic() + seconds
     while (answer := checks.read(key))["state"] in ("waiting", "running"):
         assert time.monotonic() < end, answer

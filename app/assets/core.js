@@ -84,11 +84,15 @@
     banner.replaceChildren(...(state === "ok" ? [] : [LOST[state], state === "signedOut" ? signIn : ""]));
   }
 
+  let suspected = null; // since when the app seems another one; one that came back between question and look does, too
+
   async function whyNoAnswer() {
     try {
       const asked = await fetch(`${Studio.root()}config`, { cache: "no-store" });
       if (asked.status === 401) return "signedOut";
-      return asked.ok ? "changed" : "offline";
+      if (!asked.ok) return "offline";
+      suspected ??= Date.now();
+      return Date.now() - suspected > LOOK_AGAIN / 2 ? "changed" : "offline";
     } catch {
       return "offline";
     }
@@ -130,6 +134,7 @@
       showConnection(reason);
       throw new Studio.Lost(LOST[Studio.connection]);
     }
+    suspected = null;
     showConnection("ok");
     if (answer && answer.error) throw new Error(answer.error);
     return answer;

@@ -52,6 +52,7 @@
     update(blocks) {
       this.blocks = blocks;
       this.hasData = Boolean(blocks.step?.length);
+      this.columns = this.hasData ? this.shown() : []; // for keys, also before it can be drawn
       this.empty.hidden = this.hasData;
       this.body.hidden = !this.hasData;
       if (!this.hasData) { this.clear(); return; }
