@@ -259,8 +259,12 @@ def load_model(preset: Preset, family: ModuleType, base: Any, text_encoder: Any,
     """The denoiser, held as `plan` says, with a new adapter and its optimizer."""
     denoiser, shards = load(family, base, device, dtype, plan, neighbours)
     adapter = build_adapter(preset, family, denoiser, text_encoder, device)
-    offload = hold(family, denoiser, plan, device)
-    return Model(denoiser, adapter, build_optimizer(preset, adapter), offload or shards, plan)
+    try:
+        offload = hold(family, denoiser, plan, device)
+        return Model(denoiser, adapter, build_optimizer(preset, adapter), offload or shards, plan)
+    except Exception:
+        adapter.remove()  # a text encoder that is trained stays, for another try
+        raise
 
 
 def load(family: ModuleType, base: Any, device: torch.device, dtype: torch.dtype, plan: Plan,

@@ -20,7 +20,7 @@ def change(session: Session, plan: Plan) -> None:
     """Hold the session's model as `plan` says; weights are loaded anew when they are to be quantised, or shared by
     GPUs, otherwise."""
     if session.denoiser is not None and (plan.quantize, plan.shards) != (session.plan.quantize, session.plan.shards):
-        _let_go(session)
+        let_go(session)
     if session.denoiser is None:
         session.denoiser, session.offload = load(session.family, session.base, session.device, session.dtype, plan,
                                                  session.neighbours)
@@ -36,7 +36,7 @@ def change(session: Session, plan: Plan) -> None:
 
 def reload(session: Session) -> None:
     """Have the model's weights anew, as they were before anything was done with them."""
-    _let_go(session)
+    let_go(session)
     change(session, session.plan)
 
 
@@ -103,12 +103,13 @@ def _can(session: Session, plan: Plan) -> bool:
     except Exception as error:
         if not out_of_memory(error):
             raise
-    _let_go(session)
+    let_go(session)
     return False
 
 
-def _let_go(session: Session) -> None:
-    """Forget the denoiser, so that its memory is free before another one comes."""
+def let_go(session: Session) -> None:
+    """Forget the denoiser, so that its memory is free before another one comes; a text encoder stays, without the
+    adapter."""
     if session.denoiser is not None:
         session.adapter.remove()
     session.denoiser, session.offload = None, None

@@ -11,7 +11,7 @@ from trainer.data.order import stream
 from trainer.distributed import ALONE, World
 from trainer.errors import UserError
 from trainer.faults import out_of_memory
-from trainer.memory.hold import change
+from trainer.memory.hold import change, let_go
 from trainer.memory.meter import GIB, Meter
 from trainer.memory.plan import Plan
 from trainer.memory.shards import Shards
@@ -83,6 +83,8 @@ class Trial:
 
     def drop(self) -> None:
         """Let go of what is loaded."""
+        if self.session is not None:
+            let_go(self.session)
         self.session = None
         gpu.free_memory()
 
