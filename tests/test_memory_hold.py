@@ -18,6 +18,7 @@ from trainer import preset as presets
 from trainer import run as runs
 from trainer.errors import UserError
 from trainer.loop import run_training
+from trainer.memory.blocks import repeated_blocks
 from trainer.memory.hold import change, step_down
 from trainer.memory.plan import Plan
 from trainer.run import Run
@@ -136,6 +137,22 @@ def test_any_way_to_hold_the_same_weights_gives_the_same_gradients(session, plan
     assert session.plan == plan
     again, others = loss_of(session)
     assert again == loss and all(torch.equal(one, other) for one, other in zip(gradients, others))
+
+
+@pytest.mark.parametrize("count", [5, 15])
+def test_other_blocks_are_offloaded_without_all_of_them_on_the_device(session, monkeypatch, count) -> None:
+    change(session, Plan("none", "full", 10))
+    loss, gradients = loss_of(session)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty_strided", lambda *_, **__: pytest.fail("a block is brought back"))
+        change(session, Plan("none", "full", count))
+    hosts = {block.host.untyped_storage().data_ptr() for block in session.offload.blocks}
+    assert len(hosts) == count
+    again, others = loss_of(session)
+    assert again == loss and all(torch.equal(one, other) for one, other in zip(gradients, others))
+    assert {len(block._forward_pre_hooks) for block in repeated_blocks(session.denoiser)} == {0, 1}
+    change(session, Plan())
+    assert loss_of(session)[0] == loss
 
 
 def test_weights_loaded_anew_get_the_same_adapter(session) -> None:

@@ -28,7 +28,7 @@ def change(session: Session, plan: Plan) -> None:
             session.family, session.denoiser, session.text_encoder)))
         _multiply_alike(session, plan)
     elif isinstance(session.offload, Offload):
-        session.offload.remove()
+        session.offload.remove(to_device=not plan.offload_blocks)  # all at once may be what does not fit
         session.offload = None
     session.offload = hold(session.family, session.denoiser, plan, session.device) or session.offload
     session.plan, session.progress.plan = plan, asdict(plan)
