@@ -17,6 +17,7 @@ from trainer import checkpoint
 from trainer import preset as presets
 from trainer import run as runs
 from trainer.errors import UserError
+from trainer.fast import start as fast
 from trainer.loop import run_training
 from trainer.memory.blocks import repeated_blocks
 from trainer.memory.hold import change, step_down
@@ -72,6 +73,17 @@ def test_a_step_that_does_not_fit_is_done_again_and_the_run_ends_as_an_unbroken_
     assert third.endswith("with unquantised, checkpointing, 5 of 16 blocks in system memory")
     plans = [checkpoint.load(run.checkpoint(step))[0].plan["offload_blocks"] for step in (1, 2)]
     assert plans == [0, 5]
+
+
+def test_steps_that_do_not_fit_when_they_are_timed_are_left_to_the_first_step(tiny_project, tmp_path, monkeypatch,
+                                                                              unbroken) -> None:
+    monkeypatch.setattr(fast, "may_pay", lambda session: True)
+    monkeypatch.setattr(fast, "compile_obstacle", lambda session: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
+    with failing(0, 1) as passes:
+        run = start(tiny_project, tmp_path, "run", *PLAIN)
+    assert len(passes) == 2 + 2 * 4 and losses(run) == losses(unbroken)
+    assert [note.partition(" with ")[0] for note in notes(run)] == ["Step 1 did not fit into the GPU's memory"]
 
 
 def test_a_resume_goes_on_in_the_way_it_had_come_to(tiny_project, tmp_path, unbroken) -> None:

@@ -42,7 +42,9 @@ def choose(session: Session) -> None:
     progress.matmul = "off"
     if wanted == "off" or (wanted == "auto" and not may_pay(session)):
         return
-    able, why_not = choices(session, list(FIRST) if wanted == "auto" else [wanted])
+    kinds = list(FIRST) if wanted == "auto" else [wanted]
+    found = passes.unless_full(session, lambda: choices(session, kinds))
+    able, why_not = found[0] if found else ([], "there was not memory enough to find out whether they can")
     if not able:
         if wanted != "auto":
             _refuse(session, f"{why_not}; they did until here" if wanted == before else why_not)
@@ -60,7 +62,8 @@ def may_pay(session: Session) -> bool:
     able = preset.model.family in FLOW_FAMILIES and session.device.type == "cuda" and not preset.train.deterministic
     if not able or left < LONG:
         return False
-    return left * SAVES * max(session.world.together(lambda: passes.seconds(session))) >= PAYS * COST
+    seconds = passes.unless_full(session, lambda: passes.seconds(session))
+    return seconds is not None and left * SAVES * max(seconds) >= PAYS * COST
 
 
 def choices(session: Session, kinds: Sequence[str]) -> tuple[list[LowBits], str]:

@@ -11,7 +11,6 @@ from trainer.fast import attention, low_bits, passes
 from trainer.fast import compile as block_compiler
 from trainer.fast.graphs import CudaRecorder, StepGraphs
 from trainer.fast.prefetch import Prefetcher
-from trainer.gpu import free_memory
 from trainer.schema import FLOW_FAMILIES
 from trainer.session import Session
 
@@ -67,7 +66,8 @@ def _compile(session: Session) -> None:
         if chosen == "on":
             session.recorder.note(session.progress.step, f"blocks are not compiled: {why_not}")
         return
-    if chosen == "on" or pays(session, passes.seconds(session)):
+    seconds = None if chosen == "on" else passes.unless_full(session, lambda: passes.seconds(session))
+    if chosen == "on" or (seconds and pays(session, max(seconds))):
         _try_compiled(session)
 
 
@@ -111,8 +111,7 @@ def _try_compiled(session: Session) -> None:
                               f"{time.perf_counter() - began:.0f} s; another shape of batch takes as long, once")
         return
     block_compiler.remove(session.denoiser)
-    session.use("off")
-    free_memory()
+    passes.let_go(session)
     session.recorder.note(session.progress.step, f"blocks are not compiled, since that failed: {reason}")
 
 
