@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from functools import partial
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -12,9 +13,10 @@ from torch import Tensor
 
 from tests import projects
 from tests.bench import step_time, true_size
+from tests.test_distributed import Member, outcomes
 from trainer.errors import UserError
 from trainer.fast import compile as block_compiler
-from trainer.fast import start
+from trainer.fast import passes, start
 from trainer.memory.hold import step_down
 from trainer.memory.plan import Plan
 from trainer.preset import load
@@ -82,6 +84,40 @@ def test_a_compiler_that_fails_is_told_and_leaves_everything_as_it_was(tiny_proj
     session.recorder.close()
     assert "since that failed: no compiler found\"" in session.run.events.read_text()
     assert torch.equal(session.gradients(session.order.batch(0)), before)
+
+
+@pytest.mark.parametrize("asked, sec, fails, compiled", [
+    ("auto", (9.0, 0.0), False, True), ("auto", (0.1, 0.2), False, False), ("auto", (9.0, None), False, False),
+    ("auto", (9.0, 9.0), True, False), ("on", (0.0, 0.0), False, True), ("on", (0.0, 0.0), True, False)])
+def test_several_processes_compile_alike(monkeypatch, asked: str, sec: tuple, fails: bool, compiled: bool) -> None:
+    """By the slowest; where one runs out of memory or cannot compile, none does."""
+    monkeypatch.setattr(start, "may_pay", lambda session: True)
+    monkeypatch.setattr(start, "compile_obstacle", lambda session: None)
+    monkeypatch.setattr(start, "pays", lambda session, seconds: seconds > 1)
+
+    def seconds(session: Session) -> float:
+        if sec[session.world.rank] is None:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return sec[session.world.rank]
+
+    def once(session: Session) -> None:
+        if fails and session.world.rank:
+            raise KeyError("no compiler found")
+
+    monkeypatch.setattr(passes, "seconds", seconds)
+    monkeypatch.setattr(passes, "once", once)
+
+    sessions = [tiny("klein-4b:1", "lora")[0] for _ in sec]
+
+    def work(member: Member) -> bool:
+        session = sessions[member.rank]
+        session.world, session.preset = member, session.preset.model_copy(update={
+            "train": session.preset.train.model_copy(update={"compile": asked})})
+        session.recorder = Mock()
+        start._compile(session)
+        return block_compiler.is_installed(session.denoiser)
+
+    assert outcomes(2, work) == [compiled] * 2
 
 
 @pytest.mark.parametrize("change, words", [("adapter.dropout=0.1", "adapter.dropout"), ("train.steps=9", None)])

@@ -62,7 +62,8 @@ def _compile(session: Session) -> None:
     chosen = session.preset.train.compile
     if chosen == "off" or (chosen == "auto" and not may_pay(session)):
         return
-    if (why_not := compile_obstacle(session)) is not None:
+    said = session.world.together(lambda: compile_obstacle(session))
+    if (why_not := next(filter(None, said), None)) is not None:
         if chosen == "on":
             session.recorder.note(session.progress.step, f"blocks are not compiled: {why_not}")
         return
@@ -97,12 +98,15 @@ def pays(session: Session, seconds: float) -> bool:
 
 
 def _try_compiled(session: Session) -> None:
-    """Compile, and take the coming step's passes once: what fails, fails here, and the run goes on without."""
+    """Compile, and take the coming step's passes once: what fails in one process, fails here, and the run goes on
+    without in all."""
     session.recorder.phase("compiling the model's blocks")
     began = time.perf_counter()
     block_compiler.install(session.denoiser)
     try:
-        passes.once(session)
+        session.world.together(lambda: passes.once(session))
+    except low_bits.NOT_OURS:
+        raise
     except Exception as error:
         traceback.print_exc()  # to the run's log
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
