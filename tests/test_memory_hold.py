@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,15 +13,17 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 
 from tests import projects
+from tests.test_distributed import outcomes
 from tests.test_loop import assert_same_weights, events, go_on, start
 from trainer import checkpoint
 from trainer import preset as presets
 from trainer import run as runs
+from trainer.distributed import World
 from trainer.errors import UserError
 from trainer.fast import start as fast
 from trainer.loop import run_training
 from trainer.memory.blocks import repeated_blocks
-from trainer.memory.hold import change, step_down
+from trainer.memory.hold import change, step_down, working
 from trainer.memory.plan import Plan
 from trainer.run import Run
 from trainer.session import Session
@@ -195,6 +198,33 @@ def test_a_change_that_does_not_fit_either_goes_one_further(session, monkeypatch
     assert tried == ["fp8", "int8"] and session.plan == Plan("int8", "full")
     assert all(not leaf.grad.any() for leaf in session.adapter.parameters())
     loss_of(session)
+
+
+def test_what_cannot_be_loaded_here_is_no_way_to_save_memory(session, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    change(session, Plan("fp8", "full", 15))
+    with pytest.raises(UserError, match="and nothing more can be saved"):
+        step_down(session)
+    assert session.plan == Plan("fp8", "full", 15)
+    change(session, Plan())
+
+
+def test_several_processes_leave_out_what_one_of_them_cannot_hold(monkeypatch) -> None:
+    monkeypatch.setattr("trainer.memory.hold.works", lambda mode, device: mode != device)
+    plans = [Plan(), Plan("fp8"), Plan("nf4")]
+    assert outcomes(2, lambda member: list(working(plans, ["fp8", "none"][member.rank], member))) == [[plans[2]]] * 2
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_only_the_first_process_notes_for_other_runs_how_the_model_is_held(session, monkeypatch, first) -> None:
+    noted, world = [], World()
+    world.first = first
+    monkeypatch.setattr("trainer.speed.remember_plan", lambda *given: noted.append(given[3]))
+    monkeypatch.setattr(session, "world", world)
+    monkeypatch.setattr(session, "limit", 2**30)
+    change(session, Plan())
+    step_down(session)
+    assert noted == [Plan(checkpointing="selective")] * first
 
 
 def too_large_for(kind: str, session: Session, monkeypatch: pytest.MonkeyPatch) -> list[str]:

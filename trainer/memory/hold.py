@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 
+import torch
+
 from trainer import gpu, speed
+from trainer.distributed import World
 from trainer.errors import UserError
 from trainer.fast import compile as block_compiler
 from trainer.fast import matmul
@@ -13,6 +17,7 @@ from trainer.memory.blocks import repeated_blocks
 from trainer.memory.meter import GIB
 from trainer.memory.offload import Offload
 from trainer.memory.plan import Plan, below
+from trainer.quantize.available import works
 from trainer.session import Session, find_targets, hold, load, models_by_name
 
 
@@ -53,6 +58,12 @@ def _multiply_alike(session: Session, plan: Plan) -> None:
                           "model is held in another way")
 
 
+def working(plans: Iterable[Plan], device: torch.device, world: World) -> Iterator[Plan]:
+    """The plans whose weights the devices of all processes can hold; each is asked for when its turn comes, since that
+    takes a second."""
+    return (plan for plan in plans if all(world.together(lambda plan=plan: works(plan.quantize, device))))
+
+
 def graphs_recorded(session: Session) -> bool:
     """Whether CUDA graphs keep memory that something else could have."""
     return session.graphs is not None and bool(session.graphs.captured)
@@ -81,7 +92,7 @@ def step_down(session: Session) -> None:
         return
     if session.limit:
         failed += f", of which the run may take {session.limit / GIB:.1f} GiB,"
-    for plan in below(session.preset, blocks, before, session.gpus):
+    for plan in working(below(session.preset, blocks, before, session.gpus), session.device, session.world):
         if _can(session, plan):
             break
     else:
@@ -90,7 +101,7 @@ def step_down(session: Session) -> None:
                         "in a new one")
     session.recorder.note(session.progress.step, f"{failed} with {before.in_words(blocks)}. It is done again, and the "
                           f"run goes on, with {plan.in_words(blocks)}")
-    if session.limit:  # so that the next run like this begins here
+    if session.limit and session.world.first:  # so that the next run like this begins here
         speed.remember_plan(session.cache.root.parent, session.preset, speed.device_name(session.device, session.gpus),
                             plan, 0, session.limit)
 
