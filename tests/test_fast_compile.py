@@ -171,3 +171,15 @@ def test_a_step_that_does_not_fit_gives_up_compiled_blocks_before_selective_chec
     assert [note.partition(". ")[0] for note in notes] == [
         "Step 1 did not fit into the GPU's memory with compiled blocks",
         "Step 1 did not fit into the GPU's memory with unquantised, selective checkpointing"]
+
+
+@pytest.mark.parametrize("before, how", [
+    (Plan(), "with unquantised, selective checkpointing, without compiled blocks and CUDA graphs"),
+    (Plan(checkpointing="selective"), "without compiled blocks and CUDA graphs: so the blocks hold less")])
+def test_a_step_that_does_not_fit_tells_what_is_given_up(before: Plan, how: str) -> None:
+    session, _ = tiny(f"klein-4b:1:{before.checkpointing}", "lora")
+    session.recorder, session.graphs = Mock(), SimpleNamespace(captured={}, on=True)
+    block_compiler.install(session.denoiser)
+    step_down(session)
+    assert session.recorder.note.call_args.args[1].partition(" run goes on, ")[2] == how
+    assert session.graphs is None and not block_compiler.is_installed(session.denoiser)

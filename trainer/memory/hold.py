@@ -20,6 +20,8 @@ from trainer.memory.plan import Plan, below
 from trainer.quantize.available import works
 from trainer.session import Session, find_targets, hold, load, models_by_name
 
+COMPILED = "compiled blocks"
+
 
 def change(session: Session, plan: Plan) -> None:
     """Hold the session's model as `plan` says; weights are loaded anew when they are to be quantised, or shared by
@@ -82,13 +84,13 @@ def step_down(session: Session) -> None:
             session.graphs.stop(f"CUDA graphs are not used any more: step {session.progress.step + 1} did not fit into "
                                 "the GPU's memory beside them, and is done again without")
         return
-    session.graphs = None  # there is no room for them
     before, blocks = session.plan, len(repeated_blocks(session.denoiser))
     failed = f"Step {session.progress.step + 1} did not fit into the GPU's memory"
-    compiled = any(session.world.together(lambda: block_compiler.remove(session.denoiser)))
-    if compiled and before.checkpointing == "selective":  # of which the compiler knows nothing
-        session.recorder.note(session.progress.step, f"{failed} with compiled blocks. It is done again, and the run "
-                              "goes on, without: so they hold less")
+    lost = _give_up(session)
+    without = " and ".join(lost)
+    if COMPILED in lost and before.checkpointing == "selective":  # of which the compiler knows nothing
+        session.recorder.note(session.progress.step, f"{failed} with {COMPILED}. It is done again, and the run goes "
+                              f"on, without {without}: so the blocks hold less")
         return
     if session.limit:
         failed += f", of which the run may take {session.limit / GIB:.1f} GiB,"
@@ -100,10 +102,18 @@ def step_down(session: Session) -> None:
                         "that use the GPU and resume this run, or make data.resolution or train.batch_size smaller "
                         "in a new one")
     session.recorder.note(session.progress.step, f"{failed} with {before.in_words(blocks)}. It is done again, and the "
-                          f"run goes on, with {plan.in_words(blocks)}")
+                          f"run goes on, with {plan.in_words(blocks)}" + (f", without {without}" if lost else ""))
     if session.limit and session.world.first:  # so that the next run like this begins here
         speed.remember_plan(session.cache.root.parent, session.preset, speed.device_name(session.device, session.gpus),
                             plan, 0, session.limit)
+
+
+def _give_up(session: Session) -> list[str]:
+    """Let go of what makes steps faster and may take memory; says what there was of it."""
+    graphs = session.graphs is not None and session.graphs.on
+    session.graphs = None
+    compiled = any(session.world.together(lambda: block_compiler.remove(session.denoiser)))
+    return [name for name, was_there in ((COMPILED, compiled), ("CUDA graphs", graphs)) if was_there]
 
 
 def _can(session: Session, plan: Plan) -> bool:
