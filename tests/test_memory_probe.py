@@ -16,6 +16,8 @@ from tests.test_loop import assert_same_weights, events
 from trainer import checkpoint
 from trainer import preset as presets
 from trainer import run as runs
+from trainer.averaging import Averager
+from trainer.distributed import World
 from trainer.errors import UserError
 from trainer.loop import run_training
 from trainer.memory import probe
@@ -148,6 +150,15 @@ def test_measuring_takes_the_largest_pictures_with_the_longest_captions(tiny_pro
     step = probe.largest_step(session)
     sizes = {session.latents.sizes[draw.item] for draw in session.order.batch(step)}
     assert sizes == {max(session.latents.sizes, key=lambda size: size[0] * size[1])}
+
+
+def test_what_averages_gradients_is_counted_before_it_is_made(tiny_project, tmp_path) -> None:
+    session = projects.session(tiny_project, tmp_path)
+    assert probe.measure(session, Pretended(8, 1)) == GIB
+    session.world = World()
+    session.world.size = 2
+    averager = Averager(session.world, [leaf.grad for leaf in session.adapter.parameters()], session.seen)
+    assert probe.measure(session, Pretended(8, 1)) == GIB + averager.flat.nbytes
 
 
 def test_a_fault_that_is_not_memory_is_not_taken_for_it(tiny_project, tmp_path) -> None:

@@ -48,7 +48,7 @@ def choose(build: Build, preset: Preset, base: Any, device: torch.device, saved:
     if meter is None:
         return settle(build, [_without_gpu(preset, blocks, device, gpus)], blocks, None, recorder, world)[0]
     ladder = rungs(preset, blocks, gpus)
-    name, limit = speed.device_name(device, gpus), min(world.together(lambda: meter.limit))
+    name, limit = speed.device_name(device, world.size), min(world.together(lambda: meter.limit))
     known = remembered(world.from_first(lambda: speed.recall(workspace, preset, name)), ladder, limit)
     if any(working(known[:1], device, world)):
         session, tried = settle(build, working(known, device, world), blocks, None, recorder, world)
@@ -59,7 +59,8 @@ def choose(build: Build, preset: Preset, base: Any, device: torch.device, saved:
     text_encoder = None
     if "text_encoder" in preset.adapter.targets:
         text_encoder = family.load_text_encoder(base, META, family.TEXT_DTYPE)
-    estimate = Estimator(preset, skeleton, pick_dtype(preset, device), text_encoder=text_encoder, device=device)
+    estimate = Estimator(preset, skeleton, pick_dtype(preset, device), text_encoder=text_encoder, device=device,
+                         processes=world.size)
     likely = worth_trying(ladder, estimate.fits, limit)
     session, tried = settle(build, likely, blocks, meter, recorder, world)
     recorder.note(0, told(session.plan, tried, blocks, limit))

@@ -104,8 +104,8 @@ def step_down(session: Session) -> None:
     session.recorder.note(session.progress.step, f"{failed} with {before.in_words(blocks)}. It is done again, and the "
                           f"run goes on, with {plan.in_words(blocks)}" + (f", without {without}" if lost else ""))
     if session.limit and session.world.first:  # so that the next run like this begins here
-        speed.remember_plan(session.cache.root.parent, session.preset, speed.device_name(session.device, session.gpus),
-                            plan, 0, session.limit)
+        name = speed.device_name(session.device, session.world.size)
+        speed.remember_plan(session.cache.root.parent, session.preset, name, plan, 0, session.limit)
 
 
 def _give_up(session: Session) -> list[str]:

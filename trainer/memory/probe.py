@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 
-from trainer import gpu, optim
+from trainer import averaging, gpu, optim
 from trainer.data.order import stream
 from trainer.distributed import ALONE, World
 from trainer.errors import UserError
@@ -119,7 +119,8 @@ def _take_steps(session: Session, meter: Meter) -> int:
         session.guard()
         torch.manual_seed(stream(session.preset.train.seed, step, "dropout"))
         update(session.gradients(session.order.batch(step), ROUNDS))
-    return meter.peak() + (session.offload.uncounted if isinstance(session.offload, Shards) else 0)
+    beside = session.offload.uncounted if isinstance(session.offload, Shards) else 0
+    return meter.peak() + beside + averaging.bytes_of(session)  # the averager is made with the state that is resumed
 
 
 def largest_step(session: Session) -> int:
