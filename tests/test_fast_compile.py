@@ -159,6 +159,27 @@ def test_unasked_only_long_runs_of_transformers_are_measured(tiny_project, tmp_p
     assert not start.may_pay(session)
 
 
+def test_only_a_long_run_on_a_gpu_says_that_triton_is_missing_and_says_it_once(monkeypatch) -> None:
+    session, _ = tiny("klein-4b:1", "lora")
+    monkeypatch.setattr(block_compiler, "compiler_missing", lambda: "no triton")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(passes, "seconds", lambda session: 1.0)
+    for place, name in ((start.attention, "choose"), (start, "_record"), (start, "Prefetcher")):
+        monkeypatch.setattr(place, name, Mock())
+    for device, steps, dropout, told in (
+            ("cpu", 5000, 0.0, []), ("cuda:0", 100, 0.0, []),
+            ("cuda:0", 5000, 0.0, ["Frozen layers do not multiply in 8 bits, and the model's blocks are not compiled: "
+                                   "no triton"]),
+            ("cuda:0", 5000, 0.1, ["Frozen layers do not multiply in 8 bits: no triton",
+                                   "The model's blocks are not compiled: adapter.dropout draws at random inside of a "
+                                   "block"])):
+        session.device, session.steps, session.recorder = torch.device(device), steps, Mock()
+        session.preset = session.preset.model_copy(update={
+            "adapter": session.preset.adapter.model_copy(update={"dropout": dropout})})
+        start.prepare(session)
+        assert [call.args[1] for call in session.recorder.note.call_args_list] == told
+
+
 def test_a_step_that_does_not_fit_gives_up_compiled_blocks_before_selective_checkpointing() -> None:
     session, _ = tiny("klein-4b:1:selective", "lora")
     notes: list[str] = []
