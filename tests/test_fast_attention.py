@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -70,6 +72,17 @@ def test_what_is_preferred_comes_first_until_it_is_let_go() -> None:
         torch.backends.cuda.enable_cudnn_sdp(True)
 
 
+def out_of_memory(*_: object) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+
+def test_want_of_memory_is_not_taken_for_a_kernel_that_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
+    for words, raised in (("CUDNN_STATUS_ALLOC_FAILED", True), ("no kernel for this", False)):
+        monkeypatch.setattr(F, "scaled_dot_product_attention", Mock(side_effect=RuntimeError(words)))
+        with pytest.raises(RuntimeError) if raised else nullcontext():
+            assert attention.seconds(ONE, "flash", CPU) is None
+
+
 def test_a_choice_is_measured_once_and_kept_by_a_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     session, size = tiny("klein-4b:1", "lora", ())
     notes, timed = [], []
@@ -90,6 +103,11 @@ def test_a_choice_is_measured_once_and_kept_by_a_resume(tmp_path: Path, monkeypa
     assert order_in(0) == usual != efficient, "on a CPU there is nothing to choose"
     assert order_in(7) == usual and order_in(7, "efficient") == efficient and not timed
     monkeypatch.setattr(attention, "worth_it", lambda session: True)
+    for place, name in ((attention, "seconds"), (passes, "first_forward")):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, out_of_memory)
+            assert order_in(0) == usual and not (tmp_path / "cache").exists()
+    assert timed.pop() == "measuring attention" and not timed
     assert order_in(0) == order_in(0) == efficient and session.progress.attention == "efficient"
     assert timed == ["measuring attention"] and len(notes) == 2
     assert order_in(7) == usual, "what the run began with"

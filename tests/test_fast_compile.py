@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from functools import partial
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -12,9 +13,10 @@ from torch import Tensor
 
 from tests import projects
 from tests.bench import step_time, true_size
+from tests.test_distributed import Member, outcomes
 from trainer.errors import UserError
 from trainer.fast import compile as block_compiler
-from trainer.fast import start
+from trainer.fast import passes, start
 from trainer.memory.hold import step_down
 from trainer.memory.plan import Plan
 from trainer.preset import load
@@ -84,6 +86,40 @@ def test_a_compiler_that_fails_is_told_and_leaves_everything_as_it_was(tiny_proj
     assert torch.equal(session.gradients(session.order.batch(0)), before)
 
 
+@pytest.mark.parametrize("asked, sec, fails, compiled", [
+    ("auto", (9.0, 0.0), False, True), ("auto", (0.1, 0.2), False, False), ("auto", (9.0, None), False, False),
+    ("auto", (9.0, 9.0), True, False), ("on", (0.0, 0.0), False, True), ("on", (0.0, 0.0), True, False)])
+def test_several_processes_compile_alike(monkeypatch, asked: str, sec: tuple, fails: bool, compiled: bool) -> None:
+    """By the slowest; where one runs out of memory or cannot compile, none does."""
+    monkeypatch.setattr(start, "may_pay", lambda session: True)
+    monkeypatch.setattr(start, "compile_obstacle", lambda session: None)
+    monkeypatch.setattr(start, "pays", lambda session, seconds: seconds > 1)
+
+    def seconds(session: Session) -> float:
+        if sec[session.world.rank] is None:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return sec[session.world.rank]
+
+    def once(session: Session) -> None:
+        if fails and session.world.rank:
+            raise KeyError("no compiler found")
+
+    monkeypatch.setattr(passes, "seconds", seconds)
+    monkeypatch.setattr(passes, "once", once)
+
+    sessions = [tiny("klein-4b:1", "lora")[0] for _ in sec]
+
+    def work(member: Member) -> bool:
+        session = sessions[member.rank]
+        session.world, session.preset = member, session.preset.model_copy(update={
+            "train": session.preset.train.model_copy(update={"compile": asked})})
+        session.recorder = Mock()
+        start._compile(session)
+        return block_compiler.is_installed(session.denoiser)
+
+    assert outcomes(2, work) == [compiled] * 2
+
+
 @pytest.mark.parametrize("change, words", [("adapter.dropout=0.1", "adapter.dropout"), ("train.steps=9", None)])
 def test_what_keeps_blocks_from_being_compiled_is_known(tiny_project, tmp_path, monkeypatch, change, words) -> None:
     session = projects.session(tiny_project, tmp_path, change)
@@ -123,6 +159,27 @@ def test_unasked_only_long_runs_of_transformers_are_measured(tiny_project, tmp_p
     assert not start.may_pay(session)
 
 
+def test_only_a_long_run_on_a_gpu_says_that_triton_is_missing_and_says_it_once(monkeypatch) -> None:
+    session, _ = tiny("klein-4b:1", "lora")
+    monkeypatch.setattr(block_compiler, "compiler_missing", lambda: "no triton")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(passes, "seconds", lambda session: 1.0)
+    for place, name in ((start.attention, "choose"), (start, "_record"), (start, "Prefetcher")):
+        monkeypatch.setattr(place, name, Mock())
+    for device, steps, dropout, told in (
+            ("cpu", 5000, 0.0, []), ("cuda:0", 100, 0.0, []),
+            ("cuda:0", 5000, 0.0, ["Frozen layers do not multiply in 8 bits, and the model's blocks are not compiled: "
+                                   "no triton"]),
+            ("cuda:0", 5000, 0.1, ["Frozen layers do not multiply in 8 bits: no triton",
+                                   "The model's blocks are not compiled: adapter.dropout draws at random inside of a "
+                                   "block"])):
+        session.device, session.steps, session.recorder = torch.device(device), steps, Mock()
+        session.preset = session.preset.model_copy(update={
+            "adapter": session.preset.adapter.model_copy(update={"dropout": dropout})})
+        start.prepare(session)
+        assert [call.args[1] for call in session.recorder.note.call_args_list] == told
+
+
 def test_a_step_that_does_not_fit_gives_up_compiled_blocks_before_selective_checkpointing() -> None:
     session, _ = tiny("klein-4b:1:selective", "lora")
     notes: list[str] = []
@@ -135,3 +192,15 @@ def test_a_step_that_does_not_fit_gives_up_compiled_blocks_before_selective_chec
     assert [note.partition(". ")[0] for note in notes] == [
         "Step 1 did not fit into the GPU's memory with compiled blocks",
         "Step 1 did not fit into the GPU's memory with unquantised, selective checkpointing"]
+
+
+@pytest.mark.parametrize("before, how", [
+    (Plan(), "with unquantised, selective checkpointing, without compiled blocks and CUDA graphs"),
+    (Plan(checkpointing="selective"), "without compiled blocks and CUDA graphs: so the blocks hold less")])
+def test_a_step_that_does_not_fit_tells_what_is_given_up(before: Plan, how: str) -> None:
+    session, _ = tiny(f"klein-4b:1:{before.checkpointing}", "lora")
+    session.recorder, session.graphs = Mock(), SimpleNamespace(captured={}, on=True)
+    block_compiler.install(session.denoiser)
+    step_down(session)
+    assert session.recorder.note.call_args.args[1].partition(" run goes on, ")[2] == how
+    assert session.graphs is None and not block_compiler.is_installed(session.denoiser)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.test_memory_selective import gradients, tiny
 from trainer.adapters.layer import base_matrix
 from trainer.fast.convolutions import OrderedTransformer, lay_out
+from trainer.fast.group_norm import ChannelsLastNorm
 from trainer.memory import selective
+from trainer.memory.plan import Plan
+from trainer.session import hold
 
 WAYS = [("sd15:1:none:int8", "stella", ()),
         ("sdxl:1", "lora", ('adapter.targets=["convolution"]', "adapter.dora=true"))]
@@ -55,6 +59,16 @@ def test_images_stay_in_their_order_through_attention(case: str) -> None:
             (is_last(given[0]), is_last(found[0]))))
     gradients(session, size)
     assert orders == [(True, True)] * len(stacks) and len(stacks) > 5
+
+
+def test_on_a_gpu_layers_are_the_fast_ones_and_attention_in_the_whole_process(monkeypatch) -> None:
+    monkeypatch.setattr(F, "scaled_dot_product_attention", plain := F.scaled_dot_product_attention)
+    session, _ = tiny("sd15:1", "lora", ())
+    for device, fast in (("cpu", False), ("cuda", True), ("cuda", True)):
+        assert hold(session.family, session.denoiser, Plan(), torch.device(device)) is None
+        assert layouts(session.denoiser) == {fast}
+        assert any(isinstance(module, ChannelsLastNorm) for module in session.denoiser.modules()) == fast
+        assert (F.scaled_dot_product_attention is plain) != fast
 
 
 def is_last(x: Tensor) -> bool:

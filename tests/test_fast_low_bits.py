@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from tests import projects
+from tests.test_fast_attention import out_of_memory
 from tests.test_loop import assert_same_weights, events, go_on, start, stop_at
 from trainer import branch, checkpoint, preset, run
 from trainer.control import Stopped
 from trainer.errors import UserError
 from trainer.fast import low_bits, passes
+from trainer.fast import start as fast
 from trainer.fast.matmul import LowBitLinear, LowBits
 from trainer.loop import run_training
 from trainer.memory.hold import change, reload
@@ -154,6 +156,14 @@ def test_a_kernel_that_fails_in_the_comparison_ends_no_run(able, tiny_project, t
     assert told(session)[-1] == "Frozen layers do not multiply in 8 bits: that failed: no kernel"
 
 
+@pytest.mark.parametrize("function", ["obstacle", "large_layers"])
+def test_want_of_memory_while_finding_out_ends_no_run(able, tiny_project, tmp_path, monkeypatch, function) -> None:
+    session = ready(tiny_project, tmp_path, "train.matmul=int8")
+    monkeypatch.setattr(low_bits, function, out_of_memory)
+    assert low_bits.choose(session) == "there was not memory enough to find out whether they can"
+    assert session.progress.matmul == "off"
+
+
 def test_all_reasons_are_told_once_where_no_kind_is_possible(tiny_project, tmp_path, monkeypatch) -> None:
     session = ready(tiny_project, tmp_path)
     monkeypatch.setattr(low_bits, "obstacle", lambda session, kind: f"no {kind}")
@@ -195,7 +205,7 @@ def test_a_run_that_is_resumed_goes_on_with_the_same_products_to_the_bit(
 
 def test_a_cpu_says_that_it_has_no_such_products(tiny_project, tmp_path) -> None:
     session = ready(tiny_project, tmp_path, "train.matmul=fp8")
-    low_bits.choose(session)
+    fast.prepare(session)
     assert session.progress.matmul == "off" and not low_linears(session)
     assert told(session)[-1] == ("Frozen layers do not multiply in 8 bits: that needs an NVIDIA GPU, and this run "
                                  "trains on cpu")
@@ -221,6 +231,9 @@ def test_unasked_only_long_runs_of_transformers_are_measured(tiny_project, tmp_p
     assert not low_bits.may_pay(session), "too quick"
     monkeypatch.setattr(passes, "seconds", lambda session: 1.0)
     assert low_bits.may_pay(session)
+    with monkeypatch.context() as patch:
+        patch.setattr(passes, "seconds", out_of_memory)
+        assert not low_bits.may_pay(session), "the first step does not fit"
     exact = session.preset.model_copy(update={"train": train.model_copy(update={"deterministic": True})})
     session.preset, whole = exact, session.preset
     assert not low_bits.may_pay(session), "two runs might decide differently"

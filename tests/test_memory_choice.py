@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from dataclasses import asdict
 
 import pytest
+import torch
+from torch import nn
 
 from tests import projects
 from trainer import checkpoint
@@ -43,6 +47,27 @@ def test_a_resume_holds_the_model_as_the_checkpoint_says(tiny_project, tmp_path,
     checkpoint.save(first.run, first.progress, first.adapter.state_dict(), first.optimizer.state_dict())
     again = projects.session(tiny_project, tmp_path, "memory.gradient_checkpointing=full")
     assert again.plan == held and again.progress.plan == asdict(held)
+
+
+def test_a_resume_that_does_not_fit_asks_for_nothing_that_nobody_chose(tiny_project, tmp_path, monkeypatch) -> None:
+    first = projects.session(tiny_project, tmp_path)
+    first.progress.step, first.progress.plan = 1, asdict(Plan("fp8", "full", 15))
+    checkpoint.save(first.run, first.progress, first.adapter.state_dict(), first.optimizer.state_dict())
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    monkeypatch.setattr(first.family, "load_denoiser", too_large(first.family.load_denoiser))
+    with pytest.raises(UserError, match="the GPU's memory is too small"):
+        projects.session(tiny_project, tmp_path)
+
+
+def too_large(load: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """A model that does not fit in 8 bits."""
+
+    def loaded(base: object, device: torch.device, dtype: torch.dtype, *quantize: str) -> nn.Module:
+        if "fp8" in quantize:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return load(base, device, dtype, *quantize)
+
+    return loaded
 
 
 def test_offloading_from_a_cpu_is_refused(tiny_project, tmp_path) -> None:

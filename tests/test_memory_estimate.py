@@ -100,6 +100,16 @@ def test_work_spaces_of_streams_are_counted_where_they_are_large(method: str, st
     assert exact - usual == streams * BESIDE
 
 
+def test_several_processes_hold_their_gradients_once_more() -> None:
+    size = true_size.shrunk(SIZES["klein-4b"])
+    chosen = true_size.preset_of(size, "stella", 4)
+    session = true_size.session_of(size, chosen, true_size.denoiser_of(size, "none", CPU, torch.float32), CPU,
+                                   torch.float32)
+    one, two = (Estimator(chosen, true_size.skeleton(size), torch.float32, processes=count)(Plan()).adapter
+                for count in (1, 2))
+    assert two - one == sum(leaf.grad.nbytes for leaf in session.adapter.parameters())
+
+
 @pytest.mark.parametrize("mode", ["none", "fp8", "int8", "nf4"])
 @pytest.mark.parametrize("name", ["sdxl", "klein-4b"])
 def test_weights_are_counted_as_they_will_be_held(name: str, mode: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,13 +13,17 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 
 from tests import projects
+from tests.test_distributed import outcomes
 from tests.test_loop import assert_same_weights, events, go_on, start
 from trainer import checkpoint
 from trainer import preset as presets
 from trainer import run as runs
+from trainer.distributed import World
 from trainer.errors import UserError
+from trainer.fast import start as fast
 from trainer.loop import run_training
-from trainer.memory.hold import change, step_down
+from trainer.memory.blocks import repeated_blocks
+from trainer.memory.hold import change, step_down, working
 from trainer.memory.plan import Plan
 from trainer.run import Run
 from trainer.session import Session
@@ -71,6 +76,17 @@ def test_a_step_that_does_not_fit_is_done_again_and_the_run_ends_as_an_unbroken_
     assert third.endswith("with unquantised, checkpointing, 5 of 16 blocks in system memory")
     plans = [checkpoint.load(run.checkpoint(step))[0].plan["offload_blocks"] for step in (1, 2)]
     assert plans == [0, 5]
+
+
+def test_steps_that_do_not_fit_when_they_are_timed_are_left_to_the_first_step(tiny_project, tmp_path, monkeypatch,
+                                                                              unbroken) -> None:
+    monkeypatch.setattr(fast, "may_pay", lambda session: True)
+    monkeypatch.setattr(fast, "compile_obstacle", lambda session: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
+    with failing(0, 1) as passes:
+        run = start(tiny_project, tmp_path, "run", *PLAIN)
+    assert len(passes) == 2 + 2 * 4 and losses(run) == losses(unbroken)
+    assert [note.partition(" with ")[0] for note in notes(run)] == ["Step 1 did not fit into the GPU's memory"]
 
 
 def test_a_resume_goes_on_in_the_way_it_had_come_to(tiny_project, tmp_path, unbroken) -> None:
@@ -138,6 +154,22 @@ def test_any_way_to_hold_the_same_weights_gives_the_same_gradients(session, plan
     assert again == loss and all(torch.equal(one, other) for one, other in zip(gradients, others))
 
 
+@pytest.mark.parametrize("count", [5, 15])
+def test_other_blocks_are_offloaded_without_all_of_them_on_the_device(session, monkeypatch, count) -> None:
+    change(session, Plan("none", "full", 10))
+    loss, gradients = loss_of(session)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty_strided", lambda *_, **__: pytest.fail("a block is brought back"))
+        change(session, Plan("none", "full", count))
+    hosts = {block.host.untyped_storage().data_ptr() for block in session.offload.blocks}
+    assert len(hosts) == count
+    again, others = loss_of(session)
+    assert again == loss and all(torch.equal(one, other) for one, other in zip(gradients, others))
+    assert {len(block._forward_pre_hooks) for block in repeated_blocks(session.denoiser)} == {0, 1}
+    change(session, Plan())
+    assert loss_of(session)[0] == loss
+
+
 def test_weights_loaded_anew_get_the_same_adapter(session) -> None:
     change(session, Plan())
     loss, _ = loss_of(session)
@@ -166,6 +198,33 @@ def test_a_change_that_does_not_fit_either_goes_one_further(session, monkeypatch
     assert tried == ["fp8", "int8"] and session.plan == Plan("int8", "full")
     assert all(not leaf.grad.any() for leaf in session.adapter.parameters())
     loss_of(session)
+
+
+def test_what_cannot_be_loaded_here_is_no_way_to_save_memory(session, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    change(session, Plan("fp8", "full", 15))
+    with pytest.raises(UserError, match="and nothing more can be saved"):
+        step_down(session)
+    assert session.plan == Plan("fp8", "full", 15)
+    change(session, Plan())
+
+
+def test_several_processes_leave_out_what_one_of_them_cannot_hold(monkeypatch) -> None:
+    monkeypatch.setattr("trainer.memory.hold.works", lambda mode, device: mode != device)
+    plans = [Plan(), Plan("fp8"), Plan("nf4")]
+    assert outcomes(2, lambda member: list(working(plans, ["fp8", "none"][member.rank], member))) == [[plans[2]]] * 2
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_only_the_first_process_notes_for_other_runs_how_the_model_is_held(session, monkeypatch, first) -> None:
+    noted, world = [], World()
+    world.first = first
+    monkeypatch.setattr("trainer.speed.remember_plan", lambda *given: noted.append(given[3]))
+    monkeypatch.setattr(session, "world", world)
+    monkeypatch.setattr(session, "limit", 2**30)
+    change(session, Plan())
+    step_down(session)
+    assert noted == [Plan(checkpointing="selective")] * first
 
 
 def too_large_for(kind: str, session: Session, monkeypatch: pytest.MonkeyPatch) -> list[str]:

@@ -16,6 +16,8 @@ from tests.test_loop import assert_same_weights, events
 from trainer import checkpoint
 from trainer import preset as presets
 from trainer import run as runs
+from trainer.averaging import Averager
+from trainer.distributed import World
 from trainer.errors import UserError
 from trainer.loop import run_training
 from trainer.memory import probe
@@ -23,7 +25,7 @@ from trainer.memory.estimate import Estimator
 from trainer.memory.meter import GIB
 from trainer.memory.plan import Plan
 from trainer.run import Run
-from trainer.session import Session
+from trainer.session import Session, hold
 
 QUIET = ("sample.prompts=[]", "evaluate.every=0", "log.rank_every=0", "train.steps=2", "output.save_every=0",
          "evaluate.folder=", "memory.quantize=none")
@@ -100,6 +102,22 @@ def test_a_plan_that_fits_at_once_needs_no_other(tiny_project, workspace) -> Non
     assert notes(run) == ["Memory: 24.0 GiB. Chosen: unquantised, no checkpointing. Measured peak 3.0 GiB."]
 
 
+def test_an_encoder_that_is_trained_gets_the_adapter_of_each_plan_anew(tiny_project, workspace, monkeypatch) -> None:
+    """It is loaded once; weights that have to be quantised otherwise come with another adapter, as do those after a
+    plan whose model was loaded, and did not fit when it was to be held."""
+
+    def holding(family: object, denoiser: object, plan: Plan, device: torch.device) -> object:
+        if plan == Plan("fp8", "none"):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return hold(family, denoiser, plan, device)
+
+    monkeypatch.setattr("trainer.session.hold", holding)
+    run = train(tiny_project, workspace, Pretended(8, 9, 9, 9, 3), "memory.quantize=auto",
+                'adapter.targets=["attention","text_encoder"]')
+    assert notes(run)[0].startswith("Memory: 8.0 GiB. Chosen: FP8, selective checkpointing. Measured peak 3.0 GiB.")
+    assert run.last_step() == 2
+
+
 def test_the_next_run_like_it_measures_no_more_unless_there_is_more_memory(tiny_project, workspace) -> None:
     train(tiny_project, workspace, Pretended(8, None, 7))
     for limit, peaks, asked, how in ((8, [], 0, "As measured in an earlier run like this."),
@@ -132,6 +150,15 @@ def test_measuring_takes_the_largest_pictures_with_the_longest_captions(tiny_pro
     step = probe.largest_step(session)
     sizes = {session.latents.sizes[draw.item] for draw in session.order.batch(step)}
     assert sizes == {max(session.latents.sizes, key=lambda size: size[0] * size[1])}
+
+
+def test_what_averages_gradients_is_counted_before_it_is_made(tiny_project, tmp_path) -> None:
+    session = projects.session(tiny_project, tmp_path)
+    assert probe.measure(session, Pretended(8, 1)) == GIB
+    session.world = World()
+    session.world.size = 2
+    averager = Averager(session.world, [leaf.grad for leaf in session.adapter.parameters()], session.seen)
+    assert probe.measure(session, Pretended(8, 1)) == GIB + averager.flat.nbytes
 
 
 def test_a_fault_that_is_not_memory_is_not_taken_for_it(tiny_project, tmp_path) -> None:
@@ -170,7 +197,7 @@ def test_several_processes_take_the_first_plan_that_fits_all_of_them(monkeypatch
         def build(plan: Plan) -> SimpleNamespace:
             if member.rank == 1 and plan == plans[0]:
                 raise torch.OutOfMemoryError("full")
-            return SimpleNamespace(plan=plan)
+            return SimpleNamespace(plan=plan, denoiser=None, offload=None)
 
         meter = SimpleNamespace(limit=8, peaks=peaks[member.rank])
         session, tried = probe.settle(build, iter(plans), 16, meter, SimpleNamespace(phase=print), member)

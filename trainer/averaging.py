@@ -65,6 +65,14 @@ def prepare(session: Session) -> Averager | None:
     return averager
 
 
+def bytes_of(session: Session) -> int:
+    """What a session's averager takes on the device, whether it is made already or will be."""
+    if session.world.size == 1:
+        return 0
+    trained = sum(leaf.numel() for leaf in session.adapter.parameters())
+    return torch.float32.itemsize * (trained + 1 + session.world.size * session.seen.numel())
+
+
 def align(session: Session) -> None:
     """Give every process the first one's adapter and optimizer: equal arithmetic keeps them equal, on equal GPUs."""
     states = [*session.adapter.state_dict().items(), *session.optimizer.state_dict().items()]

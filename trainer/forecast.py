@@ -73,7 +73,7 @@ def memory(preset: Preset, base: Any, denoiser: nn.Module, material: Material, d
             mode, text = _encoding(preset, encoder, family.TEXT_DTYPE, device, limit)
         else:
             trained = encoder
-    estimator = Estimator(preset, denoiser, pick_dtype(preset, device), largest(material), trained, device)
+    estimator = Estimator(preset, denoiser, pick_dtype(preset, device), largest(material), trained, device, gpus)
     if limit is None:
         plan = plain(preset, blocks, gpus)
         return Memory(plan, blocks, estimator(plan), None, text, mode)

@@ -24,7 +24,7 @@ from trainer.data.store import LatentStore, TextStore
 from trainer.distributed import ALONE, World
 from trainer.errors import UserError
 from trainer.families.base import quantised_id
-from trainer.fast import convolutions, group_norm, whole_gradient
+from trainer.fast import gpu_layers
 from trainer.fast.graphs import StepGraphs
 from trainer.fast.matmul import LowBits
 from trainer.fast.prefetch import Prefetcher
@@ -239,11 +239,9 @@ class Session:
 
         Where it does not fit beside the model, it works in the host's memory: slower, and for a few prompts only.
         """
-        if self.texts is None:
+        if self.texts is None or not self.world.first:  # the first process encodes them for all: they are few
             return
         new = TextStore(texts, self.cache, quantised_id(self.base.text_id, self.text_quantize), self.dtype)
-        if not self.world.first:  # the first process encodes them for all: they are few
-            return
         try:
             fill_texts(new, self.family, self.base, self.device, self.text_quantize, self.recorder, self.guard)
             return
@@ -259,8 +257,12 @@ def load_model(preset: Preset, family: ModuleType, base: Any, text_encoder: Any,
     """The denoiser, held as `plan` says, with a new adapter and its optimizer."""
     denoiser, shards = load(family, base, device, dtype, plan, neighbours)
     adapter = build_adapter(preset, family, denoiser, text_encoder, device)
-    offload = hold(family, denoiser, plan, device)
-    return Model(denoiser, adapter, build_optimizer(preset, adapter), offload or shards, plan)
+    try:
+        offload = hold(family, denoiser, plan, device)
+        return Model(denoiser, adapter, build_optimizer(preset, adapter), offload or shards, plan)
+    except Exception:
+        adapter.remove()  # a text encoder that is trained stays, for another try
+        raise
 
 
 def load(family: ModuleType, base: Any, device: torch.device, dtype: torch.dtype, plan: Plan,
@@ -283,11 +285,9 @@ def load_denoiser(family: ModuleType, base: Any, device: torch.device, dtype: to
 
 
 def hold(family: ModuleType, denoiser: nn.Module, plan: Plan, device: torch.device) -> Offload | None:
-    """Checkpoint and offload a loaded denoiser's blocks as `plan` says; what is not offloaded comes to the device."""
-    if device.type == "cuda":
-        convolutions.lay_out(denoiser)
-        group_norm.install(denoiser)
-        whole_gradient.install()
+    """Checkpoint and offload a loaded denoiser's blocks as `plan` says; what is not offloaded comes to the device. On a
+    GPU its layers become the fast ones, and so does attention in the whole process (`gpu_layers.install`)."""
+    gpu_layers.install(denoiser, device)
     selective.checkpoint_blocks(family, denoiser, plan.checkpointing)
     if not plan.offload_blocks:
         return None

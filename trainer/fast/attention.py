@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from trainer import speed
 from trainer.fast import passes
+from trainer.faults import out_of_memory
 from trainer.session import Session
 
 BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -42,8 +43,7 @@ def choose(session: Session) -> None:
     if progress.step == 0:
         progress.attention = USUAL
         if worth_it(session):
-            calls = recorded(lambda: passes.first_forward(session))  # in all processes, which may share the model
-            progress.attention = session.world.from_first(lambda: _found(session, calls))
+            progress.attention = _measured(session)
     chosen = progress.attention
     if chosen not in (USUAL, *candidates(session.device)):  # of a run that began on another GPU, and may go back
         session.recorder.note(progress.step, f"Attention runs by PyTorch's own choice here: {WORDS[chosen]}, by which "
@@ -70,6 +70,14 @@ def candidates(device: torch.device) -> list[str]:
     """The kernels to time."""
     newer = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= CUDNN_FROM
     return [name for name in BACKENDS if name != "cudnn" or newer]
+
+
+def _measured(session: Session) -> str:
+    """The first process's choice for all; the usual kernels where there is not memory enough to find out."""
+    calls: Counter[Call] = Counter()
+    watched = passes.unless_full(session, lambda: calls.update(recorded(lambda: passes.first_forward(session))))
+    found = watched and passes.unless_full(session, lambda: _found(session, calls) if session.world.first else USUAL)
+    return found[0] if found else USUAL
 
 
 def _found(session: Session, calls: Counter[Call]) -> str:
@@ -125,7 +133,9 @@ def seconds(call: Call, name: str, device: torch.device) -> float | None:
         with only(name), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it says at length why a kernel cannot
             return passes.clocked(once, device)
-    except RuntimeError:
+    except RuntimeError as error:
+        if out_of_memory(error):  # says nothing of the kernels, and would be remembered
+            raise
         return None
 
 

@@ -30,27 +30,30 @@ STEPS = 2  # whose gradients are compared
 LONG = 400  # steps that a run must have left to be measured at all
 SAVES = 0.15  # of a step's time, where it works
 COST, PAYS = 10.0, 3.0  # seconds that finding out takes, and times that they must be saved to try it unasked
+UNUSED = "Frozen layers do not multiply in 8 bits"
 NOT_OURS = (Stopped, UserError, Elsewhere)  # what ends passes and is no fault of products; Triton has errors of its own
 
 
-def choose(session: Session) -> None:
+def choose(session: Session) -> str | None:
     """Before blocks are compiled: let layers multiply as the preset or the checkpoint says, or unasked as is right and
-    faster."""
+    faster. Returns what keeps the run from it that was asked for or might pay, in words."""
     asked, progress = session.preset.train.matmul, session.progress
     before = progress.matmul if progress.step else "auto"
     wanted = before if asked == "auto" else asked
     progress.matmul = "off"
     if wanted == "off" or (wanted == "auto" and not may_pay(session)):
-        return
-    able, why_not = choices(session, list(FIRST) if wanted == "auto" else [wanted])
+        return None
+    kinds = list(FIRST) if wanted == "auto" else [wanted]
+    found = passes.unless_full(session, lambda: choices(session, kinds))
+    able, why_not = found[0] if found else ([], "there was not memory enough to find out whether they can")
     if not able:
-        if wanted != "auto":
-            _refuse(session, f"{why_not}; they did until here" if wanted == before else why_not)
-    elif wanted == before != "auto":
+        return f"{why_not}; they did until here" if wanted == before != "auto" else why_not
+    if wanted == before != "auto":
         use(session, able[0])
         _tell(session, f"Frozen layers multiply in {WORDS[wanted]}, as they did before")
     else:
         compare(session, able, asked=wanted != "auto")
+    return None
 
 
 def may_pay(session: Session) -> bool:
@@ -60,7 +63,8 @@ def may_pay(session: Session) -> bool:
     able = preset.model.family in FLOW_FAMILIES and session.device.type == "cuda" and not preset.train.deterministic
     if not able or left < LONG:
         return False
-    return left * SAVES * max(session.world.together(lambda: passes.seconds(session))) >= PAYS * COST
+    seconds = passes.unless_full(session, lambda: passes.seconds(session))
+    return seconds is not None and left * SAVES * max(seconds) >= PAYS * COST
 
 
 def choices(session: Session, kinds: Sequence[str]) -> tuple[list[LowBits], str]:
@@ -192,7 +196,7 @@ def _reason(error: Exception) -> str:
 
 
 def _refuse(session: Session, why_not: str) -> None:
-    _tell(session, f"Frozen layers do not multiply in 8 bits: {why_not}")
+    _tell(session, f"{UNUSED}: {why_not}")
 
 
 def _tell(session: Session, text: str) -> None:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from trainer.data.order import share, stream
+from trainer.faults import out_of_memory
+from trainer.gpu import free_memory
 from trainer.session import Session
 
+T = TypeVar("T")
 WARM, TIMED = 2, 5  # calls of what is timed by itself, before and meanwhile
 
 
@@ -20,6 +24,24 @@ def once(session: Session) -> None:
         session.gradients(session.order.batch(session.progress.step))
     finally:
         session.adapter.zero_grad()
+
+
+def unless_full(session: Session, work: Callable[[], T]) -> list[T] | None:
+    """What all processes find out before the steps; None where memory ran out in one of them: the first step will find
+    that out too, and hold the model in a more sparing way."""
+    try:
+        return session.world.together(work)
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+    let_go(session)
+    return None
+
+
+def let_go(session: Session) -> None:
+    """After passes that failed: free what layers still have of them."""
+    session.use("off")
+    free_memory()
 
 
 def seconds(session: Session) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import traceback
+from collections.abc import Mapping
 
 import torch
 
@@ -11,13 +12,13 @@ from trainer.fast import attention, low_bits, passes
 from trainer.fast import compile as block_compiler
 from trainer.fast.graphs import CudaRecorder, StepGraphs
 from trainer.fast.prefetch import Prefetcher
-from trainer.gpu import free_memory
 from trainer.schema import FLOW_FAMILIES
 from trainer.session import Session
 
 WORTH_STEPS = 40  # a graph saves some tens of milliseconds a step, and takes a second or two to record
 TO_MAKE_ROOM = ("Steps take longer so; a smaller train.batch_size or memory.gradient_checkpointing = 'selective' or "
                 "'full' makes room")  # which for a transformer costs more than graphs save
+NOT_COMPILED = "The model's blocks are not compiled"
 COMPILING = 30.0  # seconds that compiling a transformer's blocks takes, for each shape of batch
 SAVES = 0.25  # of a step's time, when its blocks are compiled
 PAYS = 3.0  # times its cost that compiling must save to be done unasked
@@ -27,11 +28,21 @@ def prepare(session: Session) -> None:
     """Let layers multiply in 8 bits, blocks be compiled, batches be read ahead and passes run as graphs; a note says
     why something that could be, is not."""
     attention.choose(session)  # before anything that is built on it
-    low_bits.choose(session)
-    _compile(session)
+    obstacles = {low_bits.UNUSED: low_bits.choose(session), NOT_COMPILED: _compile(session)}
+    for why_not, what in _by_reason(obstacles).items():
+        session.recorder.note(session.progress.step, f"{what}: {why_not}")
     if session.device.type == "cuda":
         session.prefetch = Prefetcher(session.read, session.device)
     _record(session)
+
+
+def _by_reason(obstacles: Mapping[str, str | None]) -> dict[str, str]:
+    """What is not done, as a sentence, by what keeps a run from it, so that a reason for both is told once."""
+    found: dict[str, str] = {}
+    for what, why_not in obstacles.items():
+        if why_not is not None:
+            found[why_not] = f"{found[why_not]}, and {what[0].lower()}{what[1:]}" if why_not in found else what
+    return found
 
 
 def _record(session: Session) -> None:
@@ -59,16 +70,18 @@ def finish(session: Session) -> None:
         session.graphs = None
 
 
-def _compile(session: Session) -> None:
+def _compile(session: Session) -> str | None:
+    """Compile blocks as the preset says, or unasked where it pays; returns what keeps the run from it, in words."""
     chosen = session.preset.train.compile
     if chosen == "off" or (chosen == "auto" and not may_pay(session)):
-        return
-    if (why_not := compile_obstacle(session)) is not None:
-        if chosen == "on":
-            session.recorder.note(session.progress.step, f"blocks are not compiled: {why_not}")
-        return
-    if chosen == "on" or pays(session, passes.seconds(session)):
+        return None
+    said = session.world.together(lambda: compile_obstacle(session))
+    if (why_not := next(filter(None, said), None)) is not None:
+        return why_not
+    seconds = None if chosen == "on" else passes.unless_full(session, lambda: passes.seconds(session))
+    if chosen == "on" or (seconds and pays(session, max(seconds))):
         _try_compiled(session)
+    return None
 
 
 def may_pay(session: Session) -> bool:
@@ -97,12 +110,15 @@ def pays(session: Session, seconds: float) -> bool:
 
 
 def _try_compiled(session: Session) -> None:
-    """Compile, and take the coming step's passes once: what fails, fails here, and the run goes on without."""
+    """Compile, and take the coming step's passes once: what fails in one process, fails here, and the run goes on
+    without in all."""
     session.recorder.phase("compiling the model's blocks")
     began = time.perf_counter()
     block_compiler.install(session.denoiser)
     try:
-        passes.once(session)
+        session.world.together(lambda: passes.once(session))
+    except low_bits.NOT_OURS:
+        raise
     except Exception as error:
         traceback.print_exc()  # to the run's log
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -111,9 +127,8 @@ def _try_compiled(session: Session) -> None:
                               f"{time.perf_counter() - began:.0f} s; another shape of batch takes as long, once")
         return
     block_compiler.remove(session.denoiser)
-    session.use("off")
-    free_memory()
-    session.recorder.note(session.progress.step, f"blocks are not compiled, since that failed: {reason}")
+    passes.let_go(session)
+    session.recorder.note(session.progress.step, f"{NOT_COMPILED}, since that failed: {reason}")
 
 
 def worth_it(session: Session) -> bool:

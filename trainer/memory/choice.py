@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,12 @@ from trainer.distributed import ALONE, World
 from trainer.errors import UserError
 from trainer.memory.blocks import repeated_blocks
 from trainer.memory.estimate import Estimator
+from trainer.memory.hold import working
 from trainer.memory.meter import Meter
 from trainer.memory.plan import LADDER, Plan, below, for_gpus, plain, rungs
 from trainer.memory.probe import FULL, Build, settle, told, worth_trying
 from trainer.memory.shards import Neighbours
 from trainer.memory.trace import META
-from trainer.quantize.available import works
 from trainer.record import Recorder
 from trainer.schema import Preset
 from trainer.session import Session, pick_dtype
@@ -42,23 +43,24 @@ def choose(build: Build, preset: Preset, base: Any, device: torch.device, saved:
     if saved is not None:
         plan = Plan(**saved.plan) if saved.plan else plain(preset, blocks)  # older runs had nothing to choose
         plan = for_gpus(plan, preset.memory, gpus)
-        return settle(build, [plan, *below(preset, blocks, plan, gpus)], blocks, None, recorder, world)[0]
+        plans = chain([plan], working(below(preset, blocks, plan, gpus), device, world))
+        return settle(build, plans, blocks, None, recorder, world)[0]
     if meter is None:
         return settle(build, [_without_gpu(preset, blocks, device, gpus)], blocks, None, recorder, world)[0]
     ladder = rungs(preset, blocks, gpus)
-    name, limit = speed.device_name(device, gpus), min(world.together(lambda: meter.limit))
+    name, limit = speed.device_name(device, world.size), min(world.together(lambda: meter.limit))
     known = remembered(world.from_first(lambda: speed.recall(workspace, preset, name)), ladder, limit)
-    if known and works(known[0].quantize, device):  # the others are asked when their turn comes: that takes a second
-        possible = (plan for plan in known if works(plan.quantize, device))
-        session, tried = settle(build, possible, blocks, None, recorder, world)
+    if any(working(known[:1], device, world)):
+        session, tried = settle(build, working(known, device, world), blocks, None, recorder, world)
         recorder.note(0, told(session.plan, tried, blocks, limit) + " As measured in an earlier run like this.")
         return session
 
-    ladder = [plan for plan in ladder if works(plan.quantize, device)]
+    ladder = list(working(ladder, device, world))
     text_encoder = None
     if "text_encoder" in preset.adapter.targets:
         text_encoder = family.load_text_encoder(base, META, family.TEXT_DTYPE)
-    estimate = Estimator(preset, skeleton, pick_dtype(preset, device), text_encoder=text_encoder, device=device)
+    estimate = Estimator(preset, skeleton, pick_dtype(preset, device), text_encoder=text_encoder, device=device,
+                         processes=world.size)
     likely = worth_trying(ladder, estimate.fits, limit)
     session, tried = settle(build, likely, blocks, meter, recorder, world)
     recorder.note(0, told(session.plan, tried, blocks, limit))

@@ -29,6 +29,7 @@ from trainer.session import find_targets, models_by_name
 STATE = {"adamw": 8, "adamw8bit": 2, "scaled_adamw": 8, "sgd": 4, "stiefel": 4}  # bytes a trained number, by optimizer
 HELD = 4 + 4 + 2  # parameter, gradient, and in 16 bits the start, from which drift is measured
 EMA = 4
+AVERAGED = 4  # the gradients once more, as they travel between processes
 RULE = {"stella": 4, "stiefel": 2}  # what the manifold's step keeps
 UPDATE = {"polar": 6, "qr": 7, "exponential": 20}  # bytes a trained number that come and go in an optimizer step
 UPDATE_FREE = 2  # without a manifold
@@ -65,13 +66,14 @@ class Estimator:
     """Estimates for the plans of one preset; each kind of step is run once."""
 
     def __init__(self, preset: Preset, denoiser: nn.Module, dtype: torch.dtype, size: tuple[int, int] | None = None,
-                 text_encoder: Any = None, device: torch.device = META) -> None:
+                 text_encoder: Any = None, device: torch.device = META, processes: int = 1) -> None:
         """denoiser, text_encoder (where it is trained): skeletons on the meta device, which stay as they are.  size:
-        width and height in pixels of the largest pictures; left out, data.resolution's square.  device: that trains."""
+        width and height in pixels of the largest pictures; left out, data.resolution's square.  device: that trains.
+        processes: that train together."""
         self.preset, self.skeleton, self.dtype, self.text_encoder = preset, denoiser, dtype, text_encoder
         self.family = families.get(preset.model.family)
         self.size = size or (preset.data.resolution, preset.data.resolution)
-        self.device, self.steps = device, dict[tuple[bool, str], tuple[int, int, int]]()
+        self.device, self.processes, self.steps = device, processes, dict[tuple[bool, str], tuple[int, int, int]]()
 
     def __call__(self, plan: Plan) -> Estimate:
         """What a step takes when the model is held as `plan` says."""
@@ -82,7 +84,8 @@ class Estimator:
         weights, host = self._weights(plan)
         train, method = self.preset.train, self.preset.adapter.method
         rule = 0 if train.optimizer == "stiefel" else RULE.get(method, 0)
-        held = HELD + STATE[train.optimizer] + rule + (EMA if train.ema_decay else 0)
+        held = (HELD + STATE[train.optimizer] + rule + (EMA if train.ema_decay else 0)
+                + (AVERAGED if self.processes > 1 else 0))
         convolves = any(isinstance(module, nn.Conv2d) for module in self.skeleton.modules())
         hopper = self.device.type == "cuda" and torch.cuda.get_device_capability(self.device) == HOPPER
         workspace = WORKSPACE + beside * BESIDE * (hopper or train.deterministic) + (CONVOLUTIONS if convolves else 0)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 
+import torch
+
 from trainer import gpu, speed
+from trainer.distributed import World
 from trainer.errors import UserError
 from trainer.fast import compile as block_compiler
 from trainer.fast import matmul
@@ -13,14 +17,17 @@ from trainer.memory.blocks import repeated_blocks
 from trainer.memory.meter import GIB
 from trainer.memory.offload import Offload
 from trainer.memory.plan import Plan, below
+from trainer.quantize.available import works
 from trainer.session import Session, find_targets, hold, load, models_by_name
+
+COMPILED = "compiled blocks"
 
 
 def change(session: Session, plan: Plan) -> None:
     """Hold the session's model as `plan` says; weights are loaded anew when they are to be quantised, or shared by
     GPUs, otherwise."""
     if session.denoiser is not None and (plan.quantize, plan.shards) != (session.plan.quantize, session.plan.shards):
-        _let_go(session)
+        let_go(session)
     if session.denoiser is None:
         session.denoiser, session.offload = load(session.family, session.base, session.device, session.dtype, plan,
                                                  session.neighbours)
@@ -28,7 +35,7 @@ def change(session: Session, plan: Plan) -> None:
             session.family, session.denoiser, session.text_encoder)))
         _multiply_alike(session, plan)
     elif isinstance(session.offload, Offload):
-        session.offload.remove()
+        session.offload.remove(to_device=not plan.offload_blocks)  # all at once may be what does not fit
         session.offload = None
     session.offload = hold(session.family, session.denoiser, plan, session.device) or session.offload
     session.plan, session.progress.plan = plan, asdict(plan)
@@ -36,7 +43,7 @@ def change(session: Session, plan: Plan) -> None:
 
 def reload(session: Session) -> None:
     """Have the model's weights anew, as they were before anything was done with them."""
-    _let_go(session)
+    let_go(session)
     change(session, session.plan)
 
 
@@ -51,6 +58,12 @@ def _multiply_alike(session: Session, plan: Plan) -> None:
     session.low_bits, session.progress.matmul = None, "off"
     session.recorder.note(session.progress.step, "Frozen layers do not multiply in 8 bits from here on, since the "
                           "model is held in another way")
+
+
+def working(plans: Iterable[Plan], device: torch.device, world: World) -> Iterator[Plan]:
+    """The plans whose weights the devices of all processes can hold; each is asked for when its turn comes, since that
+    takes a second."""
+    return (plan for plan in plans if all(world.together(lambda plan=plan: works(plan.quantize, device))))
 
 
 def graphs_recorded(session: Session) -> bool:
@@ -71,17 +84,17 @@ def step_down(session: Session) -> None:
             session.graphs.stop(f"CUDA graphs are not used any more: step {session.progress.step + 1} did not fit into "
                                 "the GPU's memory beside them, and is done again without")
         return
-    session.graphs = None  # there is no room for them
     before, blocks = session.plan, len(repeated_blocks(session.denoiser))
     failed = f"Step {session.progress.step + 1} did not fit into the GPU's memory"
-    compiled = any(session.world.together(lambda: block_compiler.remove(session.denoiser)))
-    if compiled and before.checkpointing == "selective":  # of which the compiler knows nothing
-        session.recorder.note(session.progress.step, f"{failed} with compiled blocks. It is done again, and the run "
-                              "goes on, without: so they hold less")
+    lost = _give_up(session)
+    without = " and ".join(lost)
+    if COMPILED in lost and before.checkpointing == "selective":  # of which the compiler knows nothing
+        session.recorder.note(session.progress.step, f"{failed} with {COMPILED}. It is done again, and the run goes "
+                              f"on, without {without}: so the blocks hold less")
         return
     if session.limit:
         failed += f", of which the run may take {session.limit / GIB:.1f} GiB,"
-    for plan in below(session.preset, blocks, before, session.gpus):
+    for plan in working(below(session.preset, blocks, before, session.gpus), session.device, session.world):
         if _can(session, plan):
             break
     else:
@@ -89,10 +102,18 @@ def step_down(session: Session) -> None:
                         "that use the GPU and resume this run, or make data.resolution or train.batch_size smaller "
                         "in a new one")
     session.recorder.note(session.progress.step, f"{failed} with {before.in_words(blocks)}. It is done again, and the "
-                          f"run goes on, with {plan.in_words(blocks)}")
-    if session.limit:  # so that the next run like this begins here
-        speed.remember_plan(session.cache.root.parent, session.preset, speed.device_name(session.device, session.gpus),
-                            plan, 0, session.limit)
+                          f"run goes on, with {plan.in_words(blocks)}" + (f", without {without}" if lost else ""))
+    if session.limit and session.world.first:  # so that the next run like this begins here
+        name = speed.device_name(session.device, session.world.size)
+        speed.remember_plan(session.cache.root.parent, session.preset, name, plan, 0, session.limit)
+
+
+def _give_up(session: Session) -> list[str]:
+    """Let go of what makes steps faster and may take memory; says what there was of it."""
+    graphs = session.graphs is not None and session.graphs.on
+    session.graphs = None
+    compiled = any(session.world.together(lambda: block_compiler.remove(session.denoiser)))
+    return [name for name, was_there in ((COMPILED, compiled), ("CUDA graphs", graphs)) if was_there]
 
 
 def _can(session: Session, plan: Plan) -> bool:
@@ -103,12 +124,13 @@ def _can(session: Session, plan: Plan) -> bool:
     except Exception as error:
         if not out_of_memory(error):
             raise
-    _let_go(session)
+    let_go(session)
     return False
 
 
-def _let_go(session: Session) -> None:
-    """Forget the denoiser, so that its memory is free before another one comes."""
+def let_go(session: Session) -> None:
+    """Forget the denoiser, so that its memory is free before another one comes; a text encoder stays, without the
+    adapter."""
     if session.denoiser is not None:
         session.adapter.remove()
     session.denoiser, session.offload = None, None

@@ -53,12 +53,14 @@ class Offload(Fetching):
     def host_bytes(self) -> int:
         return sum(block.size for block in self.blocks)
 
-    def remove(self) -> None:
-        """Give the blocks their weights on the device back, for good."""
+    def remove(self, to_device: bool = True) -> None:
+        """Stop fetching for good: the blocks have their weights on the device again, or all on the host, from where
+        another `Offload` takes them."""
         for hook in self.hooks:
             hook.remove()
         for block in self.blocks:
-            for piece in block.pieces:
+            block.leave()
+            for piece in block.pieces if to_device else ():
                 piece.tensor.data = torch.empty_strided(
                     piece.shape, piece.stride, dtype=piece.tensor.dtype, device=self.device).copy_(
                     piece.view(block.host))

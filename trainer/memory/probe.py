@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 
-from trainer import gpu, optim
+from trainer import averaging, gpu, optim
 from trainer.data.order import stream
 from trainer.distributed import ALONE, World
 from trainer.errors import UserError
 from trainer.faults import out_of_memory
-from trainer.memory.hold import change
+from trainer.memory.hold import change, let_go
 from trainer.memory.meter import GIB, Meter
 from trainer.memory.plan import Plan
 from trainer.memory.shards import Shards
@@ -83,6 +83,8 @@ class Trial:
 
     def drop(self) -> None:
         """Let go of what is loaded."""
+        if self.session is not None:
+            let_go(self.session)
         self.session = None
         gpu.free_memory()
 
@@ -117,7 +119,8 @@ def _take_steps(session: Session, meter: Meter) -> int:
         session.guard()
         torch.manual_seed(stream(session.preset.train.seed, step, "dropout"))
         update(session.gradients(session.order.batch(step), ROUNDS))
-    return meter.peak() + (session.offload.uncounted if isinstance(session.offload, Shards) else 0)
+    beside = session.offload.uncounted if isinstance(session.offload, Shards) else 0
+    return meter.peak() + beside + averaging.bytes_of(session)  # the averager is made with the state that is resumed
 
 
 def largest_step(session: Session) -> int:
