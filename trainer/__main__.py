@@ -141,7 +141,8 @@ def _train_together(options: argparse.Namespace) -> int:
     os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"  # GPUs read from one another, and never write to all at once
     from trainer import distributed  # late: it loads torch
 
-    world = distributed.join(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
+    world = distributed.join(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")),
+                             int(os.environ.get("LOCAL_WORLD_SIZE") or 0))
     try:
         run, preset, workspace = world.from_first(lambda: _chosen(options))
     except UserError:
