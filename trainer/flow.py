@@ -89,7 +89,8 @@ class FlowObjective:
         return torch.stack(noises).to(dtype), torch.cat(sigmas) * TIMESTEPS
 
     def _sigma(self, generator: torch.Generator, shape: Sequence[int], device: torch.device | str) -> Tensor:
-        """uniform; sigmoid of a scaled normal; logit-normal (Esser et al., eq. 19); that, shifted by resolution."""
+        """uniform; sigmoid of a scaled normal; logit-normal (Esser et al. 2403.03206, eq. 19); that, shifted by
+        resolution."""
         if self.sampling == "uniform":
             sigma = torch.rand(1, generator=generator, device=device)
         else:

@@ -157,7 +157,7 @@ class Adapter:
     def prune(self, average_rank: float) -> None:
         """Cut the smallest singular values of a diagonal S, over all layers, down to an average rank; for good.
 
-        Adaptive rank as AdaLoRA has it (Zhang et al. 2023), by |sigma|; every layer keeps its largest. The budget
+        Adaptive rank as AdaLoRA has it (Zhang et al. 2303.10512), by |sigma|; every layer keeps its largest. The budget
         of a step comes from `stella.rank_budget`.
         """
         size = self.leaves["core"].abs().masked_fill(self.pruned, -1.0)
@@ -171,7 +171,8 @@ class Adapter:
 
     @torch.no_grad()
     def ema_update(self) -> None:
-        """Average the exported pair, with a decay that warms up as min(decay, (1 + t) / (10 + t))."""
+        """Average the exported pair, with a decay that warms up as min(decay, (1 + t) / (10 + t)): that of
+        TensorFlow's ExponentialMovingAverage with num_updates."""
         taken = ~self.skip
         self.updates.add_(taken)
         if self.ema is None:
