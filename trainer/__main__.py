@@ -4,7 +4,6 @@ at its checkpoint, `--check` only looks, and verbs such as `list` and `show RUN`
 from __future__ import annotations
 
 import argparse
-import errno
 import gc
 import json
 import os
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, NoReturn, TextIO
 from trainer import branch, cores, facts, several, shelf, shell, shell_bases, shell_queue, shell_shelf, shell_sweep
 from trainer import preset as presets
 from trainer import run as runs
-from trainer.errors import UserError
+from trainer.errors import NO_ROOM, UserError
 from trainer.quantize import quiet_bitsandbytes
 from trainer.queue import Queue
 from trainer.run import Run
@@ -30,7 +29,6 @@ if TYPE_CHECKING:
 
 DONE, USER_ERROR, BUG = 0, 1, 2
 LOOKS = ("list", "show", "compare")  # verbs that write nothing but what they are told to
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 LAUNCHED = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what torchrun and accelerate say
 MPI = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what the system says of a full disk
 
 
 class UserError(Exception):
@@ -17,3 +20,8 @@ def naming(subject: object) -> Iterator[None]:
         yield
     except UserError as error:
         raise UserError(f"{subject}: {error}") from error
+
+
+def first_line(error: object) -> str:
+    """What an error says first; its kind, where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import shutil
@@ -14,13 +13,12 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from trainer.errors import UserError
+from trainer.errors import NO_ROOM, UserError
 from trainer.families.tensors import Header, TensorInfo
 from trainer.files import replacing
 
 PIECE = 16 * 2**20  # bytes
 HASHES = {"sshs_model_hash": "", "modelspec.hash_sha256": "0x"}  # of the data, and what stands before the digits
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 Change = Callable[[TensorInfo], Tensor | None]  # a tensor's new values in any floating type; None: as it was
 

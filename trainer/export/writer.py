@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import math
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from trainer.errors import UserError
+from trainer.errors import NO_ROOM, UserError
 from trainer.export import formats, names
 from trainer.export.formats import Format
 from trainer.export.lora_file import swap_halves
@@ -30,7 +29,6 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 CODES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
 FLUX1_MLP = 4  # rows of Flux.1's proj_mlp over its inputs, where an untrained one must be filled in
 LEGACY = range(0x100000, 0x110000)  # bytes of a file
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from trainer.adapters.fused import add_low_rank
 from trainer.adapters.layer import AdaptedLayer, adapted_class
+from trainer.errors import first_line
 from trainer.fast.product import codes_of_rows, product_of_codes
 from trainer.quantize.linear import FP8, RowScaledLinear, rows_to_codes, top_of
 from trainer.quantize.model import linears_in_blocks
@@ -118,8 +119,7 @@ def fault(kind: str, device: torch.device, dtype: torch.dtype = torch.bfloat16) 
     except torch.OutOfMemoryError:  # says nothing of the kernels, and would be remembered
         raise
     except Exception as error:  # of torch, of Triton, of the compiler that it calls
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        return f"the kernel for it could not be made or run here: {reason}"
+        return f"the kernel for it could not be made or run here: {first_line(error)}"
     exact = torch.addmm(bias.float(), x.float(), weight.float().t()) + hidden.float() @ factor.float().t()
     return None if (y.float() - exact).abs().max() <= WRONG * exact.abs().max() else "the kernel gives wrong products"
 
