@@ -121,15 +121,14 @@ def test_a_non_finite_step_changes_nothing(method, optimizer, bad):
         for leaf in adapter.parameters():
             leaf.grad.fill_(bad)
         take_step(adapter, stepper, torch.tensor(1.0))
-        assert adapter.skip and adapter.skipped_in_a_row == 1
-        before[0]["skipped_in_a_row"] += 1
+        assert adapter.skip
         before[0]["steps"] += 1
         for part, then in zip((adapter, stepper), before):
             assert {k: t for k, t in part.state_dict().items() if not torch.equal(t, then[k])} == {}
     take_step(adapter, stepper, torch.tensor(torch.nan))
-    assert adapter.skipped_in_a_row == 2
+    assert adapter.skip
     train(net, adapter, stepper, range(1))
-    assert adapter.skipped_in_a_row == 0 and not adapter.skip
+    assert not adapter.skip
 
 
 @pytest.mark.parametrize("dora", [False, True])

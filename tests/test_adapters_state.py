@@ -64,6 +64,15 @@ def test_restoring_changes_no_address():
     assert before == addresses()
 
 
+def test_a_state_with_what_earlier_programs_counted_is_taken():
+    net, adapter = adapted("stella")
+    train(net, adapter, build_optimizer("adamw", adapter, lr=1e-2), range(2))
+    saved, fresh = adapter.state_dict(), adapted("stella")[1]
+    assert "skipped_in_a_row" not in saved
+    fresh.load_state_dict(saved | {"skipped_in_a_row": torch.zeros((), dtype=torch.int64)})
+    assert all(torch.equal(tensor, saved[key]) for key, tensor in fresh.state_dict().items())
+
+
 @pytest.mark.parametrize("other, message", [
     (lambda: adapted("stella"), "made with other settings"),
     (lambda: adapted("lora", ema_decay=0.9), "made with other settings"),

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from tests.forks import Forked, Server
 from tests.test_kill import PATIENCE, ROOT, wait_for_step
 from trainer import several
+from trainer.__main__ import main
 from trainer.control import Stopped
 from trainer.distributed import ALONE, World, rebuilt, told
 from trainer.errors import UserError
@@ -271,3 +272,27 @@ def test_a_process_that_never_comes_to_its_end_does_not_hold_up_the_others(monke
     monkeypatch.setattr("torch.distributed.destroy_process_group", lambda: None)
     monkeypatch.setattr("trainer.distributed.AT_THE_END", timedelta(seconds=0.2))
     World(0, 2, 0, torch.distributed.HashStore()).close()
+
+
+@pytest.mark.parametrize(("said", "sharing"), [("2", 2), ("", 4)])
+def test_a_machines_cores_are_shared_by_its_own_processes_alone(tiny_project, tmp_path, monkeypatch, said,
+                                                                sharing) -> None:
+    """Two machines with two processes each; a launcher that does not say how many are here is believed the most."""
+    for name, value in {"WORLD_SIZE": "4", "RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": said,
+                        "MASTER_ADDR": "none", "MASTER_PORT": "0", "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
+                        "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}.items():
+        monkeypatch.setenv(name, value)
+    store = torch.distributed.HashStore()
+    monkeypatch.setattr("torch.distributed.rendezvous", lambda *where, **options: iter([(store, 0, 4)]))
+    for name in ("init_process_group", "new_group"):
+        monkeypatch.setattr(f"torch.distributed.{name}", lambda *what, **options: None)
+    monkeypatch.setattr(World, "together", lambda self, work, quick=False: [work()])
+    shared: list[int] = []
+
+    def use_cores(number: int) -> None:
+        shared.append(number)
+        raise UserError("that is enough")
+
+    monkeypatch.setattr("trainer.gpu.use_cores", use_cores)
+    assert main([str(word) for word in words_for(tiny_project, tmp_path)]) == 1
+    assert shared == [sharing]

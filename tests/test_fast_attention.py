@@ -39,6 +39,13 @@ def test_calls_count_as_often_as_they_are_made() -> None:
     assert attention.fastest({}, Counter())[0] == USUAL
 
 
+def test_what_is_remembered_is_for_calls_of_the_same_sizes_and_strides() -> None:
+    turned = ONE._replace(strides=((256, 128, 8, 1),) * 3)
+    keys = [attention.signature(Counter(calls), ["flash"], "GPU") for calls in (
+        {ONE: 2, OTHER: 1}, {OTHER: 1, ONE: 2}, {turned: 2, OTHER: 1}, {ONE: 1, OTHER: 1})]
+    assert keys[0] == keys[1] and len(set(keys)) == 3
+
+
 def test_cudnn_is_timed_only_where_torch_would_use_it(monkeypatch: pytest.MonkeyPatch) -> None:
     for capability, timed in (((9, 0), True), ((8, 9), False)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)

@@ -83,12 +83,43 @@ def test_a_kernel_is_tried_in_the_models_dtype_and_its_fault_told_in_a_line(kind
         tried.append(x.dtype), real(x, *given, **named))[1])
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         assert matmul.fault.__wrapped__(kind, torch.device("cpu"), dtype) is None and tried.pop() == dtype
-    monkeypatch.setattr(matmul, "multiplied", lambda x, *given, **named: 1.1 * real(x, *given, **named))
-    assert matmul.fault.__wrapped__(kind, torch.device("cpu")) == "the kernel gives wrong products"
     monkeypatch.delattr(matmul, "codes_of_rows")
     monkeypatch.setattr(matmul, "multiplied", real)
     assert matmul.fault.__wrapped__(kind, torch.device("cpu")) == (
         "the kernel for it could not be made or run here: name 'codes_of_rows' is not defined")
+
+
+WRONG = {"all": lambda product, x, **given: 1.1 * product(x, **given),
+         "signs": lambda product, x, **given: product(x.abs(), **given),
+         "own scales": lambda product, x, **given: product(x / x.abs().amax(1, keepdim=True), **given),
+         "scales": lambda product, x, **given: product(x, **given | {"scale": given["scale"][:1]}),
+         "bias": lambda product, x, **given: product(x, **given | {"bias": None}),
+         "pair": lambda product, x, **given: product(x, **given | {"hidden": None, "factor": None}),
+         "last row": lambda product, x, **given: product(x, **given) * (torch.arange(len(x)) < len(x) - 1)[:, None]}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+@pytest.mark.parametrize("kind", CODES)
+def test_a_kernel_that_leaves_something_out_is_found_out(kind: str, wrong: str, monkeypatch) -> None:
+    real = matmul.multiplied
+    monkeypatch.setattr(matmul, "multiplied", lambda x, codes, **given: WRONG[wrong](real, x, codes=codes, **given))
+    assert matmul.fault.__wrapped__(kind, torch.device("cpu")) == "the kernel gives wrong products"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("kind", CODES)
+def test_a_kernel_that_adds_with_fourteen_bits_is_right(kind: str, dtype: torch.dtype, monkeypatch) -> None:
+    def coarse(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor, hidden: Tensor, factor: Tensor) -> Tensor:
+        own, own_scale = rows_to_codes(x, codes.dtype)
+        products = (own.float() * own_scale)[:, None] * (codes.float() * scale)[None]  # m n k
+        step = products.abs().amax() / 2**13
+        whole = (products / step).trunc().sum(-1) * step
+        return (whole + bias.float() + hidden.float() @ factor.float().t()).to(dtype)
+
+    monkeypatch.setattr(matmul, "multiplied", coarse)
+    assert matmul.fault.__wrapped__(kind, torch.device("cpu"), dtype) is None
+    monkeypatch.setattr(matmul, "WRONG", matmul.WRONG / 3)
+    assert matmul.fault.__wrapped__(kind, torch.device("cpu"), dtype) is None
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -146,11 +148,22 @@ def test_a_resume_does_not_need_the_file_any_more(tiny_project, tmp_path, first)
 def test_check_tells_what_would_be_continued_and_what_cannot(tiny_project, tmp_path, first) -> None:
     preset = presets.load(tiny_project, [f"adapter.start_from={first.result}"])
     assert check.inspect(preset, tmp_path).facts["continues"] == f"{first.result}, 128 layers"
-    preset = presets.load(tiny_project, [f"adapter.start_from={first.result}", 'adapter.targets=["feed_forward"]'])
-    (error,) = check.inspect(preset, tmp_path).errors
-    assert error.startswith("the LoRA has layers that this run does not train, such as unet.")
+    other = [f"adapter.start_from={first.result}", 'adapter.targets=["feed_forward"]']
+    (error,) = check.inspect(presets.load(tiny_project, other), tmp_path).errors
+    said = f"adapter.start_from: {first.result}: the LoRA has layers that this run does not train, such as unet."
+    assert error.startswith(said)
+    with pytest.raises(UserError, match=re.escape(said)):
+        start(tiny_project, tmp_path, "other", *other)
     with pytest.raises(UserError, match="adapter.start_from: no file /nowhere/a.safetensors"):
         start(tiny_project, tmp_path, "none", "adapter.start_from=/nowhere/a.safetensors")
+
+
+@pytest.mark.parametrize("change, said", [("adapter.method=stella", "the saved adapter was made"), (
+    "train.optimizer=sgd", "the saved optimizer state is of another optimizer")])
+def test_a_checkpoint_that_does_not_fit_is_named(tiny_project, tmp_path, first, change, said) -> None:
+    run = runs.Run(shutil.copytree(first.path, tmp_path / "runs" / "first"))
+    with pytest.raises(UserError, match=re.escape(f"{run.checkpoint(6)}: {said}")):
+        run_training(run, presets.load(run.preset, [change]), tmp_path)
 
 
 # A rank that falls

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 
@@ -44,4 +47,22 @@ def test_ratios_are_of_the_peers_plain_row_of_the_same_work() -> None:
     assert rows[0]["flop"] > 1e8 and rows[0]["ceiling"] > 1e6
     rows[0]["sec"], rows[1]["sec"] = 0.3, 0.1
     assert step_time.line(rows[1], rows).endswith("| 3.00 |")
+    assert step_time.line(rows[0], []).endswith("| 1.00 |")
     assert step_time.line({"name": "sd15:1 lora", "error": "over 9 s"}, rows) == "| sd15:1 lora | over 9 s |"
+
+
+def test_a_table_measures_each_row_by_the_peer_of_its_own_run(tmp_path: Path) -> None:
+    """Runs added to one file one after the other, by one program that noted them and one that did not; two files."""
+    row = asdict(step_time.rows_of("sd15:1", ["peer"])[0]) | {
+        "case": "sd15:1", "secs": [1.0], "peak": 0, "reserved": 0, "first_sec": 1.0, "flop": 1.0, "ceiling": 1.0}
+
+    def noted(name: str, *rows: tuple[str | None, str, float]) -> Path:
+        (tmp_path / name).write_text("".join(
+            json.dumps(row | {"who": who, "sec": sec} | ({"run": run} if run else {})) + "\n"
+            for run, who, sec in rows))
+        return tmp_path / name
+
+    one = noted("one", (None, "peer", 4.0), (None, "lora", 2.0), (None, "peer", 6.0), (None, "lora", 2.0))
+    two = noted("two", ("a", "lora", 2.0), ("a", "peer", 8.0), ("a", "lora", 2.0), ("b", "lora", 2.0))
+    ratios = [text.split("|")[-2].strip() for text in step_time.table([one, two])]
+    assert ratios == ["1.00", "2.00", "1.00", "3.00", "", "1.00", "4.00", ""]

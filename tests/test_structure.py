@@ -87,7 +87,8 @@ def light_modules() -> frozenset[str]:
 
 
 # What families stand on.
-BASE = {f"trainer.{name}" for name in ("manifold", "manifold_kernel", "objective", "flow", "adapters.target")}
+BASE = {f"trainer.{name}" for name in ("manifold", "manifold_kernel", "noise", "objective", "flow",
+                                         "adapters.target")}
 
 
 def layer(name: str) -> int:

@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 from trainer import branch, cores, facts, several, shelf, shell, shell_bases, shell_queue, shell_shelf, shell_sweep
 from trainer import preset as presets
 from trainer import run as runs
-from trainer.errors import UserError
-from trainer.files import NO_ROOM
+from trainer.errors import NO_ROOM, UserError
 from trainer.quantize import quiet_bitsandbytes
 from trainer.queue import Queue
 from trainer.run import Run
@@ -144,7 +143,8 @@ def _train_together(options: argparse.Namespace) -> int:
     os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"  # GPUs read from one another, and never write to all at once
     from trainer import distributed  # late: it loads torch
 
-    world = distributed.join(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
+    world = distributed.join(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")),
+                             int(os.environ.get("LOCAL_WORLD_SIZE") or 0))
     try:
         run, preset, workspace = world.from_first(lambda: _chosen(options))
     except UserError:

@@ -18,7 +18,7 @@ from trainer.adapters import median_size
 from trainer.adapters.target import Target, check_targets, part_rows
 from trainer.adapters.transfer import check_pairs
 from trainer.data.cache import Cache
-from trainer.errors import UserError
+from trainer.errors import UserError, naming
 from trainer.export import reader
 from trainer.export.stacked import together
 from trainer.families import hub
@@ -221,7 +221,8 @@ def _adapter(preset: Preset, base: Any, report: Report) -> Layers:
         report.facts["gradient scaling"] = f"d = {d:g}, lr·√d = {preset.train.lr * d**0.5:.3g}"
     if chosen.start_from:
         pairs = together(reader.read(Path(chosen.start_from), family=preset.model.family), part_rows(targets))
-        check_pairs(targets, chosen.dora, pairs)
+        with naming(f"adapter.start_from: {chosen.start_from}"):
+            check_pairs(targets, chosen.dora, pairs)
         report.facts["continues"] = f"{chosen.start_from}, {len(pairs)} layers"
     return Layers(models[family.DENOISER], trained)
 

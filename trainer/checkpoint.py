@@ -23,7 +23,8 @@ from trainer.errors import UserError
 from trainer.files import sync_folder
 from trainer.run import Run
 
-FORMAT = 4  # 2: how the model was held; 3: what chooses the best, and an early stop; 4: how layers multiply
+# 2: how the model was held; 3: what chooses the best, and an early stop; 4: how layers multiply; 5: no count of skips
+FORMAT = 5
 
 
 @dataclass

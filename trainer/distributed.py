@@ -54,8 +54,11 @@ class World:
     process that dies is noticed at once, since its connection closes. Gradients alone go from GPU to GPU.
     """
 
-    def __init__(self, rank: int = 0, size: int = 1, local_rank: int = 0, store: Any = None) -> None:
+    def __init__(self, rank: int = 0, size: int = 1, local_rank: int = 0, store: Any = None,
+                 local_size: int = 0) -> None:
+        """local_size: how many of the processes this machine has; 0: all of them."""
         self.rank, self.size, self.local_rank, self.first = rank, size, local_rank, rank == 0
+        self.local_size = local_size or size
         self._store, self._depth = store, 0
         self._quick = dist.new_group(backend="gloo", timeout=BETWEEN_STEPS) if size > 1 else None
         self._patient = dist.new_group(backend="gloo", timeout=AT_LENGTH) if size > 1 else None
@@ -201,9 +204,10 @@ class SharedRequests(Requests):
         return self._stop
 
 
-def join(rank: int, size: int, local_rank: int) -> World:
+def join(rank: int, size: int, local_rank: int, local_size: int = 0) -> World:
     """Meet the other processes, where the environment that torchrun or accelerate made says.
 
+    local_size: the processes of this machine; 0 where that was not said, which takes them all for its own.
     Raises `UserError` when they do not come.
     """
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
@@ -211,7 +215,7 @@ def join(rank: int, size: int, local_rank: int) -> World:
         store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=timedelta(minutes=5)))
         dist.init_process_group(backend, store=dist.PrefixStore("run", store), rank=rank, world_size=size,
                                 timeout=ON_THE_GPUS)
-        return World(rank, size, local_rank, dist.PrefixStore("words", store))
+        return World(rank, size, local_rank, dist.PrefixStore("words", store), local_size)
     except (RuntimeError, ValueError) as error:
         raise UserError(f"the {size} processes of this run did not find one another: {error}; check the addresses "
                         "and ports that they were started with") from error

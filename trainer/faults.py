@@ -6,8 +6,7 @@ import errno
 
 import torch
 
-from trainer.errors import UserError
-from trainer.files import NO_ROOM
+from trainer.errors import NO_ROOM, UserError
 
 NO_MEMORY = ("CUDA error: out of memory", "CUDNN_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_ALLOC_FAILED",
              "CUDA out of memory")  # how libraries put it that allocate for themselves

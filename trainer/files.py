@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 import tempfile
@@ -13,7 +12,6 @@ from typing import BinaryIO
 
 MAY_SYNC_AT_ONCE = hasattr(os, "sync")  # not on Windows
 MANY = 100  # files
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # how a system says that a disk is full
 _TEMPORARY = re.compile(r"\..*\.[a-z0-9_]{8}", re.DOTALL)
 
 

@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from trainer.noise import draw_noise
 from trainer.shifts import empirical_shift, resolution_shift, shift_sigmas
 
 Sampling = Literal["uniform", "logit_normal", "sigmoid", "resolution"]
@@ -81,15 +82,12 @@ class FlowObjective:
         for seed in seeds:
             generator.manual_seed(seed)
             sigmas.append(self._sigma(generator, shape, device))
-            noise = torch.randn(*shape, generator=generator, device=device)  # c h w
-            if offset_noise:
-                shift = torch.randn(shape[0], generator=generator, device=device)
-                noise = noise + offset_noise * shift.view(-1, *[1] * (len(shape) - 1))  # c 1 1
-            noises.append(noise)
+            noises.append(draw_noise(shape, generator, device, offset_noise))
         return torch.stack(noises).to(dtype), torch.cat(sigmas) * TIMESTEPS
 
     def _sigma(self, generator: torch.Generator, shape: Sequence[int], device: torch.device | str) -> Tensor:
-        """uniform; sigmoid of a scaled normal; logit-normal (Esser et al., eq. 19); that, shifted by resolution."""
+        """uniform; sigmoid of a scaled normal; logit-normal (Esser et al. 2403.03206, eq. 19); that, shifted by
+        resolution."""
         if self.sampling == "uniform":
             sigma = torch.rand(1, generator=generator, device=device)
         else:

@@ -65,7 +65,7 @@ def _run(run: Run, preset: Preset, workspace: Path, terminal: TextIO | None,
         session: Session | None = None
         try:
             device = pick_device(preset, world)
-            gpu.use_cores(world.size)
+            gpu.use_cores(world.local_size)
             if device.type == "cuda":
                 torch.cuda.set_device(device.index or 0)  # events and graphs are made on the current one
             recorder.event("start", **start_facts(run, preset, device, world.size))

@@ -96,7 +96,8 @@ def _triton() -> bool:
 
 
 def riemannian_gradient(x: Tensor, grad: Tensor) -> Tensor:
-    """grad - X (grad^T X), all [L, dim, r]: the gradient in the canonical metric (StelLA, eq. for the pre-step)."""
+    """grad - X (grad^T X), all [L, dim, r]: the gradient in the canonical metric (Edelman et al. 1998,
+    2.4), which StelLA hands to the optimizer (Li et al. 2510.01938)."""
     return riemannian_gradient_(x, grad.clone())
 
 
@@ -305,7 +306,8 @@ def _inverse_cholesky(f: Tensor) -> Tensor:
     """R^-1 - I of I + F = R^T R, R upper triangular with positive diagonal, by Newton's method from the identity.
 
     With Z = I + U the estimate and E = Z^T (I + F) Z - I, the factor of I + E is I + P to first order, P + P^T = E and
-    P upper triangular; Z (I - P + P^2) squares the error. Batched Cholesky on a GPU may wait for the device.
+    P upper triangular (Chang, Paige and Stewart 1996); Z (I - P + P^2) squares the error. Batched
+    Cholesky on a GPU may wait for the device.
     """
     upper = torch.ones_like(f[0]).triu()
     _diagonal(upper).mul_(0.5)
@@ -342,7 +344,8 @@ def _exponential(e: Tensor | None, along: Tensor, square: Tensor, scale: Tensor,
 
 
 def _matrix_exponential(a: Tensor, halvings: int = 3, order: int = 10) -> Tensor:
-    """exp(a) by scaling and squaring with a fixed Taylor order: torch.matrix_exp waits for the device."""
+    """exp(a) by scaling and squaring with a fixed Taylor order (Higham 2008, ch. 10): torch.matrix_exp
+    waits for the device."""
     eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device).expand_as(a)
     scaled, result = a / 2**halvings, eye
     for k in range(order, 0, -1):

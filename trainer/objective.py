@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from diffusers import DDIMScheduler
 from torch import Tensor
 
+from trainer.noise import draw_noise
+
 Prediction = Literal["epsilon", "v_prediction"]
 MOST_WEIGHT = 10.0  # that a pixel of a small mask may get: a few pixels must not make up a whole gradient
 
@@ -111,11 +113,7 @@ class Objective:
         for seed in seeds:
             generator.manual_seed(seed)
             timesteps.append(torch.randint(self.num_timesteps, (1,), generator=generator, device=device))
-            noise = torch.randn(*shape, generator=generator, device=device)  # c h w
-            if offset_noise:
-                shift = torch.randn(shape[0], generator=generator, device=device)
-                noise = noise + offset_noise * shift.view(-1, *[1] * (len(shape) - 1))  # c 1 1
-            noises.append(noise)
+            noises.append(draw_noise(shape, generator, device, offset_noise))
         return torch.stack(noises).to(dtype), torch.cat(timesteps)
 
     def _signal_and_noise(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:

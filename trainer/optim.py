@@ -26,8 +26,9 @@ def build_optimizer(name: str, adapter: Adapter, *, lr: float, weight_decay: flo
 
     name: adamw, adamw8bit (runs eagerly), sgd, scaled_adamw (lora only) or stiefel (Stiefel-LoRA only).
     weight_decay acts on free factors only. momentum: of sgd (0.9) and stiefel (0.95). cautious, gradient_weight:
-    options of stiefel. up_lr_ratio: LoRA+, the learning rate of `up` over that of `down`. Any but `stiefel` turns
-    Stiefel-LoRA into the paper's plain form: A by this optimizer, B by it on the manifold with QR.
+    options of stiefel. up_lr_ratio: LoRA+ (Hayou et al. 2402.12354), the learning rate of `up` over that of `down`.
+    Any but `stiefel` turns Stiefel-LoRA into the paper's plain form: A by this optimizer, B by it on the manifold with
+    QR.
     Raises UserError for an optimizer that cannot go with the method.
     """
     _check(name, adapter, up_lr_ratio)
@@ -168,6 +169,9 @@ class StiefelOptimizer(InPlaceState):
     which `cautious` applies only where the step and A agree in sign. B: M projected onto the tangent space, scaled to
     RMS 0.2 lr, retracted by QR with positive diagonal. gradient_weight g takes M + g * grad as the direction
     (Simplified AdEMAMix). DoRA's magnitudes take the sign step without decay.
+
+    B on the manifold by QR is Park et al. 2508.17901; signs, RMS 0.2 and wd / r are of adv_optm 2.3.dev3, Stiefel_LoRA
+    (OneTrainer's pull request 1333). Cautious decay: Chen et al. 2510.12402; AdEMAMix so: Morwani et al. 2502.02431.
     """
 
     RMS = 0.2

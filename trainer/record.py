@@ -12,8 +12,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any, TextIO
 
+from trainer.errors import NO_ROOM
 from trainer.events import EventWriter
-from trainer.files import NO_ROOM
 from trainer.run import Run
 from trainer.tensorboard import TensorBoardWriter
 

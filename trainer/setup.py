@@ -20,16 +20,15 @@ from trainer.data.cache import Cache
 from trainer.data.mask_store import MaskStore
 from trainer.data.store import LatentStore, TextStore
 from trainer.distributed import ALONE, World
-from trainer.errors import UserError
+from trainer.errors import UserError, naming
 from trainer.export import reader
 from trainer.export.stacked import together
 from trainer.families.base import quantised_id
 from trainer.faults import out_of_memory
 from trainer.material import Material
 from trainer.memory.choice import choose
-from trainer.memory.meter import Meter
+from trainer.memory.meter import FULL, Meter
 from trainer.memory.plan import WORDS, Plan, text_rungs
-from trainer.memory.probe import FULL
 from trainer.memory.shards import Neighbours, meet
 from trainer.memory.weights import bytes_of
 from trainer.metrics.features import find_weights
@@ -253,7 +252,8 @@ def _continue(session: Session) -> None:
     chosen, adapter = session.preset.adapter, session.adapter
     pairs = together(reader.read(Path(chosen.start_from), family=session.preset.model.family),
                      part_rows(adapter.layout.targets))
-    adapter.load_pairs(pairs)
+    with naming(f"adapter.start_from: {chosen.start_from}"):
+        adapter.load_pairs(pairs)
     session.recorder.note(0, f"continues {chosen.start_from}: {_start(pairs, adapter)}")
 
 
@@ -301,7 +301,8 @@ def _resume(session: Session) -> None:
     step = run.last_step()
     if step:
         progress, state, optimizer = checkpoint.load(run.checkpoint(step))
-        _take_over(session, state, optimizer, progress.fresh)
+        with naming(run.checkpoint(step)):
+            _take_over(session, state, optimizer, progress.fresh)
         progress.fresh, progress.global_batch = [], session.order.global_batch
         if progress.data != session.progress.data:
             session.recorder.note(step, "the data set changed since this run was last trained; it goes on with the new "

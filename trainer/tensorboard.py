@@ -8,7 +8,7 @@ import struct
 import time
 from pathlib import Path
 
-from trainer.files import NO_ROOM
+from trainer.errors import NO_ROOM
 
 # Field numbers are those of tensorboard/compat/proto/event.proto and summary.proto.
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5

@@ -8,14 +8,13 @@ Runs that are finished in the workspace already are read, not trained again, so 
 from __future__ import annotations
 
 import argparse
-import math
 import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from tests.bench.paired import T95
+from tests.bench.paired import T95, spread
 from trainer.events import Event, EventReader
 from trainer.run import Run
 
@@ -74,14 +73,6 @@ def line(row: str, runs: Sequence[Sequence[Event]]) -> str:
     pace = statistics.mean(event["sec"] for run in runs for event in run if event["kind"] == "step")
     return (f"| {row} | {path} | {statistics.mean(before):.4f} → {spread(after)} | {spread(kid) if kid else ''} "
             f"| {pace:.2f} |")
-
-
-def spread(values: Sequence[float]) -> str:
-    """Mean, with the half of its 95 % interval (Student's t) where there are several."""
-    mean = f"{statistics.mean(values):.4f}"
-    if len(values) == 1:
-        return mean
-    return f"{mean} ± {T95[len(values) - 2] * statistics.stdev(values) / math.sqrt(len(values)):.4f}"
 
 
 if __name__ == "__main__":

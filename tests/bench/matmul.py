@@ -18,7 +18,7 @@ import json
 import math
 import shutil
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from tests.bench.memory import device_name
-from tests.bench.paired import T95
+from tests.bench.paired import T95, spread
 from tests.bench.step_time import timed
 from trainer import evaluation, optim
 from trainer import preset as presets
@@ -124,7 +124,8 @@ def curves(options: argparse.Namespace) -> None:
             print(f"| {seed} | {arm} | {cosine} | {found[0]:.5f} | {found[1]:.5f} "
                   f"| {apart[0]:+.5f} | {apart[1]:+.5f} |", flush=True)
     for arm, apart in changed.items():
-        print(f"{arm} − off: loss {spread([one for one, _ in apart])}, validation {spread([two for _, two in apart])}")
+        loss, validation = (spread(values, "+.5f") for values in zip(*apart))
+        print(f"{arm} − off: loss {loss}, validation {validation}")
 
 
 def trained(options: argparse.Namespace, arm: str, seed: int) -> tuple[str, tuple[float, float]]:
@@ -166,14 +167,6 @@ def session_of(options: argparse.Namespace, arm: str, seed: int) -> Session:
     run = runs.create(options.workspace, name, presets.dumps(chosen))
     device = torch.device("cpu" if options.tiny else "cuda:0")
     return set_up(run, chosen, device, options.workspace, Recorder(run, tensorboard=False), lambda: None)
-
-
-def spread(values: Sequence[float]) -> str:
-    """Mean, with the half of its 95 % interval (Student's t) where there are several."""
-    if len(values) < 2:
-        return f"{values[0]:+.5f}"
-    half = T95[len(values) - 2] * statistics.stdev(values) / math.sqrt(len(values))
-    return f"{statistics.mean(values):+.5f} ± {half:.5f}"
 
 
 def main() -> None:

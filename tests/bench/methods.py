@@ -16,6 +16,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from tests.bench import published
 from trainer.adapters import Target, build, effective_rank
+from trainer.adapters.bank import MEASURE_EVERY
 from trainer.manifold import orthogonality_error
 from trainer.optim import build_optimizer, clip_grad_norm
 from trainer.update import Update
@@ -85,11 +86,16 @@ def measure_ours(update: Update, device: torch.device, steps: int, checked_steps
     return timed(lambda: update(loss), device, steps), max(errors, default=float("nan")), spectrum
 
 
-def profiled(update: Update, device: torch.device, steps: int = 5) -> Iterable[str]:
-    """Microseconds a step and launches by phase, then the ten longest kernels; eager, so that phases have names."""
+def profiled(update: Update, device: torch.device, steps: int = MEASURE_EVERY) -> Iterable[str]:
+    """Microseconds a step and launches by phase, then the ten longest kernels; eager, so that phases have names.
+
+    As many steps as lie between two that correct what rounding did: one of them does.
+    """
     adapter, on_gpu = update.adapter, device.type == "cuda"
-    phases = {"clip": lambda: clip_grad_norm(adapter.parameters(), 1.0), "guard": lambda: adapter.guard(update.loss),
-              "before": adapter.before_step, "optimizer": update.optimizer.step, "after": adapter.after_step,
+    phases = {"begin": adapter.begin_step,
+              "clip": lambda: update.norm.copy_(clip_grad_norm(adapter.parameters(), update.max_norm)),
+              "guard": lambda: adapter.guard(update.loss, update.norm), "before": adapter.before_step,
+              "optimizer": update.optimizer.step, "after": adapter.after_step, "average": adapter.ema_update,
               "zero": adapter.zero_grad}
 
     def step() -> None:
@@ -130,7 +136,10 @@ def measure_published(sizes: list[tuple[int, int]], rank: int, row: str, device:
 
 
 def timed(step: Callable[[], object], device: torch.device, steps: int) -> float:
-    """Median milliseconds over steps, after warming up (and, for ours on a GPU, capturing the graph)."""
+    """Median milliseconds over steps, after warming up (and, for ours on a GPU, capturing the graph).
+
+    A whole step of ours corrects in one of eight what rounding did: those steps are longer than this says.
+    """
     for _ in range(min(6, steps + 1)):
         step()
     samples = []

@@ -12,6 +12,7 @@ import math
 import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,6 +21,17 @@ from trainer.run import Run
 
 # Two-sided 95 % points of Student's t for 1 to 15 degrees of freedom.
 T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13)
+
+
+def half_interval(values: Sequence[float]) -> float:
+    """Half of the 95 % interval of a mean (Student's t)."""
+    return T95[len(values) - 2] * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def spread(values: Sequence[float], form: str = ".4f") -> str:
+    """Mean, with the half of its 95 % interval where there are several."""
+    half = f" ± {half_interval(values):{form.lstrip('+')}}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):{form}}{half}"
 
 
 def main() -> None:
@@ -42,8 +54,7 @@ def main() -> None:
             (before, a), (_, b) = first.result(), second.result()
             differences.append(b - a)
             print(f"{seed:>4} {before:9.5f} {a:9.5f} {b:9.5f} {b - a:+9.5f}", flush=True)
-    mean = statistics.mean(differences)
-    half = T95[len(differences) - 2] * statistics.stdev(differences) / math.sqrt(len(differences))
+    mean, half = statistics.mean(differences), half_interval(differences)
     better = "noise" if abs(mean) < half else "a is better" if mean > 0 else "b is better"
     print(f"mean b - a = {mean:+.5f}, 95 % interval [{mean - half:+.5f}, {mean + half:+.5f}]: {better}")
 

@@ -3,11 +3,13 @@
 A case is model:batch, with :selective or :full for checkpointing and then :fp8 or :nf4 for our weights. The peer's
 weights have 16 bits; beside our selective checkpointing it has its own, which is full.
 Its rows run one after the other, each in a process of its own: the peer (see peer.py) and the trainer's whole step
-(gradients, clipping, optimizer with retraction, average), by method. `+` adds to a row: peer+compile, lora+eager
-(without CUDA graphs), lora+nchw (convolutions in torch's own order), lora+attention (its kernels chosen as in a long
-run), lora+fp8 and lora+int8 (frozen layers multiply so, as far as they are large).
+(gradients, clipping, optimizer with retraction, average), by method. `+` adds to a row: peer+compile and
+lora+compile, lora+eager and lora+graph (without CUDA graphs, and with them), lora+nchw (convolutions in torch's own
+order), lora+attention (its kernels chosen as in a long run), lora+fp8 and lora+int8 (frozen layers multiply so, as far
+as they are large).
 `--agree` compares both sides' losses over 20 steps from the same start instead, for the rows of plain LoRA.
-`--table FILE…` puts rows together. `--tiny` rehearses on a CPU, `--profile` prints what the GPU's time goes to.
+`--table FILE…` shows rows of earlier runs, each ratio by the peer's row of the same run. `--tiny`
+rehearses on a CPU, `--profile` prints what the GPU's time goes to.
 """
 
 from __future__ import annotations
@@ -18,8 +20,9 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -256,21 +259,29 @@ HEAD = ("| case | who | ms a step | spread | peak GiB | of the ceiling | to the 
         "|---|---|---|---|---|---|---|---|")
 
 
-def line(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
-    """A row of the table; ratio and share of the ceiling are of the peer's eager row of the same case."""
+def line(row: dict[str, Any], before: Sequence[dict[str, Any]]) -> str:
+    """A row of the table; ratio and share of the ceiling are of the peer's eager row of the same case, the nearest of
+    the same run `before` it."""
     if "error" in row:
         return f"| {row['name']} | {row['error']} |"
     if "agree" in row:
         return f"| {row['case']} | losses of {row['who']} and peer | differ by {row['agree']:.2%} at most |"
-    base = next((other for other in reversed(rows) if other.get("who") == "peer" and "sec" in other
-                 and (other["size"], other["batch"], other["checkpointing"]) == (
-                     row["size"], row["batch"], peer_level(row["checkpointing"]))), None)
+    base = next((other for other in (row, *reversed(before)) if other.get("who") == "peer" and "sec" in other
+                 and (other.get("run"), other["size"], other["batch"], other["checkpointing"]) == (
+                     row.get("run"), row["size"], row["batch"], peer_level(row["checkpointing"]))), None)
     seconds = sorted(row["secs"])
     spread = f"{1000 * seconds[len(seconds) // 10]:.1f}–{1000 * seconds[-1 - len(seconds) // 10]:.1f}"
     share = f"{base['flop'] / row['sec'] / base['ceiling']:.0%}" if base else ""
     ratio = f"{base['sec'] / row['sec']:.2f}" if base else ""
     return (f"| {row['case']} | {row['who']} | {1000 * row['sec']:.1f} | {spread} | {row['peak'] / memory.GIB:.1f} "
             f"({row['reserved'] / memory.GIB:.1f} reserved) | {share} | {row['first_sec']:.1f} s | {ratio} |")
+
+
+def table(files: Sequence[Path]) -> Iterator[str]:
+    """The rows of earlier runs, each file by itself: whatever two files tell of was not one run."""
+    for file in files:
+        rows = [json.loads(text) for text in file.read_text().splitlines()]
+        yield from (line(row, rows[:number]) for number, row in enumerate(rows))
 
 
 def main() -> None:
@@ -290,17 +301,17 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=120, help="seconds for a row")
     options = parser.parse_args()
     if options.table:
-        rows = [json.loads(text) for file in options.table for text in file.read_text().splitlines()]
-        print(HEAD, *(line(row, rows) for row in rows), sep="\n")
+        print(HEAD, *table(options.table), sep="\n")
         return
     usual = options.rows or (["lora"] if options.agree else ROWS)
     todo, rows = [row for case in options.case for row in rows_of(case, usual)], []
     if options.agree and (others := [row.who for row in todo if not row.who.startswith("lora")]):
         parser.error(f"--agree compares plain LoRA with the peer, in rows such as lora+compile: leave out {others[0]}")
     print(HEAD, flush=True)
+    began = datetime.now().isoformat(timespec="seconds")  # told in each row: a file may hold several runs
     for found in run_apart(todo, options, agree if options.agree else measure):
-        rows.append(found)
-        print(line(found, rows), *found.get("notes", ()), sep="\n  ", flush=True)
+        rows.append(found := found | {"run": began})
+        print(line(found, rows[:-1]), *found.get("notes", ()), sep="\n  ", flush=True)
         if options.json:
             with options.json.open("a") as out:
                 out.write(json.dumps(found) + "\n")

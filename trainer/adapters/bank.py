@@ -42,7 +42,6 @@ class Adapter:
         self.step_rule: StepRule | None = None
         self.skip = torch.zeros((), dtype=torch.bool, device=device)
         self.found_inf = torch.zeros((), dtype=torch.float32, device=device)  # the same, as torch's optimizers read it
-        self.skipped_in_a_row = torch.zeros((), dtype=torch.int64, device=device)
         self.updates = torch.zeros((), dtype=torch.float32, device=device)  # steps taken, for the average's warm-up
         self.steps = torch.zeros((), dtype=torch.int64)  # steps begun, on the host
         self.measures = True  # whether this step measures how far rounding has taken the factors off the manifold
@@ -140,7 +139,6 @@ class Adapter:
         bad = torch.stack([number.detach().float() for number in numbers]).mul_(0.0).sum() != 0  # inf * 0 is NaN
         self.skip.copy_(bad)
         self.found_inf.copy_(bad)
-        self.skipped_in_a_row.add_(1).mul_(bad)
 
     def before_step(self) -> None:
         """What the method asks before `optimizer.step()`, after clipping."""
@@ -159,7 +157,7 @@ class Adapter:
     def prune(self, average_rank: float) -> None:
         """Cut the smallest singular values of a diagonal S, over all layers, down to an average rank; for good.
 
-        Adaptive rank as AdaLoRA has it (Zhang et al. 2023), by |sigma|; every layer keeps its largest. The budget
+        Adaptive rank as AdaLoRA has it (Zhang et al. 2303.10512), by |sigma|; every layer keeps its largest. The budget
         of a step comes from `stella.rank_budget`.
         """
         size = self.leaves["core"].abs().masked_fill(self.pruned, -1.0)
@@ -173,7 +171,8 @@ class Adapter:
 
     @torch.no_grad()
     def ema_update(self) -> None:
-        """Average the exported pair, with a decay that warms up as min(decay, (1 + t) / (10 + t))."""
+        """Average the exported pair, with a decay that warms up as min(decay, (1 + t) / (10 + t)): that of
+        TensorFlow's ExponentialMovingAverage with num_updates."""
         taken = ~self.skip
         self.updates.add_(taken)
         if self.ema is None:

@@ -14,6 +14,8 @@ from trainer.errors import UserError
 if TYPE_CHECKING:
     from trainer.adapters.bank import Adapter
 
+FORMER = ("skipped_in_a_row",)  # what checkpoints of earlier programs have beside
+
 
 def gather(adapter: Adapter) -> dict[str, Tensor]:
     """Leaves, averages, frozen start pair, start (for drift), counters, and the layers' names as JSON bytes."""
@@ -24,7 +26,6 @@ def gather(adapter: Adapter) -> dict[str, Tensor]:
         tensors["pruned"] = adapter.pruned
     tensors["updates"] = adapter.updates
     tensors["steps"] = adapter.steps
-    tensors["skipped_in_a_row"] = adapter.skipped_in_a_row
     tensors["layers"] = _names(adapter)
     return tensors
 
@@ -37,7 +38,7 @@ def _names(adapter: Adapter) -> Tensor:
 @torch.no_grad()
 def restore(adapter: Adapter, tensors: Mapping[str, Tensor]) -> None:
     """Copy in place, so that no address changes."""
-    own = gather(adapter)
+    own, tensors = gather(adapter), {key: tensor for key, tensor in tensors.items() if key not in FORMER}
     if set(own) != set(tensors):
         missing, extra = sorted(set(own) - set(tensors)), sorted(set(tensors) - set(own))
         raise UserError(f"the saved adapter was made with other settings: it lacks {missing or 'nothing'} and has "

@@ -152,7 +152,7 @@ class TriLoRA(StelLA):
 def rank_budget(step: int, steps: int, rank: int, target: float) -> float:
     """Average rank at a step: the full rank for a fifth of the run, then cubically down to the target at seven tenths.
 
-    The schedule of AdaLoRA (Zhang et al. 2023, eq. 12).
+    The schedule of AdaLoRA (Zhang et al. 2303.10512, eq. 12).
     """
     begin, end = steps // 5, 7 * steps // 10
     left = 1.0 - min(1.0, max(0.0, (step - begin) / max(1, end - begin)))

@@ -13,7 +13,7 @@ from PIL import Image
 
 from trainer.caption import wording
 from trainer.captions import join_tags
-from trainer.errors import UserError
+from trainer.errors import UserError, first_line
 
 MODEL, TAGS = "model.onnx", "selected_tags.csv"
 GENERAL, CHARACTER = "0", "4"  # categories of tags; 9 is the rating, which is no part of a caption
@@ -39,7 +39,7 @@ class Tagger:
         try:
             self._session = onnxruntime.InferenceSession(folder / MODEL, providers=["CPUExecutionProvider"])
         except Exception as error:  # noqa: BLE001 - onnxruntime's own classes derive from Exception
-            raise UserError(f"{folder / MODEL}: cannot be loaded: {_first_line(error)}") from error
+            raise UserError(f"{folder / MODEL}: cannot be loaded: {first_line(error)}") from error
         self._input = self._session.get_inputs()[0]
         if len(self._input.shape) != 4 or self._input.shape[3] != 3:
             raise UserError(f"{folder / MODEL}: takes {self._input.shape}, not images of 3 channels, which come last; "
@@ -88,7 +88,3 @@ def _read_tags(path: Path) -> list[tuple[str, str]]:
     except (OSError, ValueError, KeyError, AttributeError, csv.Error) as error:
         raise UserError(f"{path}: not a list of tags with the columns name and category "
                         f"({type(error).__name__}: {error})") from None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from trainer.errors import UserError
+from trainer.errors import UserError, naming
 from trainer.export.lora_file import LoraFile, open_lora
 from trainer.export.recognise import kind_in_words
 
@@ -20,12 +20,10 @@ def read(path: Path, *, family: str) -> Pairs:
     zeros (untrained ones that formats ask for) are left out. Raises `UserError` for a file that is not there, cannot
     be read, is of another family, or lacks a half.
     """
-    try:
+    with naming("adapter.start_from"):
         if not path.is_file():
             raise UserError(f"no file {path}; give a LoRA as a .safetensors file")
         return pairs(open_lora(path, family=family))
-    except UserError as error:
-        raise UserError(f"adapter.start_from: {error}") from error
 
 
 def pairs(lora: LoraFile) -> Pairs:

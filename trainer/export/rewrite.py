@@ -13,9 +13,9 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from trainer.errors import UserError
+from trainer.errors import NO_ROOM, UserError
 from trainer.families.tensors import Header, TensorInfo
-from trainer.files import NO_ROOM, replacing
+from trainer.files import replacing
 
 PIECE = 16 * 2**20  # bytes
 HASHES = {"sshs_model_hash": "", "modelspec.hash_sha256": "0x"}  # of the data, and what stands before the digits

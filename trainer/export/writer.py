@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from trainer.errors import UserError
+from trainer.errors import NO_ROOM, UserError
 from trainer.export import formats, names
 from trainer.export.formats import Format
 from trainer.export.lora_file import swap_halves
 from trainer.export.stacked import Pair, apart, fuse
-from trainer.files import NO_ROOM, sync_folder
+from trainer.files import sync_folder
 
 Parts = tuple[Tensor, Tensor, Tensor | None]
 

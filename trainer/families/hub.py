@@ -23,7 +23,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.hf_api import RepoSibling
 from huggingface_hub.utils import tqdm
 
-from trainer.errors import UserError
+from trainer.errors import UserError, first_line
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _TOKENIZERS = ("tokenizer.json", "spiece.model", "vocab.json")
@@ -234,5 +234,4 @@ def _explained(repo: str, error: Exception) -> Exception:
 
 
 def _first_sentence(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0].split(". ")[0].rstrip(".")
+    return first_line(error).split(". ")[0].rstrip(".")

@@ -168,5 +168,6 @@ def preferred(name: str) -> Iterator[None]:
 
 def signature(calls: Counter[Call], names: Sequence[str], device: str) -> str:
     """What the fastest kernels depend on."""
-    shapes = sorted(f"{count}x{'/'.join(map(str, call.sizes))}{call.dtype}" for call, count in calls.items())
+    shapes = sorted(f"{count}x{'/'.join(map(str, call.sizes + call.strides))}{call.dtype}"
+                    for call, count in calls.items())
     return " ".join(["attention", device, torch.__version__, *names, *shapes])

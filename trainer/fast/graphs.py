@@ -6,18 +6,19 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from trainer.errors import first_line
 from trainer.faults import out_of_memory
 from trainer.gpu import free_memory
+from trainer.memory.meter import FULL
 
 FIRST_PASSES = 2  # of a shape, without a graph: libraries choose their kernels; the last is watched
 MOST_SHAPES = 12  # graphs that are held at a time; a graph's own description takes some tens of MB
 SPARE = 2.25  # times the activations: once in the graphs' own memory, once for passes without a graph, and gaps
-FULL = 0.95  # of the limit, as when a plan is chosen
 
 Inputs = dict[str, Tensor]
 Key = tuple[tuple[str, tuple[int, ...], torch.dtype], ...]
@@ -169,7 +170,7 @@ class StepGraphs:
         try:
             return self.recorder.watched(lambda: self._pass(inputs))
         except Waits as error:
-            reason = str(error.__cause__).strip().splitlines()[0] if error.__cause__ else "it waits for the device"
+            reason = first_line(error.__cause__) if error.__cause__ else "it waits for the device"
         torch._foreach_copy_(list(self.gradients), kept)
         self.stop(f"CUDA graphs are not used: a step of this model makes the computer wait for the GPU ({reason})")
         return self._pass(inputs)
@@ -231,5 +232,4 @@ def explain(error: Exception) -> str:
     """Why a pass could not be recorded, for a person."""
     if out_of_memory(error):
         return "their memory does not fit beside the model's"
-    first: Any = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return f"a step of this model cannot be recorded ({first})"
+    return f"a step of this model cannot be recorded ({first_line(error)})"

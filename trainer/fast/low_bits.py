@@ -12,7 +12,7 @@ from torch import Tensor
 
 from trainer.control import Stopped
 from trainer.distributed import Elsewhere
-from trainer.errors import UserError
+from trainer.errors import UserError, first_line
 from trainer.fast import compile as block_compiler
 from trainer.fast import matmul, passes
 from trainer.fast.matmul import LowBits
@@ -192,7 +192,7 @@ def _cosine(session: Session, low: LowBits, expected: Sequence[Sequence[Tensor]]
 
 def _reason(error: Exception) -> str:
     traceback.print_exc()  # to the run's log
-    return f"that failed: {(str(error).strip().splitlines() or [type(error).__name__])[0]}"
+    return f"that failed: {first_line(error)}"
 
 
 def _refuse(session: Session, why_not: str) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 import torch
 
+from trainer.errors import first_line
 from trainer.fast import attention, low_bits, passes
 from trainer.fast import compile as block_compiler
 from trainer.fast.graphs import CudaRecorder, StepGraphs
@@ -121,7 +122,7 @@ def _try_compiled(session: Session) -> None:
         raise
     except Exception as error:
         traceback.print_exc()  # to the run's log
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
     else:
         session.recorder.note(session.progress.step, "The model's blocks are compiled, which took "
                               f"{time.perf_counter() - began:.0f} s; another shape of batch takes as long, once")

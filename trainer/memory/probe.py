@@ -12,7 +12,7 @@ from trainer.distributed import ALONE, World
 from trainer.errors import UserError
 from trainer.faults import out_of_memory
 from trainer.memory.hold import change, let_go
-from trainer.memory.meter import GIB, Meter
+from trainer.memory.meter import FULL, GIB, Meter
 from trainer.memory.plan import Plan
 from trainer.memory.shards import Shards
 from trainer.record import Recorder
@@ -21,7 +21,6 @@ from trainer.update import EAGER_CALLS, Update
 
 STEPS = EAGER_CALLS + 1  # with the one whose optimizer step is captured as a graph
 ROUNDS = 2  # micro-batches a step: from the second on nothing more is held
-FULL = 0.95  # of the limit that a plan may take: the rest is for gaps between tensors
 OPTIMISM = 0.9  # of an estimate: a plan that just may fit is worth measuring
 
 Build = Callable[[Plan], Session]

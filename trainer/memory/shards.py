@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from trainer.distributed import World
-from trainer.errors import UserError
+from trainer.errors import UserError, first_line
 from trainer.memory.blocks import repeated_blocks
 from trainer.memory.fetch import ALIGNMENT, Block, Fetching, lay_out, padded
 from trainer.memory.plan import Plan
@@ -81,8 +81,7 @@ def try_out(neighbours: Neighbours, parts: Parts, device: torch.device) -> None:
         neighbours.world.together(lambda: parts.put(own))  # by itself: in `open` others would wait for one that cannot
         neighbours.world.together(look)
     except (RuntimeError, ImportError, AttributeError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"the GPUs' memory cannot be read from other processes here ({reason})") from error
+        raise UserError(f"the GPUs' memory cannot be read from other processes here ({first_line(error)})") from error
 
 
 class Parts(Protocol):

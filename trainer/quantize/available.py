@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from trainer.errors import UserError
+from trainer.errors import UserError, first_line
 from trainer.quantize.model import quantised_linear
 
 
@@ -38,7 +38,7 @@ def check(mode: str, device: torch.device, setting: str = "memory.quantize") -> 
 
 
 def _message(mode: str, device: torch.device, setting: str, problem: object) -> str:
-    reason = (str(problem).strip().splitlines() or [type(problem).__name__])[0]
+    reason = first_line(problem)
     if mode == "fp8":
         return f"{setting} = 'fp8' does not work on this device ({device}: {reason}): set it to 'none'"
     if isinstance(problem, ImportError):
