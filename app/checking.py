@@ -105,7 +105,7 @@ class Checks:
                 waiting.launch = self._launch(waiting)
 
     def _launch(self, check: Check) -> Launch:
-        file = check.folder / "preset.toml"  # not its name, which the page gave
+        file = check.folder / "draft.toml"  # not its name, which the page gave
         preset.save(file, check.text)
         return start_detached([*self._trainer, "--preset", str(file), "--check", "--json", "--workspace",
                                str(self._places.workspace)], check.folder / "report")

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from trainer import preset as presets
 from trainer import run as runs
 from trainer.errors import UserError
 from trainer.events import EventWriter
@@ -389,3 +390,8 @@ def test_looking_at_a_run_is_cheap(run):
     for _ in range(1000):
         run.asked("stop")
     assert time.perf_counter() - began < 1000 * 0.0005
+
+
+def test_a_fault_in_a_runs_preset_names_the_run(tmp_path):
+    with pytest.raises(UserError, match=r"(?m)^my_style/preset\.toml:2: train\.step: no such key"):
+        presets.load(runs.create(tmp_path, "my_style", "[train]\nstep = 1\n").preset)

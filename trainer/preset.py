@@ -19,7 +19,7 @@ from trainer.files import write_atomic
 from trainer.preset_rules import RULES
 from trainer.schema import Preset, Problem
 
-Sections = dict[str, dict[str, Any]]
+OF_A_RUN = "preset.toml"  # what it is called in each run's folder
 SHIPPED = Path(__file__).resolve().parent.parent / "presets"
 LENGTH = {("train", "steps"), ("train", "epochs")}
 HOLDOUT = ("evaluate", "holdout")  # it takes images out of training: not for a resume to change
@@ -50,7 +50,8 @@ def load(path: Path, overrides: Iterable[str] = ()) -> Preset:
     once, as `file:line: section.key: what is wrong`.
     """
     text = read_text(path)
-    return complete(parse(text, path.name, overrides), path.resolve().parent)
+    name = f"{path.parent.name}/{path.name}" if path.name == OF_A_RUN else path.name
+    return complete(parse(text, name, overrides), path.resolve().parent)
 
 
 def parse(text: str, name: str, overrides: Iterable[str] = ()) -> Preset:
