@@ -14,8 +14,8 @@ from trainer.distributed import ALONE, World
 from trainer.errors import UserError
 from trainer.memory.blocks import repeated_blocks
 from trainer.memory.estimate import Estimator
-from trainer.memory.meter import FULL, Meter
-from trainer.memory.plan import LADDER, Plan, below, for_gpus, plain, rungs
+from trainer.memory.meter import Meter
+from trainer.memory.plan import FULL, LADDER, Plan, below, for_gpus, plain, rungs
 from trainer.memory.probe import Build, settle, told, worth_trying
 from trainer.memory.shards import Neighbours
 from trainer.memory.trace import META
