@@ -228,6 +228,19 @@ def test_the_environment_is_read_only_at_the_doors():
     assert not readers
 
 
+# The map
+
+
+def test_the_trainers_map_names_its_folders_and_fast_parts_and_nothing_that_is_not_there():
+    trainer, told = ROOT / "trainer", (ROOT / "trainer/README.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`(?:[a-z]+/)?(\w+\.py|[a-z]+/)`", told))
+    there = {path.name for path in trainer.rglob("*.py")} | {f"{path.parent.name}/" for path in trainer.rglob("*.py")}
+    assert named <= there, named - there
+    parts = {path.name for name in ("fast", "memory", "quantize") for path in (trainer / name).glob("*.py")}
+    folders = {f"{path.parent.name}/" for path in trainer.glob("*/__init__.py")}
+    assert (parts | folders) - {"__init__.py"} <= named
+
+
 # Lint
 
 

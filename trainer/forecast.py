@@ -19,8 +19,7 @@ from trainer.material import Material
 from trainer.memory.blocks import repeated_blocks
 from trainer.memory.choice import remembered
 from trainer.memory.estimate import EMA, HELD, STATE, Estimate, Estimator
-from trainer.memory.meter import FULL
-from trainer.memory.plan import Plan, plain, rungs, text_rungs
+from trainer.memory.plan import FULL, Plan, plain, rungs, text_rungs
 from trainer.memory.trace import META
 from trainer.memory.weights import bytes_of
 from trainer.quantize.available import works

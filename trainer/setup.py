@@ -27,8 +27,8 @@ from trainer.families.base import quantised_id
 from trainer.faults import out_of_memory
 from trainer.material import Material
 from trainer.memory.choice import choose
-from trainer.memory.meter import FULL, Meter
-from trainer.memory.plan import WORDS, Plan, text_rungs
+from trainer.memory.meter import Meter
+from trainer.memory.plan import FULL, WORDS, Plan, text_rungs
 from trainer.memory.shards import Neighbours, meet
 from trainer.memory.weights import bytes_of
 from trainer.metrics.features import find_weights

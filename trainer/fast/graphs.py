@@ -14,7 +14,7 @@ from torch import Tensor
 from trainer.errors import first_line
 from trainer.faults import out_of_memory
 from trainer.gpu import free_memory
-from trainer.memory.meter import FULL
+from trainer.memory.plan import FULL
 
 FIRST_PASSES = 2  # of a shape, without a graph: libraries choose their kernels; the last is watched
 MOST_SHAPES = 12  # graphs that are held at a time; a graph's own description takes some tens of MB

@@ -16,8 +16,8 @@ from trainer.errors import UserError
 from trainer.memory.blocks import repeated_blocks
 from trainer.memory.estimate import Estimator
 from trainer.memory.hold import working
-from trainer.memory.meter import FULL, Meter
-from trainer.memory.plan import LADDER, Plan, below, for_gpus, plain, rungs
+from trainer.memory.meter import Meter
+from trainer.memory.plan import FULL, LADDER, Plan, below, for_gpus, plain, rungs
 from trainer.memory.probe import Build, settle, told, worth_trying
 from trainer.memory.shards import Neighbours
 from trainer.memory.trace import META

@@ -11,7 +11,6 @@ from trainer.errors import UserError
 GIB = 2**30
 CONTEXT = 1.0 * GIB  # what CUDA, its kernels and libraries hold beside tensors: 0.84 seen on an H200
 KERNELS = 0.4 * GIB  # the part of it that comes only with the first steps
-FULL = 0.95  # of the limit that a plan or graphs may take: the rest is for gaps between tensors
 
 
 class Meter(Protocol):

@@ -10,6 +10,7 @@ from trainer.schema import Memory, Preset
 WORDS = {"none": "unquantised", "fp8": "FP8", "int8": "INT8", "nf4": "NF4"}
 CHECKPOINTING = {"none": "no checkpointing", "selective": "selective checkpointing", "full": "checkpointing"}
 LEVELS = list(CHECKPOINTING)  # from the fastest to the most sparing
+FULL = 0.95  # of the limit that a plan or graphs may take: the rest is for gaps between tensors
 LADDER = 2  # of these rungs: what was found to fit on an older ladder may not be the fastest on this one
 
 

@@ -12,8 +12,8 @@ from trainer.distributed import ALONE, World
 from trainer.errors import UserError
 from trainer.faults import out_of_memory
 from trainer.memory.hold import change, let_go
-from trainer.memory.meter import FULL, GIB, Meter
-from trainer.memory.plan import Plan
+from trainer.memory.meter import GIB, Meter
+from trainer.memory.plan import FULL, Plan
 from trainer.memory.shards import Shards
 from trainer.record import Recorder
 from trainer.session import Session, build_optimizer
