@@ -171,6 +171,22 @@ def test_a_long_journal_forgets_the_oldest_and_keeps_the_rest(tmp_path, monkeypa
     assert 3 <= kept < 30 and tree(tmp_path) == {"a.txt": b"%d" % (29 - kept) * 100}
 
 
+def test_a_change_larger_than_the_limit_is_undone_and_redone_with_those_around_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(journals, "LIMIT", 4000)
+    journal, states = Journal(tmp_path), [tree(tmp_path)]
+    for i, (name, size) in enumerate([("a", 10), ("b", 10), ("all", 9000), ("b", 10), ("a", 10)]):
+        journal.do(f"edit {i}", [write(tmp_path, f"{name}.txt", b"%d" % i * size)])
+        states.append(tree(tmp_path))
+    for i in (4, 3, 2, 1, 0):
+        assert Journal(tmp_path).undo().entry.what == f"edit {i}" and tree(tmp_path) == states[i]
+    for i in range(5):
+        assert Journal(tmp_path).redo().entry.what == f"edit {i}" and tree(tmp_path) == states[i + 1]
+    with journal.held():
+        kept = journal.path.stat()
+    with journal.held():  # what is beyond the limit is not written anew at each change
+        assert journal.path.stat().st_ino == kept.st_ino
+
+
 def test_two_journals_of_one_folder_see_each_other(tmp_path):
     one, two = Journal(tmp_path), Journal(tmp_path)
     one.do("by one", [Write("a.txt", None, b"1")])

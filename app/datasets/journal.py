@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from filelock import FileLock, Timeout
 
@@ -29,7 +29,7 @@ from trainer.events import heal
 from trainer.files import write_atomic
 
 HIDDEN = ".studio"  # in the data set's folder; the trainer passes hidden names over
-LIMIT = 64_000_000  # bytes of a journal; beyond, the older half is forgotten
+LIMIT = 64_000_000  # bytes of a journal; beyond, what is old is forgotten
 PATIENCE = 30.0  # seconds that another program may take for its change
 
 Header = dict[str, Any]
@@ -72,6 +72,7 @@ class Journal:
         self.note = ""  # what was found half done, in a sentence
         self._mutex = threading.RLock()
         self._lock = FileLock(root / HIDDEN / "lock", thread_local=False)
+        self._kept = 0  # bytes that the last compaction left: more than the limit after a very large change
         self._forget()
         if self.path.exists():
             with suppress(UserError), self.held():  # a folder that cannot be written can still be looked at
@@ -217,7 +218,7 @@ class Journal:
             self._make(kind, changes)
             self._close("end")
             self.note = f"an interrupted change was completed: {'undo of ' if kind == 'undo' else ''}{entry.what}"
-        if self._seen[1] > LIMIT:
+        if self._seen[1] > max(LIMIT, 2 * self._kept):
             self._compact()
 
     def _read(self) -> None:
@@ -268,24 +269,31 @@ class Journal:
             self._made.append(self._undone.pop())
 
     def _compact(self) -> None:
-        """Write the file anew with the newest entries that fit into half the limit."""
-        lines: list[bytes] = []
-        size = 0
+        """Write the file anew with the entries that are the next to be undone, and the next to be made again."""
         with open(self.path, "rb") as file:
-            for entry in [*self._undone, *reversed(self._made)]:  # the newest first
-                file.seek(entry.offset)
-                header_and_rows = file.readline().partition(b"\t")
-                size += len(header_and_rows[2])
-                if size > LIMIT // 2:
-                    break
-                header = json.loads(header_and_rows[0]) | {"skip": sorted(entry.skipped)}
-                lines.append(_dumps(header) + b"\t" + header_and_rows[2] + _line({"kind": "end"}))
-        undone = self._undone[:len(lines)]
-        lines.reverse()
-        lines += [_line({"kind": "undo", "id": entry.id, "skip": []}) + _line({"kind": "end"}) for entry in undone]
-        write_atomic(self.path, b"".join(lines))
+            made, undone = _next_lines(file, self._made), _next_lines(file, self._undone)
+        turned = self._undone[len(self._undone) - len(undone):]
+        turns = [_line({"kind": "undo", "id": entry.id, "skip": []}) + _line({"kind": "end"}) for entry in turned]
+        write_atomic(self.path, b"".join([*reversed(made), *undone, *turns]))
         self._forget()
         self._read()
+        self._kept = self._seen[1]
+
+
+def _next_lines(file: BinaryIO, stack: Sequence[Entry]) -> list[bytes]:
+    """The lines of a stack's last entries, the last first, that come to a third of the limit. The largest does not
+    count: nobody could take back by hand what it did, nor reach what is beyond it."""
+    lines: list[bytes] = []
+    size = largest = 0
+    for entry in reversed(stack):
+        file.seek(entry.offset)
+        header, _, rows = file.readline().partition(b"\t")
+        size, largest = size + len(rows), max(largest, len(rows))
+        if size - largest > LIMIT // 3:
+            break
+        told = json.loads(header) | {"skip": sorted(entry.skipped)}
+        lines.append(_dumps(told) + b"\t" + rows + _line({"kind": "end"}))
+    return lines
 
 
 def _dumps(value: object) -> bytes:
