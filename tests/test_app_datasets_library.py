@@ -132,6 +132,22 @@ def test_what_a_kill_has_left_of_a_copy_goes_with_the_next(library, root):
     assert sorted(path.name for path in library.places.datasets.iterdir()) == [".copy-new", "copy"]
 
 
+def test_a_root_is_found_by_its_folder_and_a_hidden_one_by_its_own_root(library, root, tmp_path):
+    inner = root / ".hidden/inner"
+    draw(inner / "a.png")
+    found = Library(Places(library.places.workspace, (root, inner)))
+    for folder in (root, root / "cats", inner):
+        assert found.open(found.id_of(folder)).root == folder.resolve()
+    assert [found.id_of(folder) for folder in (root / ".hidden", found.places.datasets, tmp_path)] == [""] * 3
+
+
+def test_names_that_are_no_text_hide_no_others(library, root, cats):
+    for folder in (root, library.places.datasets):
+        draw(folder / "caf\udce9/a.png")
+    assert [folder["name"] for folder in library.browse(root_id(library))["folders"]] == ["cats"]
+    assert [row["name"] for row in library.list_sets()["sets"]] == ["cats"]
+
+
 def test_a_link_that_leads_out_is_passed_over_and_the_other_sets_are_listed(library, cats, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     (library.places.datasets / "link").symlink_to(tmp_path / "elsewhere")

@@ -14,7 +14,7 @@ from app.datasets import duplicates, trash
 from app.datasets.changes import Change, Move, Write, content
 from app.datasets.data_set import DataSet
 from app.datasets.index import Record, is_small
-from app.paths import inside
+from app.paths import can_be_sent, inside
 from trainer import captions
 from trainer.data import folders
 from trainer.errors import UserError
@@ -158,11 +158,10 @@ def _of_files(root: Path) -> list[Finding]:
 def _can_be_named(root: Path, name: str) -> bool:
     """Whether the browser can be told of a file, and the trash can take it."""
     try:
-        name.encode()
         inside(root, name)
-    except (UnicodeEncodeError, UserError):
+    except UserError:
         return False
-    return True
+    return can_be_sent(name)
 
 
 def _told(finding: Finding) -> Answer:

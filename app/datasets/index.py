@@ -14,6 +14,7 @@ from typing import Literal
 
 from app.datasets.facts import Facts
 from app.datasets.thumbnails import LATER, FactsFile, Stamp, Workshop
+from app.paths import can_be_sent
 from trainer import captions
 from trainer.data import folders
 from trainer.errors import UserError
@@ -281,7 +282,7 @@ def _stamp_of(file: os.DirEntry[str] | Path) -> tuple[int, int, int] | None:
 
 def _unshowable(name: str, entry: os.DirEntry[str] | None, top: str) -> str:
     """Why an image cannot be named to a browser, or is none of this data set's; "" for nearly all."""
-    if set(name) & set(":\\\n") or not name.isprintable() and _is_torn(name):
+    if set(name) & set(":\\\n") or not can_be_sent(name):
         return 'their names hold ":", "\\", a line break, or what is not Unicode; rename them'
     if entry is not None and entry.is_symlink():
         if not _is_in(os.path.realpath(entry.path), top):
@@ -289,14 +290,6 @@ def _unshowable(name: str, entry: os.DirEntry[str] | None, top: str) -> str:
         if not os.path.exists(entry.path):
             return "they are links to nowhere"
     return ""
-
-
-def _is_torn(name: str) -> bool:
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return True
-    return False
 
 
 def _is_in(path: str, top: str) -> bool:
