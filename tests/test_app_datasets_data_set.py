@@ -3,13 +3,15 @@
 import base64
 import hashlib
 import os
+import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from io import BytesIO
 
 import pytest
 from PIL import Image
 
-from app.datasets import bulk
+from app.datasets import arrange, bulk
 from app.datasets.library import Library
 from app.datasets.operations import parse
 from tests.data_sets import draw, image_hashes, tree, wait_for, wait_until_known
@@ -225,6 +227,14 @@ def test_nothing_is_overwritten_by_a_move(cats):
     with pytest.raises(UserError, match="two of the images would be called new/a.png"):
         cats.move(["a.png", "5_more/a.png"], "new")
     assert tree(cats.root) == old
+
+
+def test_thousands_of_images_are_moved_at_once(cats):
+    some = cats.records(["a.png"])[0]
+    many = [replace(some, name=f"{i}.png", mask=True) for i in range(5000)]
+    began = time.monotonic()
+    assert len(arrange.into_folder(cats.root, many, many, "new")) == 15_000
+    assert time.monotonic() - began < 4  # the journal is held meanwhile
 
 
 def test_a_caption_and_a_mask_that_two_images_share_stay_with_the_other(cats):

@@ -112,14 +112,33 @@ def test_what_is_no_part_of_a_data_set_is_refused_by_name(cats, inbox):
 
 @pytest.mark.parametrize(("name", "lands"), [
     ("C:\\x\\a b.png", "C_/x/a b.png"), ("what?.png", "what_.png"), ("con.png", "con_.png"), ("ü.png", "ü.png"),
-    ("x" * 300 + ".png", "x" * 120 + ".png"), ("../../up.png", None), ("/abs.png", None), (".hidden.png", "hidden.png"),
-    ("a/../b.png", None), ("a//b.png", None)])
+    ("x" * 300 + ".png", "x" * 200 + ".png"), ("猫" * 100 + ".png", "猫" * 66 + ".png"),
+    ("a." + "猫" * 100 + "/b.png", "a." + "猫" * 13 + "/b.png"), ("a/" * 500 + "b.png", None),
+    (".hidden.png", "hidden.png"), ("../../up.png", None), ("/abs.png", None), ("a/../b.png", None),
+    ("a//b.png", None)])
 def test_names_are_made_safe_or_refused(cats, inbox, name, lands):
     old = set(tree(cats.root))
     (inbox / "f").write_bytes(png())
     answer = cats.add_files([(name, inbox / "f")])
     assert set(tree(cats.root)) - old == ({lands} if lands else set())
     assert bool(answer["refused"]) == (lands is None)
+
+
+def test_what_belongs_together_still_does_when_long_names_are_cut(cats, inbox):
+    old, cut = tree(cats.root), "猫" * 66
+    for stem in ("猫" * 100, "猫" * 70):  # both are cut to the same one
+        files = {".png": png(len(stem)), ".txt": "cat", "-masklabel.png": png()}
+        answer = send(cats, inbox, **{stem + ending: data for ending, data in files.items()})
+        assert (answer["added"], answer["captions"], answer["refused"]) == (1, 1, [])
+    assert set(tree(cats.root)) - set(old) == {
+        f"{cut}{end}" for end in (".png", ".txt", "-masklabel.png", "-2.png", "-2.txt", "-2-masklabel.png")}
+
+
+def test_a_file_that_cannot_be_stored_stops_no_other(cats, inbox):
+    path = packed(inbox / "z.zip", d__png=png(31), d__png_in_x__png=png(32), good__png=png(33))
+    answer = cats.add_files([("z.zip", path)])
+    reason = "cannot be stored (File exists); rename it or its folder"
+    assert (answer["added"], answer["refused"]) == (2, [("z.zip: d.png/x.png", reason)])
 
 
 def test_a_zip_is_unpacked_with_its_folders(cats, inbox):

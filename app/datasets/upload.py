@@ -26,6 +26,7 @@ from trainer.files import MAY_SYNC_AT_ONCE
 MOST_MEMBERS = 50_000  # files of a zip
 MOST_RATIO = 100  # unpacked to packed; pictures hardly shrink at all
 FREE_RATIO = 50_000_000  # bytes that a zip may unpack to whatever the ratio
+LONGEST_PATH = 900  # letters of a name with its folders; in the trash more come before it
 LARGEST_TEXT = 1_000_000  # bytes of a caption
 
 
@@ -189,12 +190,19 @@ def _target(name: str, draft: Path, batch: Batch, shown: str) -> Path | None:
         batch.refused.append((shown, "its name leads out of the data set, or is hidden"))
         return None
     wanted = "/".join(parts)
+    if len(wanted) > LONGEST_PATH:
+        batch.refused.append((shown, f"its name has over {LONGEST_PATH} letters with its folders; shorten them"))
+        return None
     target = draft / wanted
     is_known = folders.is_image(parts[-1]) or folders.is_mask(wanted) or wanted.lower().endswith(".txt")
     if not is_known or target.exists():
         batch.refused.append((shown, "came twice" if is_known else "is no image, caption (.txt) or mask"))
         return None
-    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:  # such as a folder in a zip that is called as a file in it
+        batch.refused.append((shown, f"cannot be stored ({error.strerror}); rename it or its folder"))
+        return None
     batch.files[wanted], batch.came_as[wanted] = target, shown
     return target
 
