@@ -42,6 +42,7 @@ class Record:
     folded: str = ""  # for searching
     version: str = "none"
     fault: str = ""  # why the caption cannot be read
+    foreign: bool = False  # because of its encoding
     caption_stamp: tuple[int, int, int] | None = None
     facts: Facts | None = None
 
@@ -70,17 +71,17 @@ class Record:
         """Take the caption from the disk if its file is another one than last time."""
         if stamp == self.caption_stamp and stamp is not None:
             return
-        self.caption, self.version, self.fault, self.caption_stamp = "", "none", "", stamp
-        if stamp is not None:
-            path = captions.sidecar(self.path)
+        self.caption, self.version, self.fault, self.foreign, self.caption_stamp = "", "none", "", False, stamp
+        path = captions.sidecar(self.path)
+        if stamp is not None and stamp[1] > LONGEST:
+            self.fault = f"{path}: the caption has {stamp[1]} bytes; the most is {LONGEST}"
+        elif stamp is not None:
             try:
-                if stamp[1] > LONGEST:
-                    raise UserError(f"{path}: the caption has {stamp[1]} bytes; the most is {LONGEST}")
                 data = path.read_bytes()
                 self.version = captions.version(data)
                 self.caption = captions.decode(data, path)
             except UserError as error:
-                self.fault = str(error)
+                self.fault, self.foreign = str(error), True
             except OSError as error:
                 self.fault = f"{path}: the caption cannot be read: {error.strerror}"
         self.folded = self.caption.casefold()
@@ -204,7 +205,7 @@ class Index:
         record = Record(name, folder / file, (stat.st_mtime_ns, stat.st_size), repeats, excluded,
                         stem + folders.MASK in there)
         if old := self.records.get(name):
-            for part in ("caption", "folded", "version", "fault", "caption_stamp"):
+            for part in ("caption", "folded", "version", "fault", "foreign", "caption_stamp"):
                 setattr(record, part, getattr(old, part))
         record.read_caption(_stamp(there.get(stem + ".txt")))
         record.facts = self.facts.get(name, record.stamp)
