@@ -281,6 +281,19 @@ def test_a_copy_that_is_refused_takes_no_caption_along_to_another_image(cats, li
     assert tree(other.root) == old and (cats.root / "a.png").exists()
 
 
+def test_an_image_moves_with_its_own_caption_or_stays_where_it_was(cats, library):
+    other = library.open(library.create("other")["id"])
+    for name in ("a_.txt", "b_.txt", "b_-2.txt"):
+        (other.root / name).write_text("of a stranger")
+    for name in ("a?", "b?"):
+        draw(cats.root / f"{name}.png", seed=ord(name[0]), caption=f"of {name}")
+    cats.index.refresh(at_once=True)
+    answer = cats.send(["a?.png", "b?.png"], other, keep=False)
+    assert (answer["sent"], answer["refused"]) == (1, [("b?.txt", "there is a b_-2.txt already")])
+    assert other.records(["a_-2.png"])[0].caption == "of a?" and not (cats.root / "a?.txt").exists()
+    assert (cats.root / "b?.txt").read_text() == "of b?" and (cats.root / "b?.png").exists()
+
+
 def test_masks_are_checked_written_and_put_away_again(cats):
     wait_until_known(cats)
     for png, words in [(b"no picture", "is not a PNG"), (mask_of((5, 5)), "the mask has 5 × 5 pixels")]:

@@ -3,11 +3,13 @@
 import io
 import stat
 import zipfile
+from contextlib import contextmanager
 
 import pytest
 from PIL import Image
 
 from app.datasets import upload
+from app.datasets.library import Library
 from tests.data_sets import draw, tree, wait_until_known
 
 
@@ -92,6 +94,18 @@ def test_what_belongs_to_a_refused_image_is_not_given_to_another_one_of_its_name
     assert reasons["c.txt"] == "belongs to c.jpg, which was not taken"
     again = send(cats, inbox, b__png=b, b__txt="a better one")  # the very image: its caption is meant
     assert again["captions"] == 1 and (cats.root / "b.txt").read_bytes() == b"a better one"
+
+
+def test_an_image_does_not_come_to_a_caption_that_is_not_its_own(cats, inbox):
+    for name, text in (("x", "other"), ("y", "same"), ("z", "lone")):
+        (cats.root / f"{name}.txt").write_text(text)
+    (cats.root / "w.txt").mkdir()
+    answer = send(cats, inbox, x__png=png(1), x__txt="own", y__png=png(2), y__txt="same", z__png=png(3), w__png=png(4),
+                  w__txt="own", c__txt="first")
+    assert (answer["added"], answer["refused"]) == (4, [])
+    captions = {record.name: record.caption for record in cats.records()}
+    assert captions.items() >= {"x-2.png": "own", "y.png": "same", "z.png": "lone", "w-2.png": "own"}.items()
+    assert "w.txt: cannot be read" in send(cats, inbox, w__txt="own")["refused"][0][1]
 
 
 def test_of_two_captions_for_one_image_the_first_is_taken(cats, inbox):
@@ -191,6 +205,28 @@ def test_a_zip_that_would_do_harm_is_refused_whole(cats, inbox, monkeypatch, kin
 def test_copies_that_were_not_taken_do_not_stay(cats, inbox):
     send(cats, inbox, broken__png=b"no", x__html=b"x")
     assert [path.name for path in (cats.root / ".studio").rglob("*") if path.is_file() and path.name != "lock"] == []
+
+
+def test_copies_are_no_trash_that_others_see_and_empty_before_they_are_taken_in(cats, library, inbox, monkeypatch):
+    other, staged = Library(library.places).open(cats.id), upload.staged
+
+    @contextmanager
+    def beside_another(root, files):
+        with staged(root, files) as batch:
+            assert other.trash()["files"] == [] and other.empty_trash()["removed"] == 0
+            yield batch
+
+    monkeypatch.setattr(upload, "staged", beside_another)
+    assert send(cats, inbox, new__png=png(), new__txt="a caption")["added"] == 1
+    assert (cats.root / "new.txt").read_text() == "a caption"
+
+
+def test_a_caption_that_no_one_could_edit_is_left_out_and_nothing_else(cats, inbox):
+    old = tree(cats.root)
+    answer = send(cats, inbox, new__png=png(), new__txt="x" * 1_000_001, a__txt="y" * 1_000_001, b__txt="z" * 1_000_000)
+    reason = "has 1000001 bytes; the most for a caption is 1000000"
+    assert answer["refused"] == [("new.txt", reason), ("a.txt", reason)]
+    assert tree(cats.root) == old | {"new.png": png(), "b.txt": b"z" * 1_000_000}
 
 
 def test_a_photograph_of_an_unreadable_kind_comes_in_and_is_told_by_the_health_check(cats, inbox):

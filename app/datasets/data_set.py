@@ -194,7 +194,7 @@ class DataSet:
 
         `excluded` names those of the images that are left out of training here, too.
         """
-        with upload.staged(self.root, files) as batch, self.journal.held():
+        with upload.staged(self.root, files) as batch, self.journal.held(), upload.in_trash(self.root, batch):
             self.index.refresh(at_once=True)
             plan = upload.plan(self.root, batch, self.records(), excluded)
             answer = self.change(plan.what(), plan.changes) if plan.changes else self.state()
