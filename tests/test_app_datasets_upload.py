@@ -232,7 +232,7 @@ def test_a_caption_that_no_one_could_edit_is_left_out_and_nothing_else(cats, inb
 def test_a_photograph_of_an_unreadable_kind_comes_in_and_is_told_by_the_health_check(cats, inbox):
     assert send(cats, inbox, phone__heic=b"ftypheic")["added"] == 1
     wait_until_known(cats)
-    assert "HEIC files are not read" in cats.cards(["phone.heic"])["cards"][0]["trouble"]
+    assert "HEIC files are not read" in cats.list_images(names=["phone.heic"])["cards"][0]["trouble"]
 
 
 def test_the_uploaded_file_itself_stays(cats, tmp_path):

@@ -50,8 +50,6 @@ class Entry:
 
     id: int
     what: str
-    at: float  # unix seconds
-    files: int
     offset: int  # of its line in the journal
     skipped: set[int] = field(default_factory=set)  # positions that an undo or redo had to leave as they were
 
@@ -85,11 +83,6 @@ class Journal:
 
     def next_redo(self) -> Entry | None:
         return self._undone[-1] if self._undone else None
-
-    def history(self, most: int) -> list[tuple[Entry, bool]]:
-        """The newest entries first, each with whether it is undone."""
-        rows = [(entry, False) for entry in self._made[-most:]] + [(entry, True) for entry in self._undone]
-        return sorted(rows, key=lambda row: -row[0].id)[:most]
 
     # What can be done
 
@@ -130,7 +123,8 @@ class Journal:
             if blocked:
                 raise Changed(blocked)
             number = 1 + max((entry.id for entry in [*self._made, *self._undone]), default=0)
-            header = {"kind": "do", "id": number, "what": what, "at": round(time.time(), 3), "files": len(changes)}
+            header = {"kind": "do", "id": number, "what": what, "at": round(time.time(), 3),  # for who reads the file
+                      "files": len(changes)}
             self._carry_out(header, changes, [disk.to_json(change) for change in changes])
             return Done(self._made[-1], list(changes))
 
@@ -246,8 +240,7 @@ class Journal:
         """What a line means."""
         kind = header["kind"]
         if kind == "do":
-            entry = Entry(header["id"], header["what"], header["at"], header["files"], offset,
-                          set(header.get("skip", ())))
+            entry = Entry(header["id"], header["what"], offset, set(header.get("skip", ())))
             self._pending = kind, entry, set()
         elif kind in ("undo", "redo"):
             stack = self._made if kind == "undo" else self._undone

@@ -96,10 +96,6 @@ class Library:
                 del self._open[next(iter(self._open))]
             return found
 
-    def folder(self, id: str) -> str:
-        """The absolute path, as a preset's data.folder takes it."""
-        return self._path(id).as_posix()
-
     def id_of(self, folder: Path) -> str:
         """The id under which `open` finds a folder; "" for one that this app may not look into."""
         for key, root in self._roots.items():
