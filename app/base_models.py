@@ -7,7 +7,7 @@ import threading
 from typing import Any
 
 from app import form
-from app.paths import Places
+from app.paths import Places, can_be_sent
 from trainer import preset
 from trainer.bases import Found, Index
 from trainer.errors import UserError
@@ -31,7 +31,7 @@ class BaseModels:
         told = [place for folder in self._places.model_folders for place in places_in(folder)]
         usual = usual_places(self._places.around) if self._places.around else []
         places = unique([*own, *told, *usual])
-        found = {_id(one): one for one in self._index.find(places)}
+        found = {id_of(one): one for one in self._index.find(places) if can_be_told(one)}
         with self._lock:
             self._found = found
         return {"bases": [{"id": id} | one.as_dict() for id, one in found.items()],
@@ -56,8 +56,13 @@ class BaseModels:
         return preset.update_text(text, {"model": changes}), said
 
 
-def _id(one: Found) -> str:
-    return hashlib.sha256(one.base.encode(errors="replace")).hexdigest()[:16]
+def id_of(one: Found) -> str:
+    return hashlib.sha256(one.base.encode()).hexdigest()[:16]
+
+
+def can_be_told(one: Found) -> bool:
+    """Whether the names of all its files are text."""
+    return all(map(can_be_sent, [one.base, *one.parts.values()]))
 
 
 def _words(key: str) -> str:

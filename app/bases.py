@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import threading
@@ -11,9 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from app.base_models import can_be_told, id_of
 from app.paths import Places
 from trainer import preset as presets
-from trainer import run as runs
 from trainer.bases import Found, Index
 from trainer.errors import UserError
 from trainer.model_folders import Place, places_in, unique, usual_places
@@ -65,7 +64,7 @@ class Bases:
     def _of_runs(self) -> Iterator[Answer]:
         """Each base once, with the newest run that had it, and the demo's."""
         known: list[Answer] = []
-        for run in runs.list_runs(self.places.workspace):
+        for run in self.places.list_runs():
             try:
                 chosen = origin.model_settings(presets.load(run.preset))
             except UserError:  # of another version of the program, or being written
@@ -83,8 +82,8 @@ class Bases:
         folders += [Place(root.name, root) for root in self.places.roots if root.is_dir()]
         folders += [place for folder in self.places.model_folders for place in places_in(folder)]
         folders += usual_places(self.places.around) if self.places.around else []
-        found = [one for one in self._index.find(unique(folders)) if one.family]
-        self._found = {hashlib.sha256(one.base.encode(errors="replace")).hexdigest()[:16]: one for one in found}
+        found = [one for one in self._index.find(unique(folders)) if one.family and can_be_told(one)]
+        self._found = {id_of(one): one for one in found}
         for key, one in self._found.items():
             yield _row(f"found:{key}", f"{one.name} ({one.program})", one.family, Path(one.base), one.bytes,
                        ready=one.is_ready)

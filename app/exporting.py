@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from app.jobs import Launch, start_detached
-from app.paths import Places, inside
-from trainer import run as runs
+from app.paths import Places, can_be_sent, inside
 from trainer.errors import UserError
 from trainer.export import formats, header, texts
 from trainer.export.recognise import family_of, find_family
@@ -70,7 +69,7 @@ class Exporting:
 
     def sources(self) -> Answer:
         """Files of runs, by run and the newest first; those made here; those below the roots."""
-        found = [{"run": run.name, "files": files} for run in runs.list_runs(self.places.workspace)
+        found = [{"run": run.name, "files": files} for run in self.places.list_runs()
                  if (files := [_row(f"run:{run.name}/{path.relative_to(run.path).as_posix()}", path, _when(run, path))
                                for path in _files_of(run)])]
         made = sorted(filter(_is_listed, self.places.exports.glob("*.safetensors")),
@@ -280,7 +279,7 @@ def shortened(report: Mapping[str, Any]) -> Answer:
 def _files_of(run: Run) -> list[Path]:
     """A run's LoRA files: the result, then those of earlier steps, the newest first."""
     others = sorted(run.exports.glob("*.safetensors"), reverse=True)
-    return [path for path in (run.result, *others) if path.is_file()]
+    return [path for path in (run.result, *others) if _is_listed(path)]
 
 
 def _when(run: Run, path: Path) -> str:
@@ -308,11 +307,7 @@ def _walk(root: Path) -> Iterator[Path]:
 
 def _is_listed(path: Path) -> bool:
     """Whether it is a file, and no link to nowhere, whose name can be sent to the page."""
-    try:
-        path.as_posix().encode()
-    except UnicodeEncodeError:
-        return False
-    return path.is_file()
+    return can_be_sent(path.as_posix()) and path.is_file()
 
 
 def _row(id: str, path: Path, label: str) -> Answer:

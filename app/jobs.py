@@ -241,7 +241,7 @@ class Jobs:
 
     def _list(self) -> list[Row]:
         begun = {entry.name: _seconds(entry.path) for entry in self.queue.begun()}  # first: what ends now has a folder
-        rows = [Row(run.name, self.state(run), _seconds(run.preset)) for run in runs.list_runs(self.places.workspace)]
+        rows = [Row(run.name, self.state(run), _seconds(run.preset)) for run in self.places.list_runs()]
         there = {row.name for row in rows}
         told = begun | {name: launch.at for name, launch in self._launches.items()}
         waiting = [Row(name, state, at) for name, at in told.items()

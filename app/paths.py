@@ -71,6 +71,10 @@ class Places:
         except UserError:
             raise UserError(f"there is no run called {name[:100]!r} in {self.runs}") from None
 
+    def list_runs(self) -> list[run.Run]:
+        """All runs that a page can be told of, the newest first."""
+        return [found for found in run.list_runs(self.workspace) if can_be_sent(found.name)]
+
     def hand_out(self, of: run.Run) -> None:
         """Let the web server send a run's pictures and results, and nothing else of the run."""
         for path in (of.samples, of.exports, of.result):
@@ -95,6 +99,15 @@ class Places:
         with suppress(UserError):
             if str(path) not in self.handed_out and inside(path.parent, path.name) == path.parent.resolve() / path.name:
                 self.handed_out.append(str(path))
+
+
+def can_be_sent(name: str) -> bool:
+    """Whether a name found on the disk is text: it may be any bytes there, and no answer can hold those."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def inside(root: Path, name: str) -> Path:

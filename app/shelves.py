@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from app import form
-from app.paths import Places, inside
+from app.paths import Places, can_be_sent, inside
 from trainer import preset
 from trainer.errors import UserError
 from trainer.run import check_name
@@ -32,8 +32,8 @@ def folder_of(places: Places, shelf: Any) -> Path:  # noqa: ANN401
 
 def names(places: Places) -> dict[str, list[str]]:
     """The names on both shelves."""
-    return {shelf: sorted((path.stem for path in folder_of(places, shelf).glob("*.toml")), key=str.lower)
-            for shelf in SHELVES}
+    return {shelf: sorted((path.stem for path in folder_of(places, shelf).glob("*.toml") if can_be_sent(path.name)),
+                          key=str.lower) for shelf in SHELVES}
 
 
 def find(places: Places, shelf: str, name: str) -> Path:

@@ -47,7 +47,7 @@ def read_tree(root: Path) -> Files:
 
 
 def read_state(journal: Journal) -> State:
-    return read_tree(journal.root), [(entry.id, undone) for entry, undone in journal.history(10**6)]
+    return read_tree(journal.root), [(entry.id, entry in journal._undone) for entry in journal._made + journal._undone]
 
 
 def act(journal: Journal, step: tuple[str, int]) -> None:

@@ -1,11 +1,13 @@
 """Base models for the form: what was listed can be taken, with its parts, and nothing else."""
 
+import json
 import shutil
 
 import pytest
 
 from app import form
 from app.base_models import BaseModels
+from app.bases import Bases
 from app.paths import Places
 from tests import models, models_flux
 from trainer.errors import UserError
@@ -50,6 +52,15 @@ def test_a_whole_model_takes_the_parts_of_the_last_one_out(bases, tmp_path):
 def test_ones_own_tokenizer_stays(bases):
     text, _ = bases.take(TEXT.replace("vae =", "tokenizer_2 ="), ids(bases)["transformer"])
     assert form.values_of(text)["model"]["tokenizer_2"] == "other.safetensors"
+
+
+def test_names_that_are_no_text_hide_no_others(bases, tmp_path):
+    kept = tmp_path / "given/models"
+    shutil.copytree(tmp_path / "home/ComfyUI/models/diffusers/tiny", kept / "caf\udce9")
+    shutil.copy(kept / "diffusion_models/vae.safetensors", kept / "\udce9.safetensors")
+    assert "tiny" in ids(bases) and json.dumps(bases.listing(), ensure_ascii=False).encode()
+    listed = Bases(Places(tmp_path / "w", (tmp_path / "given", tmp_path / "home"))).listing()
+    assert len(listed["bases"]) > 1 and json.dumps(listed, ensure_ascii=False).encode()
 
 
 def test_only_what_was_listed_is_taken(bases, tmp_path):

@@ -46,7 +46,7 @@ def test_a_task_runs_beside_the_app_and_its_results_become_one_entry(tmp_path, f
     library = Library(Places(tmp_path, roots=(folder,)))
     try:
         data_set = library.open(library.list_sets()["roots"][0]["id"])
-        data_set.save_caption("1.png", "by hand", data_set.cards(["1.png"])["cards"][0]["version"])
+        data_set.save_caption("1.png", "by hand", data_set.records(["1.png"])[0].version)
         answer = captioning.apply(name, data_set, ["0.png", "1.png", "2.png"])
         text = "red circle, blue sky"
         assert answer["changed"] == 2 and answer["undo"] == "Automatic captions"

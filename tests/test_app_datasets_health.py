@@ -118,6 +118,24 @@ def test_remedies_do_what_they_say(ill):
     assert (ill.root / "large.txt").read_bytes() == b"sks, red, cat"
 
 
+def test_captions_that_are_too_large_or_out_of_reach_are_told_apart_and_not_converted(cats):
+    (cats.root / "a.txt").write_bytes("schönes Mädchen ".encode() * 80_000)
+    (cats.root / "c.txt").mkdir()
+    (cats.root / "b.txt").write_bytes("Mädchen".encode("cp1252"))
+    cats.index.refresh(at_once=True)
+    found, large = findings(cats), (cats.root / "a.txt").read_bytes()
+    assert (found["not_utf8"]["files"], found["unread_caption"]["files"]) == (["b.png"], ["a.png", "c.png"])
+    assert found["unread_caption"]["remedy"] is None
+    assert health.remedy(cats, "not_utf8")["changed"] == 1 and (cats.root / "a.txt").read_bytes() == large
+
+
+def test_a_caption_that_was_saved_as_utf8_meanwhile_is_not_converted(cats, monkeypatch):
+    (cats.root / "b.txt").write_bytes("Mädchen".encode("cp1252"))
+    cats.index.refresh(at_once=True)
+    monkeypatch.setattr(cats.index, "refresh", lambda at_once=False: (cats.root / "b.txt").write_text("Mädchen"))
+    assert health.remedy(cats, "not_utf8")["changed"] == 0 and (cats.root / "b.txt").read_text() == "Mädchen"
+
+
 def test_a_finding_that_is_gone_changes_nothing_and_an_unknown_one_is_refused(cats):
     assert health.remedy(cats, "lone_mask")["changed"] == 0 and cats.info()["undo"] is None
     with pytest.raises(UserError, match="there is no remedy for"):
@@ -125,7 +143,8 @@ def test_a_finding_that_is_gone_changes_nothing_and_an_unknown_one_is_refused(ca
 
 
 @pytest.mark.parametrize(("data", "text"), [
-    ("Mädchen".encode("cp1252"), "Mädchen"), ("Mädchen".encode("utf-16"), "Mädchen"), (b"\x80 euro", "€ euro"),
+    ("Mädchen".encode(), "Mädchen"), ("Mädchen".encode("cp1252"), "Mädchen"),
+    ("Mädchen".encode("utf-16"), "Mädchen"), (b"\x80 euro", "€ euro"),
     ("plain".encode("utf-16-le"), "plain"), ("plain".encode("utf-16-be"), "plain"), (b"a\x81b plain", "a\x81b plain")])
 def test_old_encodings_are_told_apart(data, text):
     assert health.guess_text(data) == text

@@ -92,7 +92,7 @@ def test_a_folder_that_is_gone_is_told(cats):
 def test_an_enormous_caption_is_left_alone(cats):
     (cats.root / "b.txt").write_bytes(b"x" * 1_000_001)
     cats.index.refresh(at_once=True)
-    assert "the caption has 1000001 bytes" in cats.cards(["b.png"])["cards"][0]["fault"]
+    assert "the caption has 1000001 bytes" in cats.records(["b.png"])[0].fault
 
 
 def test_tags_are_counted_whatever_their_case_and_shown_as_mostly_written(cats):

@@ -19,6 +19,11 @@ def tree(root):
             if path.is_file() and ".studio" not in path.parts}
 
 
+def history(journal):
+    """All entries, the newest first: what each was, and whether it is undone."""
+    return [(entry.what, True) for entry in journal._undone] + [(entry.what, False) for entry in journal._made[::-1]]
+
+
 def write(root, name, text):
     path = root / name
     before = path.read_bytes() if path.exists() else None
@@ -50,7 +55,7 @@ def test_many_entries_are_undone_in_turn_and_a_new_change_ends_redo(tmp_path):
     assert Journal(tmp_path).redo().entry.what == "edit 2" and tree(tmp_path) == states[3]
     journal.do("another", [write(tmp_path, "a.txt", b"new")])  # it has seen the other one's redo
     assert journal.redo() is None and Journal(tmp_path).next_redo() is None
-    assert [entry.what for entry, _ in journal.history(3)] == ["another", "edit 2", "edit 1"]
+    assert [what for what, _ in history(journal)[:3]] == ["another", "edit 2", "edit 1"]
     while journal.undo():
         pass
     assert tree(tmp_path) == states[0] == {}
@@ -149,7 +154,7 @@ def test_damaged_lines_cost_their_own_entry_only(tmp_path):
     lines[2] = lines[2].replace(b"some", b"s\x00\x00e")
     journal.path.write_bytes(b"".join(lines) + b"no journal\n[]\n")
     again = Journal(tmp_path)
-    assert [entry.what for entry, _ in again.history(9)] == ["edit 2", "edit 0"]
+    assert [what for what, _ in history(again)] == ["edit 2", "edit 0"]
     again.undo(), again.undo()
     assert tree(tmp_path) == {"1.txt": b"some text"}
 
@@ -160,15 +165,32 @@ def test_a_long_journal_forgets_the_oldest_and_keeps_the_rest(tmp_path, monkeypa
     for i in range(30):
         journal.do(f"edit {i}", [write(tmp_path, "a.txt", b"%d" % i * 100)])
     journal.undo(), journal.undo()
-    before = [(entry.id, undone) for entry, undone in journal.history(99)]
+    before = history(journal)
     journal._compact()
     assert journal.path.stat().st_size < 4000
-    assert [(entry.id, undone) for entry, undone in journal.history(99)] == before[:len(journal.history(99))]
+    after = history(journal)
+    assert set(after) < set(before) and after == [row for row in before if row in after]
     assert journal.redo().entry.what == "edit 28" and journal.redo().entry.what == "edit 29"
     kept = 0
     while journal.undo():
         kept += 1
     assert 3 <= kept < 30 and tree(tmp_path) == {"a.txt": b"%d" % (29 - kept) * 100}
+
+
+def test_a_change_larger_than_the_limit_is_undone_and_redone_with_those_around_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(journals, "LIMIT", 4000)
+    journal, states = Journal(tmp_path), [tree(tmp_path)]
+    for i, (name, size) in enumerate([("a", 10), ("b", 10), ("all", 9000), ("b", 10), ("a", 10)]):
+        journal.do(f"edit {i}", [write(tmp_path, f"{name}.txt", b"%d" % i * size)])
+        states.append(tree(tmp_path))
+    for i in (4, 3, 2, 1, 0):
+        assert Journal(tmp_path).undo().entry.what == f"edit {i}" and tree(tmp_path) == states[i]
+    for i in range(5):
+        assert Journal(tmp_path).redo().entry.what == f"edit {i}" and tree(tmp_path) == states[i + 1]
+    with journal.held():
+        kept = journal.path.stat()
+    with journal.held():  # what is beyond the limit is not written anew at each change
+        assert journal.path.stat().st_ino == kept.st_ino
 
 
 def test_two_journals_of_one_folder_see_each_other(tmp_path):

@@ -28,8 +28,8 @@ def root_id(library):
 
 def test_a_new_data_set_is_an_empty_folder_in_the_workspace(library):
     made = library.create("my cats")
-    assert library.folder(made["id"]) == (library.places.datasets / "my cats").as_posix()
-    assert library.open(made["id"]).info()["images"] == 0
+    info = library.open(made["id"]).info()
+    assert (info["folder"], info["images"]) == ((library.places.datasets / "my cats").as_posix(), 0)
     assert [(row["id"], row["name"], row["own"]) for row in library.list_sets()["sets"]] == [
         (made["id"], "my cats", True)]
     with pytest.raises(UserError, match="already a data set called 'my cats'"):
@@ -59,7 +59,7 @@ def test_folders_below_a_root_can_be_walked_and_opened(library, root):
 def test_looking_at_a_folder_leaves_nothing_in_it(library, root):
     old = sorted(root.rglob("*"))
     data_set = library.open(library.browse(root_id(library))["folders"][0]["id"])
-    data_set.list_images(), data_set.info(), data_set.trash(), data_set.history()
+    data_set.list_images(), data_set.info(), data_set.trash()
     assert sorted(root.rglob("*")) == old
 
 
@@ -68,7 +68,7 @@ def test_looking_at_a_folder_leaves_nothing_in_it(library, root):
 def test_nothing_outside_a_root_can_be_opened(library, root, name, tmp_path):
     os.symlink(tmp_path, root / "leak")
     (root / "cats" / ".studio").mkdir()
-    for call in (library.open, library.browse, library.folder, lambda id: library.copy_in(id, "copy")):
+    for call in (library.open, library.browse, lambda id: library.copy_in(id, "copy")):
         with pytest.raises(UserError):
             call(root_id(library) + name)
     assert "leak" not in [folder["name"] for folder in library.browse(root_id(library))["folders"]]
@@ -84,7 +84,7 @@ def test_ids_stay_when_roots_are_added_and_the_app_starts_again(library, root, t
     id = library.browse(root_id(library))["folders"][0]["id"]
     (tmp_path / "other").mkdir()
     again = Library(Places(library.places.workspace, (tmp_path / "other", root)))
-    assert again.folder(id) == (root / "cats").as_posix()
+    assert again.browse(id)["folder"] == (root / "cats").as_posix()
 
 
 def test_a_folder_is_copied_in_with_all_that_training_reads(library, root):
@@ -130,6 +130,22 @@ def test_what_a_kill_has_left_of_a_copy_goes_with_the_next(library, root):
         os.utime(library.places.datasets / name, (time.time() - age,) * 2)
     library.copy_in(library.browse(root_id(library))["folders"][0]["id"], "copy")
     assert sorted(path.name for path in library.places.datasets.iterdir()) == [".copy-new", "copy"]
+
+
+def test_a_root_is_found_by_its_folder_and_a_hidden_one_by_its_own_root(library, root, tmp_path):
+    inner = root / ".hidden/inner"
+    draw(inner / "a.png")
+    found = Library(Places(library.places.workspace, (root, inner)))
+    for folder in (root, root / "cats", inner):
+        assert found.open(found.id_of(folder)).root == folder.resolve()
+    assert [found.id_of(folder) for folder in (root / ".hidden", found.places.datasets, tmp_path)] == [""] * 3
+
+
+def test_names_that_are_no_text_hide_no_others(library, root, cats):
+    for folder in (root, library.places.datasets):
+        draw(folder / "caf\udce9/a.png")
+    assert [folder["name"] for folder in library.browse(root_id(library))["folders"]] == ["cats"]
+    assert [row["name"] for row in library.list_sets()["sets"]] == ["cats"]
 
 
 def test_a_link_that_leads_out_is_passed_over_and_the_other_sets_are_listed(library, cats, tmp_path):

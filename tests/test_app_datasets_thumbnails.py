@@ -114,6 +114,38 @@ def test_a_reader_that_dies_once_says_nothing_of_the_image(workshop, tmp_path, m
     assert (told.trouble, told.width) == ("", 32)
 
 
+def test_a_worker_that_cannot_be_started_is_tried_again(workshop, tmp_path, monkeypatch):
+    real, failed = thumbnails._start, []
+
+    def start():
+        if len(failed) < 3:
+            failed.append(True)
+            raise BlockingIOError(11, "Resource temporarily unavailable")
+        return real()
+
+    monkeypatch.setattr(thumbnails, "_start", start)
+    monkeypatch.setattr(thumbnails, "PAUSE", 0.01)
+    told = make(workshop, draw(tmp_path / "a.png"), draw(tmp_path / "b.png", seed=2))
+    assert [(name, facts.trouble) for name, facts in told] == [("a.png", ""), ("b.png", "")]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_thread_that_a_fault_ends_is_replaced(workshop, tmp_path):
+    ended = threading.Event()
+
+    def fail(told):
+        ended.set()
+        raise RuntimeError("a fault of whoever wanted it")
+
+    paths = [draw(tmp_path / f"{i}.png", seed=i) for i in range(2)]
+    workshop.want(paths[0], stamp(paths[0]), fail)
+    workshop.want(paths[1], stamp(paths[1]), lambda told: None)  # waits when the thread ends
+    assert ended.wait(30)
+    wait_for(lambda: workshop._threads == 0)
+    workshop.want(paths[1], stamp(paths[1]), lambda told: None)
+    wait_for(lambda: workshop.file_of(paths[1], stamp(paths[1])).exists())
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="groups of processes are other things there")
 def test_an_interrupt_of_the_app_does_not_reach_the_workers():
     worker = thumbnails._start()

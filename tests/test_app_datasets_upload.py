@@ -3,11 +3,13 @@
 import io
 import stat
 import zipfile
+from contextlib import contextmanager
 
 import pytest
 from PIL import Image
 
 from app.datasets import upload
+from app.datasets.library import Library
 from tests.data_sets import draw, tree, wait_until_known
 
 
@@ -94,6 +96,18 @@ def test_what_belongs_to_a_refused_image_is_not_given_to_another_one_of_its_name
     assert again["captions"] == 1 and (cats.root / "b.txt").read_bytes() == b"a better one"
 
 
+def test_an_image_does_not_come_to_a_caption_that_is_not_its_own(cats, inbox):
+    for name, text in (("x", "other"), ("y", "same"), ("z", "lone")):
+        (cats.root / f"{name}.txt").write_text(text)
+    (cats.root / "w.txt").mkdir()
+    answer = send(cats, inbox, x__png=png(1), x__txt="own", y__png=png(2), y__txt="same", z__png=png(3), w__png=png(4),
+                  w__txt="own", c__txt="first")
+    assert (answer["added"], answer["refused"]) == (4, [])
+    captions = {record.name: record.caption for record in cats.records()}
+    assert captions.items() >= {"x-2.png": "own", "y.png": "same", "z.png": "lone", "w-2.png": "own"}.items()
+    assert "w.txt: cannot be read" in send(cats, inbox, w__txt="own")["refused"][0][1]
+
+
 def test_of_two_captions_for_one_image_the_first_is_taken(cats, inbox):
     answer = send(cats, inbox, new__png=png(), new__txt="one", new__TXT="two")
     assert answer["refused"] == [("new.TXT", "there is a new.txt already")]
@@ -112,14 +126,33 @@ def test_what_is_no_part_of_a_data_set_is_refused_by_name(cats, inbox):
 
 @pytest.mark.parametrize(("name", "lands"), [
     ("C:\\x\\a b.png", "C_/x/a b.png"), ("what?.png", "what_.png"), ("con.png", "con_.png"), ("ü.png", "ü.png"),
-    ("x" * 300 + ".png", "x" * 120 + ".png"), ("../../up.png", None), ("/abs.png", None), (".hidden.png", "hidden.png"),
-    ("a/../b.png", None), ("a//b.png", None)])
+    ("x" * 300 + ".png", "x" * 200 + ".png"), ("猫" * 100 + ".png", "猫" * 66 + ".png"),
+    ("a." + "猫" * 100 + "/b.png", "a." + "猫" * 13 + "/b.png"), ("a/" * 500 + "b.png", None),
+    (".hidden.png", "hidden.png"), ("../../up.png", None), ("/abs.png", None), ("a/../b.png", None),
+    ("a//b.png", None)])
 def test_names_are_made_safe_or_refused(cats, inbox, name, lands):
     old = set(tree(cats.root))
     (inbox / "f").write_bytes(png())
     answer = cats.add_files([(name, inbox / "f")])
     assert set(tree(cats.root)) - old == ({lands} if lands else set())
     assert bool(answer["refused"]) == (lands is None)
+
+
+def test_what_belongs_together_still_does_when_long_names_are_cut(cats, inbox):
+    old, cut = tree(cats.root), "猫" * 66
+    for stem in ("猫" * 100, "猫" * 70):  # both are cut to the same one
+        files = {".png": png(len(stem)), ".txt": "cat", "-masklabel.png": png()}
+        answer = send(cats, inbox, **{stem + ending: data for ending, data in files.items()})
+        assert (answer["added"], answer["captions"], answer["refused"]) == (1, 1, [])
+    assert set(tree(cats.root)) - set(old) == {
+        f"{cut}{end}" for end in (".png", ".txt", "-masklabel.png", "-2.png", "-2.txt", "-2-masklabel.png")}
+
+
+def test_a_file_that_cannot_be_stored_stops_no_other(cats, inbox):
+    path = packed(inbox / "z.zip", d__png=png(31), d__png_in_x__png=png(32), good__png=png(33))
+    answer = cats.add_files([("z.zip", path)])
+    reason = "cannot be stored (File exists); rename it or its folder"
+    assert (answer["added"], answer["refused"]) == (2, [("z.zip: d.png/x.png", reason)])
 
 
 def test_a_zip_is_unpacked_with_its_folders(cats, inbox):
@@ -174,10 +207,32 @@ def test_copies_that_were_not_taken_do_not_stay(cats, inbox):
     assert [path.name for path in (cats.root / ".studio").rglob("*") if path.is_file() and path.name != "lock"] == []
 
 
+def test_copies_are_no_trash_that_others_see_and_empty_before_they_are_taken_in(cats, library, inbox, monkeypatch):
+    other, staged = Library(library.places).open(cats.id), upload.staged
+
+    @contextmanager
+    def beside_another(root, files):
+        with staged(root, files) as batch:
+            assert other.trash()["files"] == [] and other.empty_trash()["removed"] == 0
+            yield batch
+
+    monkeypatch.setattr(upload, "staged", beside_another)
+    assert send(cats, inbox, new__png=png(), new__txt="a caption")["added"] == 1
+    assert (cats.root / "new.txt").read_text() == "a caption"
+
+
+def test_a_caption_that_no_one_could_edit_is_left_out_and_nothing_else(cats, inbox):
+    old = tree(cats.root)
+    answer = send(cats, inbox, new__png=png(), new__txt="x" * 1_000_001, a__txt="y" * 1_000_001, b__txt="z" * 1_000_000)
+    reason = "has 1000001 bytes; the most for a caption is 1000000"
+    assert answer["refused"] == [("new.txt", reason), ("a.txt", reason)]
+    assert tree(cats.root) == old | {"new.png": png(), "b.txt": b"z" * 1_000_000}
+
+
 def test_a_photograph_of_an_unreadable_kind_comes_in_and_is_told_by_the_health_check(cats, inbox):
     assert send(cats, inbox, phone__heic=b"ftypheic")["added"] == 1
     wait_until_known(cats)
-    assert "HEIC files are not read" in cats.cards(["phone.heic"])["cards"][0]["trouble"]
+    assert "HEIC files are not read" in cats.list_images(names=["phone.heic"])["cards"][0]["trouble"]
 
 
 def test_the_uploaded_file_itself_stays(cats, tmp_path):

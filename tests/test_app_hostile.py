@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -21,7 +22,7 @@ from pydantic import ValidationError
 from app import ui
 from app.components import FAULT, Answer, OwnComponent, Request
 from app.jobs import Jobs
-from app.paths import Places
+from app.paths import Places, can_be_sent
 from tests.data_sets import draw, tree
 from tests.run_folders import PRESET, finished
 
@@ -62,6 +63,13 @@ def world(tmp_path: Path) -> Iterator[World]:
     (workspace / "presets/p.toml").write_text(PRESET)
     draw(top / "root/birds/a.png", caption="a bird")
     (top / "root/link").symlink_to(others / "private")
+    for folder in ("root", "workspace/datasets", "workspace/runs", "workspace/presets"):  # names that are no text
+        shutil.copytree(top / "root/birds", top / folder / "caf\udce9")
+    for file in ("root/\udce9.safetensors", "workspace/datasets/cats/\udce9.png", "workspace/presets/\udce9.toml",
+                 "workspace/runs/r/exports/\udce9.safetensors", "workspace/exports/\udce9.safetensors",
+                 "workspace/runs/caf\udce9/preset.toml"):
+        (top / file).parent.mkdir(exist_ok=True)
+        (top / file).write_text(PRESET)
     for link, goal in (("datasets/link", "private"), ("presets/link.toml", "private.toml"), ("runs/link", "run"),
                        ("datasets/cats/link", "private"), ("runs/r/samples", "private")):
         (workspace / link).symlink_to(others / goal)
@@ -146,7 +154,9 @@ def ask(name: str, function: Callable[[Any], Answer], request: Any) -> Answer:
     """Call it; whatever comes must be an object that JSON knows, and tell nothing of others."""
     answer = function(request)
     assert isinstance(answer, dict), (name, request)
-    text = json.dumps(answer, allow_nan=False, default=lambda value: pytest.fail(f"{name}: {value!r} is not JSON"))
+    text = json.dumps(answer, allow_nan=False, ensure_ascii=False,
+                      default=lambda value: pytest.fail(f"{name}: {value!r} is not JSON"))
+    assert can_be_sent(text), (name, request, text[:300])
     assert SECRET not in text and "Traceback" not in text and FAULT not in text, (name, request, text[:300])
     if "error" in answer:
         assert isinstance(answer["error"], str) and 0 < len(answer["error"]) < 3000, (name, request)
@@ -238,4 +248,4 @@ def test_no_name_leads_to_what_belongs_to_others(world, nothing_of_others_change
 
 
     assert sorted(path.name for path in world.places.workspace.parent.iterdir()) == ["others", "root", "workspace"]
-    assert set(tree(world.places.roots[0])) == {"birds/a.png", "birds/a.txt"}
+    assert {name for name in tree(world.places.roots[0]) if can_be_sent(name)} == {"birds/a.png", "birds/a.txt"}

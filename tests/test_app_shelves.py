@@ -43,6 +43,12 @@ def test_what_is_deleted_can_be_brought_back_but_over_nothing(places):
     assert preset.read_text(places.presets / "my own.toml") == TEXT
 
 
+def test_a_name_that_is_no_text_hides_no_others(places):
+    shelves.save(places, "a", TEXT, "own")
+    (places.presets / "caf\udce9.toml").write_text(TEXT)
+    assert shelves.names(places)["own"] == ["a"]
+
+
 @pytest.mark.parametrize("name", ["demo", "../a", "", "a/b", "x" * 300, "a\0"])
 def test_only_ones_own_can_be_deleted(places, name):
     with pytest.raises(UserError):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
@@ -15,7 +17,7 @@ from trainer.data import folders
 from trainer.errors import UserError
 from trainer.run import RESERVED
 
-LONGEST = 120  # characters of a name that an upload may bring
+LONGEST = 200, 40  # bytes of a name before and from its last dot on: systems take 255, and a number may come between
 _FORBIDDEN = re.compile(r'[\\/:*?"<>|\x00-\x1f\x7f]')
 
 
@@ -34,9 +36,9 @@ def into_folder(root: Path, chosen: Sequence[Record], everything: Sequence[Recor
     check_folder(root, folder)
     prefix = f"{folder}/" if folder else ""
     changes = moves(chosen, everything, lambda name: prefix + name.rpartition("/")[2])
-    targets = [change.to.casefold() for change in changes if isinstance(change, Move)]
-    if repeated := {name for name in targets if targets.count(name) > 1}:
-        raise UserError(f"two of the images would be called {sorted(repeated)[0]}; rename one first")
+    targets = Counter(change.to.casefold() for change in changes if isinstance(change, Move))
+    if repeated := sorted(name for name, count in targets.items() if count > 1):
+        raise UserError(f"two of the images would be called {repeated[0]}; rename one first")
     excluded = {record.name.rpartition("/")[2] for record in chosen if record.excluded}
     lists = [*exclusions(root, chosen, False), *relisted(root, {folder: excluded}, True)]
     return changes + lists
@@ -91,12 +93,16 @@ def safe_name(name: str) -> str:
     """A file's or folder's name that every system takes, as near as can be to the one given; "" if nothing is left."""
     name = _FORBIDDEN.sub("_", unicodedata.normalize("NFC", name.encode("utf-8", "replace").decode()))
     name = name.strip().lstrip(".").rstrip(". ")
-    stem, dot, suffix = name.rpartition(".")
-    if not dot:
-        stem, suffix = suffix, ""
+    end = len(name) - len(folders.MASK) if folders.is_mask(name) else len(os.path.splitext(name)[0])
+    stem, ending = name[:end], name[end:]
     if stem.casefold().partition(".")[0] in RESERVED:
         stem += "_"
-    return stem[:LONGEST] + dot + suffix[:20]
+    return (_cut(stem, LONGEST[0]) + _cut(ending, LONGEST[1])).rstrip(". ")
+
+
+def _cut(text: str, most: int) -> str:
+    """As many of the first letters as have that many bytes."""
+    return text.encode()[:most].decode(errors="ignore")
 
 
 def free_stem(stem: str, suffixes: Collection[str], taken: Collection[str]) -> str:

@@ -72,10 +72,6 @@ class DataSet:
                   **self.state()}
         return answer | {"names": [record.name for record in found]} if start == 0 else answer
 
-    def cards(self, names: Sequence[str]) -> Answer:
-        """The cards of these images as they are now."""
-        return {"cards": [self._card(record) for record in self.index.named(names[:MOST_CARDS])]}
-
     def thumbs(self, names: Sequence[str]) -> Answer:
         """Where thumbnails stand; those that are not made yet are made before all others."""
         return {"thumbs": {record.name: self._thumb(record)
@@ -106,9 +102,6 @@ class DataSet:
         [record] = self.index.named([name])
         data = content(self.root, record.mask_name)
         return {"png": base64.b64encode(data or b"").decode(), "version": captions.version(data)}
-
-    def history(self, most: int = 50) -> Answer:
-        return {"entries": [_told(entry) | {"undone": undone} for entry, undone in self.journal.history(most)]}
 
     # Changes of captions
 
@@ -194,7 +187,7 @@ class DataSet:
 
         `excluded` names those of the images that are left out of training here, too.
         """
-        with upload.staged(self.root, files) as batch, self.journal.held():
+        with upload.staged(self.root, files) as batch, self.journal.held(), upload.in_trash(self.root, batch):
             self.index.refresh(at_once=True)
             plan = upload.plan(self.root, batch, self.records(), excluded)
             answer = self.change(plan.what(), plan.changes) if plan.changes else self.state()
@@ -274,10 +267,6 @@ class DataSet:
             return target.as_posix()
         self.index.look_at(record, SOON)
         return ""
-
-
-def _told(entry: Entry) -> Answer:
-    return {"id": entry.id, "what": entry.what, "at": entry.at, "files": entry.files}
 
 
 def _count(things: Sequence[object]) -> str:

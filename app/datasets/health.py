@@ -14,7 +14,7 @@ from app.datasets import duplicates, trash
 from app.datasets.changes import Change, Move, Write, content
 from app.datasets.data_set import DataSet
 from app.datasets.index import Record, is_small
-from app.paths import inside
+from app.paths import can_be_sent, inside
 from trainer import captions
 from trainer.data import folders
 from trainer.errors import UserError
@@ -121,9 +121,11 @@ def _of_captions(records: Sequence[Record], trigger: str) -> list[Finding]:
     lacking = [record.name for record in records if trigger and not record.fault
                and not captions.has_words(record.caption, trigger)]
     return [
-        Finding("not_utf8", "bad", "Captions that cannot be read", "They are not UTF-8. Training stops at them, "
-                "and they cannot be edited.",
-                [record.name for record in records if record.fault]),
+        Finding("not_utf8", "bad", "Captions that are not UTF-8", "Training stops at them, and they cannot be edited.",
+                [record.name for record in records if record.foreign]),
+        Finding("unread_caption", "bad", "Captions that cannot be read", "They have over 1 MB, or the system does not "
+                "give them: their cards say which. They can be neither searched nor edited.",
+                [record.name for record in records if record.fault and not record.foreign]),
         Finding("no_caption", "warn", "Images without a caption", "They are trained with the trigger word alone, or "
                 "with nothing.", [record.name for record in records
                                   if not record.caption.strip() and not record.fault]),
@@ -158,11 +160,10 @@ def _of_files(root: Path) -> list[Finding]:
 def _can_be_named(root: Path, name: str) -> bool:
     """Whether the browser can be told of a file, and the trash can take it."""
     try:
-        name.encode()
         inside(root, name)
-    except (UnicodeEncodeError, UserError):
+    except UserError:
         return False
-    return True
+    return can_be_sent(name)
 
 
 def _told(finding: Finding) -> Answer:
@@ -200,9 +201,10 @@ def _convert(data_set: DataSet, kind: str, names: Sequence[str], trigger: str) -
     changes: dict[str, Change] = {}
     skipped = []
     for record in data_set.records(names):
-        data = content(data_set.root, record.sidecar) or b""
         try:
-            changes[record.sidecar] = Write(record.sidecar, data, guess_text(data).encode())
+            data = content(data_set.root, record.sidecar) or b""
+            if (new := guess_text(data).encode()) != data:
+                changes[record.sidecar] = Write(record.sidecar, data, new)
         except UserError as error:
             skipped.append((record.name, str(error)))
     answer = data_set.change(f"convert {len(changes)} captions to UTF-8", list(changes.values())) if changes else (
@@ -217,13 +219,13 @@ def _add_trigger(data_set: DataSet, kind: str, names: Sequence[str], trigger: st
 
 
 def guess_text(data: bytes) -> str:
-    """The text of a caption in UTF-16 or a Western 8-bit encoding.  Raises `UserError` for what is neither."""
+    """The text of a caption in UTF-8, UTF-16 or a Western 8-bit encoding.  Raises `UserError` for what is none."""
     encodings = ["utf-16"] if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else []
     if not encodings and b"\0" in data:
         encodings = ["utf-16-le" if data[1:2] == b"\0" else "utf-16-be"]
     elif not encodings and sum(byte > 127 for byte in data) <= UNREADABLE_SHARE * len(data):
         encodings = ["cp1252", "latin-1"]
-    for encoding in encodings:
+    for encoding in ["utf-8", *encodings]:
         try:
             text = data.decode(encoding)
         except UnicodeDecodeError:

@@ -14,6 +14,7 @@ from typing import Literal
 
 from app.datasets.facts import Facts
 from app.datasets.thumbnails import LATER, FactsFile, Stamp, Workshop
+from app.paths import can_be_sent
 from trainer import captions
 from trainer.data import folders
 from trainer.errors import UserError
@@ -41,6 +42,7 @@ class Record:
     folded: str = ""  # for searching
     version: str = "none"
     fault: str = ""  # why the caption cannot be read
+    foreign: bool = False  # because of its encoding
     caption_stamp: tuple[int, int, int] | None = None
     facts: Facts | None = None
 
@@ -69,17 +71,17 @@ class Record:
         """Take the caption from the disk if its file is another one than last time."""
         if stamp == self.caption_stamp and stamp is not None:
             return
-        self.caption, self.version, self.fault, self.caption_stamp = "", "none", "", stamp
-        if stamp is not None:
-            path = captions.sidecar(self.path)
+        self.caption, self.version, self.fault, self.foreign, self.caption_stamp = "", "none", "", False, stamp
+        path = captions.sidecar(self.path)
+        if stamp is not None and stamp[1] > LONGEST:
+            self.fault = f"{path}: the caption has {stamp[1]} bytes; the most is {LONGEST}"
+        elif stamp is not None:
             try:
-                if stamp[1] > LONGEST:
-                    raise UserError(f"{path}: the caption has {stamp[1]} bytes; the most is {LONGEST}")
                 data = path.read_bytes()
                 self.version = captions.version(data)
                 self.caption = captions.decode(data, path)
             except UserError as error:
-                self.fault = str(error)
+                self.fault, self.foreign = str(error), True
             except OSError as error:
                 self.fault = f"{path}: the caption cannot be read: {error.strerror}"
         self.folded = self.caption.casefold()
@@ -203,7 +205,7 @@ class Index:
         record = Record(name, folder / file, (stat.st_mtime_ns, stat.st_size), repeats, excluded,
                         stem + folders.MASK in there)
         if old := self.records.get(name):
-            for part in ("caption", "folded", "version", "fault", "caption_stamp"):
+            for part in ("caption", "folded", "version", "fault", "foreign", "caption_stamp"):
                 setattr(record, part, getattr(old, part))
         record.read_caption(_stamp(there.get(stem + ".txt")))
         record.facts = self.facts.get(name, record.stamp)
@@ -281,7 +283,7 @@ def _stamp_of(file: os.DirEntry[str] | Path) -> tuple[int, int, int] | None:
 
 def _unshowable(name: str, entry: os.DirEntry[str] | None, top: str) -> str:
     """Why an image cannot be named to a browser, or is none of this data set's; "" for nearly all."""
-    if set(name) & set(":\\\n") or not name.isprintable() and _is_torn(name):
+    if set(name) & set(":\\\n") or not can_be_sent(name):
         return 'their names hold ":", "\\", a line break, or what is not Unicode; rename them'
     if entry is not None and entry.is_symlink():
         if not _is_in(os.path.realpath(entry.path), top):
@@ -289,14 +291,6 @@ def _unshowable(name: str, entry: os.DirEntry[str] | None, top: str) -> str:
         if not os.path.exists(entry.path):
             return "they are links to nowhere"
     return ""
-
-
-def _is_torn(name: str) -> bool:
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return True
-    return False
 
 
 def _is_in(path: str, top: str) -> bool:

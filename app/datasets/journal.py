@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from filelock import FileLock, Timeout
 
@@ -29,7 +29,7 @@ from trainer.events import heal
 from trainer.files import write_atomic
 
 HIDDEN = ".studio"  # in the data set's folder; the trainer passes hidden names over
-LIMIT = 64_000_000  # bytes of a journal; beyond, the older half is forgotten
+LIMIT = 64_000_000  # bytes of a journal; beyond, what is old is forgotten
 PATIENCE = 30.0  # seconds that another program may take for its change
 
 Header = dict[str, Any]
@@ -50,8 +50,6 @@ class Entry:
 
     id: int
     what: str
-    at: float  # unix seconds
-    files: int
     offset: int  # of its line in the journal
     skipped: set[int] = field(default_factory=set)  # positions that an undo or redo had to leave as they were
 
@@ -72,6 +70,7 @@ class Journal:
         self.note = ""  # what was found half done, in a sentence
         self._mutex = threading.RLock()
         self._lock = FileLock(root / HIDDEN / "lock", thread_local=False)
+        self._kept = 0  # bytes that the last compaction left: more than the limit after a very large change
         self._forget()
         if self.path.exists():
             with suppress(UserError), self.held():  # a folder that cannot be written can still be looked at
@@ -84,11 +83,6 @@ class Journal:
 
     def next_redo(self) -> Entry | None:
         return self._undone[-1] if self._undone else None
-
-    def history(self, most: int) -> list[tuple[Entry, bool]]:
-        """The newest entries first, each with whether it is undone."""
-        rows = [(entry, False) for entry in self._made[-most:]] + [(entry, True) for entry in self._undone]
-        return sorted(rows, key=lambda row: -row[0].id)[:most]
 
     # What can be done
 
@@ -129,7 +123,8 @@ class Journal:
             if blocked:
                 raise Changed(blocked)
             number = 1 + max((entry.id for entry in [*self._made, *self._undone]), default=0)
-            header = {"kind": "do", "id": number, "what": what, "at": round(time.time(), 3), "files": len(changes)}
+            header = {"kind": "do", "id": number, "what": what, "at": round(time.time(), 3),  # for who reads the file
+                      "files": len(changes)}
             self._carry_out(header, changes, [disk.to_json(change) for change in changes])
             return Done(self._made[-1], list(changes))
 
@@ -217,7 +212,7 @@ class Journal:
             self._make(kind, changes)
             self._close("end")
             self.note = f"an interrupted change was completed: {'undo of ' if kind == 'undo' else ''}{entry.what}"
-        if self._seen[1] > LIMIT:
+        if self._seen[1] > max(LIMIT, 2 * self._kept):
             self._compact()
 
     def _read(self) -> None:
@@ -245,8 +240,7 @@ class Journal:
         """What a line means."""
         kind = header["kind"]
         if kind == "do":
-            entry = Entry(header["id"], header["what"], header["at"], header["files"], offset,
-                          set(header.get("skip", ())))
+            entry = Entry(header["id"], header["what"], offset, set(header.get("skip", ())))
             self._pending = kind, entry, set()
         elif kind in ("undo", "redo"):
             stack = self._made if kind == "undo" else self._undone
@@ -268,24 +262,31 @@ class Journal:
             self._made.append(self._undone.pop())
 
     def _compact(self) -> None:
-        """Write the file anew with the newest entries that fit into half the limit."""
-        lines: list[bytes] = []
-        size = 0
+        """Write the file anew with the entries that are the next to be undone, and the next to be made again."""
         with open(self.path, "rb") as file:
-            for entry in [*self._undone, *reversed(self._made)]:  # the newest first
-                file.seek(entry.offset)
-                header_and_rows = file.readline().partition(b"\t")
-                size += len(header_and_rows[2])
-                if size > LIMIT // 2:
-                    break
-                header = json.loads(header_and_rows[0]) | {"skip": sorted(entry.skipped)}
-                lines.append(_dumps(header) + b"\t" + header_and_rows[2] + _line({"kind": "end"}))
-        undone = self._undone[:len(lines)]
-        lines.reverse()
-        lines += [_line({"kind": "undo", "id": entry.id, "skip": []}) + _line({"kind": "end"}) for entry in undone]
-        write_atomic(self.path, b"".join(lines))
+            made, undone = _next_lines(file, self._made), _next_lines(file, self._undone)
+        turned = self._undone[len(self._undone) - len(undone):]
+        turns = [_line({"kind": "undo", "id": entry.id, "skip": []}) + _line({"kind": "end"}) for entry in turned]
+        write_atomic(self.path, b"".join([*reversed(made), *undone, *turns]))
         self._forget()
         self._read()
+        self._kept = self._seen[1]
+
+
+def _next_lines(file: BinaryIO, stack: Sequence[Entry]) -> list[bytes]:
+    """The lines of a stack's last entries, the last first, that come to a third of the limit. The largest does not
+    count: nobody could take back by hand what it did, nor reach what is beyond it."""
+    lines: list[bytes] = []
+    size = largest = 0
+    for entry in reversed(stack):
+        file.seek(entry.offset)
+        header, _, rows = file.readline().partition(b"\t")
+        size, largest = size + len(rows), max(largest, len(rows))
+        if size - largest > LIMIT // 3:
+            break
+        told = json.loads(header) | {"skip": sorted(entry.skipped)}
+        lines.append(_dumps(told) + b"\t" + rows + _line({"kind": "end"}))
+    return lines
 
 
 def _dumps(value: object) -> bytes:

@@ -14,7 +14,7 @@ from app.datasets.arrange import safe_name
 from app.datasets.data_set import DataSet
 from app.datasets.thumbnails import FactsFile, Workshop
 from app.datasets.trash import clear_abandoned
-from app.paths import Places, inside
+from app.paths import Places, can_be_sent, inside
 from trainer.data import folders
 from trainer.errors import UserError
 
@@ -96,22 +96,17 @@ class Library:
                 del self._open[next(iter(self._open))]
             return found
 
-    def folder(self, id: str) -> str:
-        """The absolute path, as a preset's data.folder takes it."""
-        return self._path(id).as_posix()
-
     def id_of(self, folder: Path) -> str:
         """The id under which `open` finds a folder; "" for one that this app may not look into."""
-        try:
-            path = folder.resolve()
-            for key, root in self._roots.items():
-                base = root.resolve()
-                if base in path.parents and path.is_dir():
-                    id = f"{key}:{path.relative_to(base).as_posix()}"
+        for key, root in self._roots.items():
+            try:
+                path, base = folder.resolve(), root.resolve()
+                if path == base or base in path.parents:
+                    id = f"{key}:{'' if path == base else path.relative_to(base).as_posix()}"
                     self._path(id)
                     return id
-        except (OSError, RuntimeError, UserError):  # a loop of links, or a hidden folder
-            pass
+            except (OSError, RuntimeError, UserError):  # a loop of links, or a hidden folder
+                continue
         return ""
 
     def _split(self, id: str) -> tuple[Path, str]:
@@ -184,7 +179,7 @@ def _images_in(folder: Path) -> int:
 
 
 def _is_name(name: str) -> bool:
-    return not set(name) & set(":\\\0")
+    return can_be_sent(name) and not set(name) & set(":\\\0")
 
 
 def _by_name(path: Path) -> str:

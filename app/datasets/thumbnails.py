@@ -10,6 +10,7 @@ import queue
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -22,6 +23,7 @@ from trainer.files import write_atomic
 HOME = Path(__file__).resolve().parent.parent.parent  # where `-m app.datasets.facts` is found
 WORKERS = max(1, min(4, (os.cpu_count() or 2) // 2))
 IDLE = 20.0  # seconds without work after which a worker's memory is given back
+PAUSE = 1.0  # seconds until a worker that could not be started is tried again
 TRIES = 2  # a worker may die of something else than the image
 SOON, LATER = 0, 1  # what somebody is looking at, and all the rest
 
@@ -63,10 +65,11 @@ class Workshop:
         """Have an image looked at; `done` gets its facts in another thread."""
         target = self.file_of(path, stamp, side)
         with self._lock:
-            if self._waiting.get(target, LATER + 1) <= urgency or not self._is_open:
+            if not self._is_open:
                 return
-            self._waiting[target] = urgency
-            self._queue.put((urgency, next(self._count), Wanted(path, stamp, side, done)))
+            if self._waiting.get(target, LATER + 1) > urgency:
+                self._waiting[target] = urgency
+                self._queue.put((urgency, next(self._count), Wanted(path, stamp, side, done)))
             if self._threads < self._most:
                 self._threads += 1
                 threading.Thread(target=self._work, daemon=True, name="thumbnails").start()
@@ -80,17 +83,30 @@ class Workshop:
         worker: subprocess.Popen[str] | None = None
         try:
             while self._is_open and (wanted := self._next()):
+                facts = None
                 for _ in range(TRIES):
-                    if worker is None or worker.poll() is not None:
-                        worker = _start()
-                    facts = self._look(worker, wanted)
+                    worker = self._ready(worker)
+                    facts = self._look(worker, wanted) if worker else None
                     if facts is not _DEATH:
                         break
                 if facts and (self._is_open or facts is not _DEATH):  # at the app's end workers are ended, too
                     wanted.done(facts)
+        except BaseException:
+            with self._lock:
+                self._threads -= 1  # another one begins with what is wanted next
+            raise
         finally:
             if worker:
                 worker.communicate()  # its end of input is its end
+
+    def _ready(self, worker: subprocess.Popen[str] | None) -> subprocess.Popen[str] | None:
+        """The worker, or a new one if it has ended; None when the app ends before there is one."""
+        while self._is_open and (worker is None or worker.poll() is not None):
+            try:
+                return _start()
+            except OSError:  # the system has no memory or no process to give: just now, mostly
+                time.sleep(PAUSE)
+        return worker
 
     def _next(self) -> Wanted | None:
         while True:

@@ -16,7 +16,7 @@ from pathlib import Path
 from app.datasets import trash
 from app.datasets.arrange import free_stem, relisted, safe_name
 from app.datasets.changes import Change, Move, Write, content, end_of
-from app.datasets.index import Record
+from app.datasets.index import LONGEST, Record
 from app.datasets.journal import HIDDEN
 from trainer.data import folders
 from trainer.data.images import UNSUPPORTED, ImageError, inspect
@@ -26,14 +26,14 @@ from trainer.files import MAY_SYNC_AT_ONCE
 MOST_MEMBERS = 50_000  # files of a zip
 MOST_RATIO = 100  # unpacked to packed; pictures hardly shrink at all
 FREE_RATIO = 50_000_000  # bytes that a zip may unpack to whatever the ratio
-LARGEST_TEXT = 1_000_000  # bytes of a caption
+LONGEST_PATH = 900  # letters of a name with its folders; in the trash more come before it
 
 
 @dataclass
 class Batch:
-    """Files that came, copied into the trash of the data set, from where they move to their places."""
+    """Files that came, as copies in the data set's hidden folder."""
 
-    folder: str  # relative to the data set
+    draft: Path  # the folder of the copies
     files: dict[str, Path] = field(default_factory=dict)  # wanted name -> copy
     came_as: dict[str, str] = field(default_factory=dict)  # wanted name -> the name it came with
     refused: list[tuple[str, str]] = field(default_factory=list)
@@ -61,12 +61,10 @@ class Plan:
 
 @contextmanager
 def staged(root: Path, files: Sequence[tuple[str, Path]]) -> Iterator[Batch]:
-    """Copies of the files, and of what zips among them hold, all on the disk; what is not moved away is removed."""
-    folder = trash.new_folder()
-    batch = Batch(folder)
+    """Copies of the files, and of what zips among them hold, all on the disk; what is left of them is removed."""
     try:
         (root / HIDDEN).mkdir(exist_ok=True)
-        draft = Path(tempfile.mkdtemp(prefix=trash.INCOMING, dir=root / HIDDEN))
+        batch = Batch(draft := Path(tempfile.mkdtemp(prefix=trash.INCOMING, dir=root / HIDDEN)))
     except OSError as error:
         raise UserError(f"{root} cannot be written ({error.strerror}); copy the data set into the workspace to "
                         "change it") from None
@@ -76,16 +74,28 @@ def staged(root: Path, files: Sequence[tuple[str, Path]]) -> Iterator[Batch]:
                 _unpack(name, source, draft, batch)
             elif target := _target(name, draft, batch, name):
                 shutil.copyfile(source, target)
-        if batch.files:
-            if MAY_SYNC_AT_ONCE:
-                os.sync()
-            (root / trash.FOLDER).mkdir(exist_ok=True)
-            draft.rename(root / folder)
-            batch.files = {name: root / folder / path.relative_to(draft) for name, path in batch.files.items()}
+        if batch.files and MAY_SYNC_AT_ONCE:
+            os.sync()
         yield batch
     finally:
         shutil.rmtree(draft, ignore_errors=True)
-        _clear(root / folder, batch)
+
+
+@contextmanager
+def in_trash(root: Path, batch: Batch) -> Iterator[None]:
+    """While the data set is held, its trash has the copies: files move from there to their places, and back by undo.
+
+    Not before, as others see what is in the trash, and may empty it.
+    """
+    folder = root / trash.new_folder()
+    try:
+        if batch.files:
+            folder.parent.mkdir(exist_ok=True)
+            batch.draft.rename(folder)
+            batch.files = {name: folder / path.relative_to(batch.draft) for name, path in batch.files.items()}
+        yield
+    finally:
+        _clear(folder, batch)
 
 
 def plan(root: Path, batch: Batch, records: Sequence[Record], excluded: Collection[str] = ()) -> Plan:
@@ -93,6 +103,7 @@ def plan(root: Path, batch: Batch, records: Sequence[Record], excluded: Collecti
     image that is there takes the place of its present one.  `excluded` has the names that images came with."""
     result = Plan(refused=batch.refused)
     taken = {name.casefold() for record in records for name in (record.name, record.sidecar, record.mask_name)}
+    taken |= {name.casefold() for name in batch.files if not _is_image(name) and _is_other(root, batch, name)}
     known = {record.sidecar for record in records}
     hashes: dict[str, list[str]] = {}  # -> the images of that content
     for record in records:
@@ -121,33 +132,47 @@ def plan(root: Path, batch: Batch, records: Sequence[Record], excluded: Collecti
             if batch.came_as[name] in excluded:
                 folder, _, file = new.rpartition("/")
                 listed.setdefault(folder, set()).add(file)
-    for name, path in batch.files.items():
+    for name in batch.files:
         if _is_image(name):
             continue
         stem = name[:-len(_ending(name))]
         if stem not in stems and stem.casefold() in without:
             result.refused.append((batch.came_as[name], f"belongs to {without[stem.casefold()]}, which was not taken"))
         else:
-            _plan_companion(root, name, path, stems, known, result)
+            _plan_companion(root, batch, name, stems, known, result)
     for change in relisted(root, listed, True):
         result.add(change)
     return result
 
 
-def _plan_companion(root: Path, name: str, path: Path, stems: dict[str, str], known: set[str], result: Plan) -> None:
+def _plan_companion(root: Path, batch: Batch, name: str, stems: dict[str, str], known: set[str], result: Plan) -> None:
     """A caption or a mask: with the image that came along, or for one that is there, or by itself."""
-    ending = _ending(name)
+    path, ending = batch.files[name], _ending(name)
     stem = name[:-len(ending)]
     target = stems.get(stem, stem) + ending
-    before = content(root, target)
-    if target in result.ends or before is not None and stem in stems and target not in known:
-        result.refused.append((name, f"there is a {target} already"))
+    try:
+        before, after = content(root, target), path.read_bytes()
+    except UserError as error:
+        result.refused.append((batch.came_as[name], str(error)))
+        return
+    if ending == ".txt" and (size := len(after)) > LONGEST:
+        result.refused.append((batch.came_as[name], f"has {size} bytes; the most for a caption is {LONGEST}"))
+    elif target in result.ends or before not in (None, after) and stem in stems and target not in known:
+        result.refused.append((batch.came_as[name], f"there is a {target} already"))
     elif before is None:
         result.add(Move(_inside(root, path), target))
         result.captions += ending == ".txt"
-    elif before != (after := path.read_bytes()):
+    elif before != after:
         result.add(Write(target, before, after))
         result.captions += ending == ".txt"
+
+
+def _is_other(root: Path, batch: Batch, name: str) -> bool:
+    """Whether a caption or mask that came finds another one under its name, which may be no image's."""
+    try:
+        return content(root, name) not in (None, batch.files[name].read_bytes())
+    except UserError:  # a folder, or not ours to read
+        return True
 
 
 def _unpack(name: str, source: Path, draft: Path, batch: Batch) -> None:
@@ -189,12 +214,19 @@ def _target(name: str, draft: Path, batch: Batch, shown: str) -> Path | None:
         batch.refused.append((shown, "its name leads out of the data set, or is hidden"))
         return None
     wanted = "/".join(parts)
+    if len(wanted) > LONGEST_PATH:
+        batch.refused.append((shown, f"its name has over {LONGEST_PATH} letters with its folders; shorten them"))
+        return None
     target = draft / wanted
     is_known = folders.is_image(parts[-1]) or folders.is_mask(wanted) or wanted.lower().endswith(".txt")
     if not is_known or target.exists():
         batch.refused.append((shown, "came twice" if is_known else "is no image, caption (.txt) or mask"))
         return None
-    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:  # such as a folder in a zip that is called as a file in it
+        batch.refused.append((shown, f"cannot be stored ({error.strerror}); rename it or its folder"))
+        return None
     batch.files[wanted], batch.came_as[wanted] = target, shown
     return target
 

@@ -124,7 +124,7 @@ def _of_images(library: Library) -> list[Any]:
         server_function("read_info", OfSet, lambda asked: of(asked).info()),
         server_function("list_images", ListImages, lambda asked: of(asked).list_images(
             asked.search, asked.filter, asked.sort, asked.tag, asked.names, too_small=asked.too_small)),
-        # Passes over names that are gone, where `cards` would refuse them all
+        # Passes over names that are gone
         server_function("read_cards", ReadCards,
                         lambda asked: of(asked).list_images(names=asked.names, count=MOST_SHOWN)),
         server_function("read_thumbs", ReadCards, lambda asked: of(asked).thumbs(asked.names)),
