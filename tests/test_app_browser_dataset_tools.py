@@ -262,6 +262,9 @@ def test_a_mask_is_drawn_by_mouse_and_by_keyboard(browser, server, folder):
         card(page, "00.png").dblclick()
         button(page, "Draw a mask").click()
         brush = page.get_by_role("application")
+        expect(brush).to_be_focused()
+        page.wait_for_function("document.querySelector('.st-stage img').complete")  # then it lies where it stays
+        page.wait_for_function("document.querySelector('.st-brush').offsetWidth > 100")
         box = brush.bounding_box()
         page.mouse.move(box["x"] + 5, box["y"] + box["height"] / 4)
         page.mouse.down()

@@ -346,6 +346,7 @@ def test_thumbnails_and_large_views_are_upright_and_small(cats):
     wait_for(lambda: all(cats.thumbs(asked)["thumbs"].values()))
     thumb = Image.open(cats.thumbs(["big.jpg"])["thumbs"]["big.jpg"])
     assert thumb.size == (160, 320) and os.path.getsize(cats.thumbs(["big.jpg"])["thumbs"]["big.jpg"]) < 30_000
+    cats.index.records["big.jpg"].facts = None  # as of a record that a refresh replaces while the view is made
     large = cats.large("big.jpg")
     assert Image.open(large["path"]).size == (640, 1280) and (large["width"], large["height"]) == (900, 1800)
     assert card(cats, "big.jpg")["thumb"] and card(cats, "big.jpg")["width"] == 900

@@ -10,7 +10,7 @@ from typing import Any
 
 from app.datasets import arrange, trash, upload
 from app.datasets.changes import Change, Write, content
-from app.datasets.facts import LARGE, SIDE
+from app.datasets.facts import LARGE, SIDE, Facts
 from app.datasets.index import Filter, Index, Record, Sort, find
 from app.datasets.journal import Changed, Done, Entry, Journal
 from app.datasets.thumbnails import SOON, FactsFile, Workshop
@@ -80,15 +80,25 @@ class DataSet:
     def large(self, name: str) -> Answer:
         """An upright view of up to 1280 pixels, made now if need be."""
         [record] = self.index.named([name])
-        target, made = self.index.workshop.file_of(record.path, record.stamp, LARGE), Event()
-        if not target.exists():
-            self.index.workshop.want(record.path, record.stamp, lambda facts: made.set(), SOON, LARGE)
-            made.wait(WAIT)
-        if not target.exists():
-            trouble = record.facts.trouble if record.facts else ""
+        target, facts = self.index.workshop.file_of(record.path, record.stamp, LARGE), record.facts
+        if facts is None or not target.exists():
+            facts = self._look_at(record) or facts  # not the record's: a refresh may have replaced it meanwhile
+        if facts is None or not target.exists():
+            trouble = facts.trouble if facts else ""
             raise UserError(f"{name}: {trouble or 'the picture is still being made; try again in a moment'}")
-        facts = record.facts
-        return {"path": target.as_posix(), "width": facts.width if facts else 0, "height": facts.height if facts else 0}
+        return {"path": target.as_posix(), "width": facts.width, "height": facts.height}
+
+    def _look_at(self, record: Record) -> Facts | None:
+        """The facts of an image once its large view is made; None when that takes too long."""
+        found, made = list[Facts](), Event()
+
+        def done(facts: Facts) -> None:
+            found.append(facts)
+            made.set()
+
+        self.index.workshop.want(record.path, record.stamp, done, SOON, LARGE)
+        made.wait(WAIT)
+        return found[0] if found else None
 
     def tags(self, prefix: str = "", most: int = 20) -> Answer:
         """The set's own tags, the most frequent first."""
