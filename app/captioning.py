@@ -52,6 +52,8 @@ class Progress:
 class Captions(Protocol):
     """What a data set must be able to do to take results over."""
 
+    root: Path
+
     def apply_captions(self, what: str, texts: Mapping[str, str],
                        before: Mapping[str, str] | None = None) -> dict[str, Any]: ...
 
@@ -115,8 +117,13 @@ class Captioning:
     def apply(self, name: str, captions: Captions, images: Collection[str] | None = None) -> dict[str, Any]:
         """Put proposals (all, or those of the named images) into the captions, as one entry that can be undone.
 
-        A caption that was changed since the model was asked stays; it is told among "skipped".
+        A caption that was changed since the model was asked stays; it is told among "skipped".  Raises `UserError` when
+        the task is another data set's, which may have images of the same names.
         """
+        asked = self._task(name).settings().folder
+        if asked != str(captions.root.resolve()):
+            raise UserError(f"these captions were proposed for the images in {asked}, and not for those in "
+                            f"{captions.root}; open that data set to apply them")
         wanted = [item for item in self.results(name) if images is None or item.image in images]
         return captions.apply_captions(ENTRY, {item.image: item.after for item in wanted},
                                        {item.image: item.before for item in wanted})

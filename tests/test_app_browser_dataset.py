@@ -261,6 +261,34 @@ def test_two_tabs_do_not_lose_an_edit(browser, server, folder):
         expect(caption(two, "00.png")).to_have_value("saved by the first tab")
 
 
+def test_undo_takes_nothing_of_another_window_back_and_keys_undo_one_after_the_other(browser, server, folder):
+    make(folder, 3, {"00": "first", "01": "second"})
+    before = texts(folder)
+    with opened(browser, server.address) as one, opened(browser, server.address) as two:
+        use(one, folder, 3)
+        caption(one, "00.png").fill("by one")
+        caption(one, "00.png").press("Control+Enter")
+        expect(undo(one)).to_contain_text("00.png")
+        use(two, folder, 3)
+        with late(one, "read_info"):
+            caption(two, "01.png").fill("by two")
+            caption(two, "01.png").press("Control+Enter")
+            expect(undo(two)).to_contain_text("01.png")
+            undo(one).click()
+            expect(one.get_by_text("Nothing was undone: another window has changed this data set")).to_be_visible()
+        assert texts(folder)["01.txt"] == b"by two" and texts(folder)["00.txt"] == b"by one"
+        expect(undo(one)).to_contain_text("01.png")
+        card(one, "02.png").focus()
+        for key in ("x", "Control+z", "Control+z", "Control+z"):  # none waits for the answer to the one before
+            one.keyboard.press(key)
+        expect(undo(one)).to_be_disabled()
+        expect(one.get_by_text("excluded", exact=True)).to_have_count(0)
+        assert texts(folder) == before
+        for _ in range(2):
+            one.keyboard.press("Control+y")
+        expect(caption(one, "01.png")).to_have_value("by two")
+
+
 def test_the_large_view_shows_what_another_tab_saved_and_overwrites_nothing(browser, server, folder):
     make(folder, 2, {"00": "as it was", "01": "second"})
     with opened(browser, server.address) as one, opened(browser, server.address) as two:

@@ -178,6 +178,45 @@ def test_files_are_taken_where_they_are_dropped(browser, server, tmp_path):
         expect(page.get_by_role("button", name=re.compile(r"^a\.png"))).to_be_visible()
 
 
+def test_files_come_to_the_data_set_on_which_they_were_dropped(browser, server, tmp_path):
+    first, other = (make(server.workspace / "datasets" / name, 1) for name in ("first", "other"))
+    file = draw(tmp_path / "new.png", seed=50)
+    with opened(browser, server.address) as page:
+        use(page, first, 1)
+        page.evaluate("""() => {
+            const { send } = Studio;
+            Studio.send = async (...all) => {
+                const sent = await send(...all);
+                await new Promise((go) => { window.arrive = go; });
+                return sent;
+            };
+        }""")
+        page.locator(".st-top input[type=file]").first.set_input_files(file)
+        page.wait_for_function("window.arrive !== undefined")
+        page.locator("#studio-dataset").select_option(label="other")
+        expect(page.locator(".st-set-facts")).to_contain_text("datasets/other")
+        page.evaluate("window.arrive()")
+        expect(page.get_by_text("first: Added 1 image.")).to_be_visible()
+    assert (first / "new.png").exists() and not (other / "new.png").exists()
+
+
+def test_a_mask_that_is_drawn_while_another_data_set_opens_is_saved_where_it_was_drawn(browser, server):
+    first, other = (make(server.workspace / "datasets" / name, 1) for name in ("drawn", "undrawn"))
+    with opened(browser, server.address) as page:
+        use(page, first, 1)
+        card(page, "00.png").dblclick()
+        button(page, "Draw a mask").click()
+        expect(page.get_by_role("application")).to_be_focused()
+        page.keyboard.press("Space")
+        page.locator("#studio-dataset").evaluate("""choice => {
+            choice.value = [...choice.options].find((option) => option.text === "undrawn").value;
+            choice.dispatchEvent(new Event("change")); // as if chosen before, and slow to come
+        }""")
+        expect(page.locator(".st-set-facts")).to_contain_text("datasets/undrawn")
+        expect(page.get_by_role("dialog")).to_have_count(0)
+    assert (first / "00-masklabel.png").exists() and not (other / "00-masklabel.png").exists()
+
+
 # Answers that come late
 
 
@@ -249,75 +288,3 @@ def test_folders_are_offered_though_the_list_of_data_sets_is_on_its_way(browser,
             button(page, "Open a folder…").first.dblclick()
             expect(button(page, "photos (1 image)")).to_be_visible()
             expect(page.get_by_role("dialog")).to_have_count(1)
-
-
-LISTS = """async ({ isOther }) => {
-    const waiting = [];
-    const answer = ({ id, search }) => ({ names: [`${id}${search}.png`], cards: [] });
-    const server = {
-        list_images: (query) => new Promise((done) => waiting.push(() => done(answer(query)))),
-        read_info: () => ({ tag: "", undo: null, redo: null }),
-    };
-    const listed = [];
-    const hooks = { listed: (_, isNew) => listed.push([...store.names, isNew]), state: () => {} };
-    const store = new Studio.SetStore(server, hooks);
-    const turns = [];
-    const opened = (id) => store.open(id).then(() => turns.push(store.names[0]));
-    const first = opened("a");
-    while (waiting.length < 1) await null;
-    const second = isOther ? opened("b") : (store.query.search = "x", store.list(false));
-    while (waiting.length < 2) await null;
-    waiting[1](); // the newer answer comes first, or last
-    if (!isOther) await second;
-    waiting[0]();
-    await Promise.all([first, second]);
-    return { names: store.names, turns, listed: listed.at(-1) };
-}"""
-
-
-@pytest.mark.parametrize("is_other, name", [(True, "b.png"), (False, "ax.png")])
-def test_a_list_that_is_overtaken_waits_for_the_newer_one(browser, server, is_other, name):
-    with opened(browser, server.address) as page:
-        page.wait_for_function("globalThis.Studio?.SetStore !== undefined")
-        found = page.evaluate(LISTS, {"isOther": is_other})
-        assert found["names"] == [name] and set(found["turns"]) == {name}
-        assert found["listed"] == [name, True]  # what is another list for the first is so for the second, too
-
-
-SAVES = """async () => {
-    let saved = { text: "before", version: "1" };
-    const asked = [];
-    const server = { save_caption: ({ text, version }) => {
-        asked.push([text, version]);
-        if (version !== saved.version) return { saved: false, conflict: saved };
-        saved = { text, version: String(Number(version) + 1) };
-        return { saved: true, version: saved.version };
-    } };
-    const lossy = { save_caption: (request) => { server.save_caption(request); return null; } }; // its answers are lost
-    const conflicts = [];
-    const hooks = { state: () => {}, changed: () => {}, conflict: (name) => conflicts.push(name), failed: () => {} };
-    const store = new Studio.SetStore(lossy, hooks);
-    store.cards.set("a.png", { caption: "before", version: "1" });
-    store.edit("a.png", "one");
-    await store.save("a.png");
-    await store.save("a.png");
-    const { unheard } = store.drafts.get("a.png");
-    asked.length = 0;
-    store.server = server;
-    store.edit("a.png", "one, two");
-    await store.save("a.png");
-    saved = { text: "by another", version: "9" };
-    store.edit("a.png", "three");
-    await store.save("a.png");
-    return { asked, conflicts, saved, unheard };
-}"""
-
-
-def test_a_caption_whose_answer_was_lost_is_typed_on_without_a_conflict_with_itself(browser, server):
-    with opened(browser, server.address) as page:
-        page.wait_for_function("globalThis.Studio?.SetStore !== undefined")
-        page.route("**/config", lambda route: route.abort())
-        found = page.evaluate(SAVES)
-        assert found["unheard"] == ["one"]  # however often it was sent
-        assert found["asked"] == [["one, two", "1"], ["one, two", "2"], ["three", "3"]]
-        assert found["conflicts"] == ["a.png"] and found["saved"]["text"] == "by another"  # of another it is one

@@ -7,7 +7,7 @@ from PIL import Image
 from playwright.sync_api import expect
 
 from tests import models_caption
-from tests.app_browser import button, chromium, faults, opened, served  # noqa: F401 - a fixture
+from tests.app_browser import button, chromium, faults, late, opened, served  # noqa: F401 - a fixture
 from tests.app_pictures import caption, card, images, make, panel, texts, undo, use
 from tests.data_sets import draw
 from trainer.caption import task as captioner
@@ -233,6 +233,64 @@ def test_proposals_of_one_data_set_never_come_up_in_another(browser, server, fol
         page.wait_for_function("window.arrive !== undefined")
         page.evaluate("window.arrive()")
         expect(automatic.get_by_text("of the first set")).to_be_visible()
+
+
+def test_proposals_are_written_where_they_were_made_while_another_data_set_opens(browser, server, folder):
+    other = make(folder.with_name("opens_meanwhile"), 2)
+    make(folder, 2)
+    before, old = texts(other), texts(folder)["00.txt"].decode()
+    task = captioner.create(server.workspace, captioner.parse({"folder": str(folder), "model": "m/n"}))
+    EventWriter(task.results).write("caption", image="00.png", before=old, after="proposed")
+    EventWriter(task.events).write("end", reason="done", done=1, of=1)
+    with opened(browser, server.address) as page:
+        use(page, folder, 2)
+        panel(page, "Automatic captions")
+        expect(button(page, "Apply 1 caption")).to_be_enabled()
+        with late(page, "list_sets", lambda: page.locator("#studio-dataset").select_option(label=other.name)):
+            button(page, "Apply 1 caption").click()
+            expect(page.get_by_text("Wrote 1 caption.")).to_be_visible()
+        expect(button(page, "Start")).to_be_visible()
+    assert texts(folder)["00.txt"] == b"proposed" and texts(other) == before
+
+
+def test_what_is_shown_of_one_data_set_is_done_there_while_another_one_opens(browser, server, folder):
+    other = make(folder.with_name("with_the_same_names"), 3)
+    make(folder, 3)
+    (folder / "lone.txt").write_text("lone")
+    (other / "lone.txt").write_text("lone")
+    before = texts(other) | images(other)
+
+    def choose(name):
+        page.locator("#studio-dataset").evaluate("""(choice, name) => {
+            choice.value = [...choice.options].find((option) => option.text === name).value;
+            choice.dispatchEvent(new Event("change"));
+        }""", name)
+
+    with opened(browser, server.address) as page:
+        use(page, folder, 3)
+        panel(page, "Health check")
+        mend = button(page, "Move them to the trash: Captions without an image")
+        expect(mend).to_be_visible()
+        with late(page, "list_sets", lambda: choose(other.name)):
+            mend.click()
+            expect(page.get_by_text("Done:")).to_be_visible()
+        for opener, goal in (("Move or copy…", "Go"), ("Trash…", "Restore")):
+            choose(folder.name)
+            expect(page.locator(".st-set-facts")).to_contain_text(folder.name)
+            if goal == "Go":
+                card(page, "02.png").click()
+            button(page, opener).click()
+            if goal == "Go":
+                page.get_by_label("Where to").select_option("folder")
+                page.get_by_label("Folder", exact=True).fill("moved")
+            else:
+                page.get_by_label("All", exact=True).check()
+            choose(other.name)
+            expect(page.locator(".st-set-facts")).to_contain_text(other.name)
+            button(page, goal).click()
+            expect(page.get_by_role("dialog")).to_have_count(0)
+    assert texts(other) | images(other) == before
+    assert set(texts(folder)) == {"00.txt", "01.txt", "moved/02.txt", "lone.txt"}
 
 
 def test_captions_are_not_made_for_all_when_none_is_shown_and_excluded_ones_are_not_counted(browser, server, folder):

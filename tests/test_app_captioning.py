@@ -1,5 +1,6 @@
 """The app starts the captioner beside itself, follows it by its files, and hands results to the data set's journal."""
 
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -45,6 +46,12 @@ def test_a_task_runs_beside_the_app_and_its_results_become_one_entry(tmp_path, f
     assert Captioning(Places(tmp_path)).latest(folder) == name  # after a restart of the app
     library = Library(Places(tmp_path, roots=(folder,)))
     try:
+        other = library.open(library.create("other")["id"])
+        for number in range(6):
+            shutil.copy(folder / f"{number}.png", other.root)
+        with pytest.raises(UserError, match="proposed for the images in .*images, and not for those in .*other; open"):
+            captioning.apply(name, other)
+        assert not list(other.root.glob("*.txt"))
         data_set = library.open(library.list_sets()["roots"][0]["id"])
         data_set.save_caption("1.png", "by hand", data_set.records(["1.png"])[0].version)
         answer = captioning.apply(name, data_set, ["0.png", "1.png", "2.png"])

@@ -68,13 +68,15 @@
       const settings = { model, ...(instruction ? { instruction } : {}), ...Object.fromEntries(given) };
       this.problems = [];
       this.said.textContent = "";
+      const { store } = this.page;
+      const { id } = store; // its images are meant, though another data set may open meanwhile
       try {
         if (!model) throw new Error("Give the model: a hub id or a folder.");
         const images = this.page.scope();
         if (images?.length === 0) throw new Error("No image is shown: change the search or the filter, or choose images, before you start.");
-        if (!await this.page.store.flush()) throw new Error("A caption is not saved yet: look at the marked card first.");
-        const { task } = await this.page.store.ask("start_captioning", { settings, images: images ?? [] });
-        this.task.follow(task);
+        if (!await store.flush()) throw new Error("A caption is not saved yet: look at the marked card first.");
+        const { task } = await store.ask("start_captioning", { id, settings, images: images ?? [] });
+        if (id === store.id) this.task.follow(task);
       } catch (error) {
         const lines = error.message.split("\n");
         this.problems = lines.map((text) => ({ where: text.match(/^captioning\.\w+(?=: )/)?.[0], text }));
@@ -105,7 +107,7 @@
     begin() { return this.follow(null); }
 
     follow(name) {
-      Object.assign(this, { name, rows: [], off: new Set(), isAlive: true, turn: this.turn + 1 });
+      Object.assign(this, { name, id: this.panel.page.store.id, rows: [], off: new Set(), isAlive: true, turn: this.turn + 1 });
       this.table.replaceChildren();
       return this.poll(true);
     }
@@ -115,7 +117,7 @@
       this.isBusy = true;
       const { turn } = this;
       await this.panel.page.store.attempt(async () => {
-        const answer = await this.panel.page.store.ask("read_captioning", { task: this.name, start: this.rows.length });
+        const answer = await this.panel.page.store.ask("read_captioning", { id: this.id, task: this.name, start: this.rows.length });
         if (turn !== this.turn) return; // another task is followed by now, or another data set is open
         this.name = answer.task;
         if (answer.task) this.take(answer);
@@ -160,13 +162,14 @@
     }
 
     async write() {
+      const { id, name: task } = this; // what is shown: the panel may be another data set's before this ends
       const images = this.off.size ? this.rows.map(({ image }) => image).filter((image) => !this.off.has(image)) : null;
-      const answer = await this.panel.page.change("apply_captioning", { task: this.name, images });
+      const answer = await this.panel.page.change("apply_captioning", { task, images }, id);
       if (!answer) return;
       if (!answer.skipped.length) this.panel.page.say(`Wrote ${Studio.count(answer.changed, "caption")}. “Undo” takes it back.`);
-      if (await this.ask("dismiss_captioning")) this.begin();
+      if (await this.ask("dismiss_captioning", id, task)) this.begin();
     }
 
-    ask(name) { return this.panel.page.store.attempt(() => this.panel.page.store.ask(name, { task: this.name })); }
+    ask(name, id = this.id, task = this.name) { return this.panel.page.store.attempt(() => this.panel.page.store.ask(name, { id, task })); }
   }
 })();

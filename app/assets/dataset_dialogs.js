@@ -105,6 +105,7 @@
 
   /** What was deleted, to be brought back or removed for good. */
   Studio.trash = async (store, changed) => {
+    const { id } = store;
     const { files, bytes } = await store.ask("read_trash");
     const boxes = files.map((file) => h("input", { type: "checkbox", value: file.key }));
     const all = h("input", { type: "checkbox", onchange: () => boxes.forEach((box) => { box.checked = all.checked; }) });
@@ -114,11 +115,11 @@
     const restore = async () => {
       const keys = boxes.filter((box) => box.checked).map((box) => box.value);
       if (!keys.length) throw new Error("Choose the files that shall come back.");
-      return Boolean(await changed("restore_files", { keys }));
+      return Boolean(await changed("restore_files", { keys }, id));
     };
     let isSure = false;
     const empty = async () => {
-      if (isSure) return Boolean(await changed("empty_trash", {}));
+      if (isSure) return Boolean(await changed("empty_trash", {}, id));
       isSure = true;
       throw new Error("These files will be gone for good, and their deletion can no longer be undone. Press again to empty the trash.");
     };
@@ -145,8 +146,8 @@
     show();
     Studio.dialog(`Move or copy ${Studio.count(names.length, "image")}`, [Studio.field("Where to", where), folderField, keepField,
       h("datalist", { id: "studio-folders" }, folders.filter(Boolean).map((name) => h("option", { value: name })))],
-    [["Go", "st-primary", async () => (where.value === "folder" ? work("move_images", { names, folder: folder.value.trim() })
-      : work("send_images", { names, to: where.value.slice(4), keep: keep.checked }))]]);
+    [["Go", "st-primary", async () => (where.value === "folder" ? work("move_images", { names, folder: folder.value.trim() }, info.id)
+      : work("send_images", { names, to: where.value.slice(4), keep: keep.checked }, info.id))]]);
   };
 
   Studio.count = (count, word) => `${count.toLocaleString("en")} ${word}${count === 1 ? "" : "s"}`;

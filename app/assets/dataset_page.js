@@ -32,6 +32,7 @@
     constructor(server, offered) {
       Object.assign(this, { server, offered, sets: [], roots: null, browses: 0, panel: null, panels: {} });
       this.store = new Studio.SetStore(server, {
+        leave: () => this.viewer.close(),
         listed: (isOther, isNew) => { if (isOther) this.grid.listed(isNew); this.showFound(); },
         changed: (names) => { this.grid.update(names); this.viewer.update(names); }, isShown: (name) => this.grid.isShown(name) || this.viewer.isShown(name),
         state: (answer) => this.showState(answer), conflict: (name) => this.compare(name), failed: (text) => this.say(text, true) });
@@ -62,7 +63,7 @@
       this.undo = this.button("Undo", "st-turn", () => this.turn("Undo"), { disabled: true });
       this.redo = this.button("Redo", "st-turn", () => this.turn("Redo"), { disabled: true });
       this.own = [Studio.fileButton("Add files…", "", false, (files) => this.upload(files)), Studio.fileButton("Add a folder…", "", true, (files) => this.upload(files)),
-        this.button("Trash…", "", () => this.store.attempt(() => Studio.trash(this.store, (name, request) => this.change(name, request))))];
+        this.button("Trash…", "", () => this.store.attempt(() => Studio.trash(this.store, (...asked) => this.change(...asked))))];
       this.train = this.button("Train with these pictures", "st-primary", () => document.dispatchEvent(new CustomEvent("studio:train-with", {
         detail: { id: this.store.id, failed: (text) => this.say(text, true) } })), { hidden: true });
       return h("section", { class: "st-card st-top", "aria-label": "Data set" },
@@ -114,7 +115,7 @@
       const names = () => [...this.store.selected];
       this.chosen = h("span", { class: "st-row", hidden: true }, this.button("Exclude", "st-quiet", () => this.change("exclude_images", { names: names(), excluded: true })),
         this.button("Include", "st-quiet", () => this.change("exclude_images", { names: names(), excluded: false })),
-        this.button("Move or copy…", "st-quiet", () => Studio.moveTo(names(), this.store.info, this.sets, (name, request) => this.change(name, request))),
+        this.button("Move or copy…", "st-quiet", () => Studio.moveTo(names(), this.store.info, this.sets, (...asked) => this.change(...asked))),
         this.button("Delete", "st-quiet", () => this.change("delete_images", { names: names() })), this.button("Choose none", "st-quiet", () => this.grid.select([])));
       return h("div", { class: "st-row st-chosen" }, this.found, this.button("Choose all", "st-quiet", () => this.grid.select(this.store.names)), this.chosen);
     }
@@ -197,28 +198,33 @@
       });
     }
 
-    async upload(files) {
-      if (!files.length) return;
-      if (!this.store.id) {
-        Studio.askName("New data set", "Name", nameFor(files), "Create and add", async (name) => {
-          await this.use((await Studio.ask(this.server, "create_set", { name })).id);
-          this.upload(files);
-        });
-        return;
-      }
+    /** Add files, which may still be `coming`, to the data set that they were given to: another one may be open when they are sent. */
+    async upload(coming, id = this.store.id) {
       await this.store.attempt(async () => {
+        const files = await coming;
+        if (!files.length) return;
+        if (!id) { this.createFor(files); return; }
         const sent = await Studio.send(files, (done, of) => this.say(`Sending ${done} of ${of} files…`));
         this.say("Looking at the files…");
-        const answer = await this.change("add_files", { files: sent });
-        if (answer) this.status.replaceChildren(...Studio.added(answer));
+        const answer = await this.change("add_files", { files: sent }, id);
+        const where = id === this.store.id ? "" : `${this.sets.find((set) => set.id === id)?.name ?? "The other data set"}: `;
+        if (answer) this.status.replaceChildren(where, ...Studio.added(answer));
         document.dispatchEvent(new Event("studio:pictures"));
+      });
+    }
+
+    createFor(files) {
+      Studio.askName("New data set", "Name", nameFor(files), "Create and add", async (name) => {
+        const { id } = await Studio.ask(this.server, "create_set", { name });
+        await this.use(id);
+        this.upload(files, id);
       });
     }
 
     // Changes
 
-    async change(name, request) {
-      const answer = await this.store.change(name, request);
+    async change(name, request, id = this.store.id) {
+      const answer = await this.store.change(name, request, id);
       if (!answer) return null;
       const { skipped = [], refused = [], sent } = answer;
       const left = [...skipped, ...refused];
@@ -234,17 +240,32 @@
       return this.change("exclude_images", { names, excluded: !areAllOut });
     }
 
-    async turn(verb, skip = false) {
-      const answer = await this.store.change(verb === "Undo" ? "undo_change" : "redo_change", { skip_changed: skip });
+    /** Undo or redo what the button says, or what this page has done by the time that it can; never what another window did. */
+    turn(verb) {
+      const { info, last } = this.store;
+      const key = `${verb.toLowerCase()}_id`;
+      const shown = info?.[key];
+      return this.turnEntry(verb, () => (this.store.last === last ? shown : this.store.last[key]));
+    }
+
+    async turnEntry(verb, find, skip = false, id = this.store.id) {
+      const [word, done] = verb === "Undo" ? ["undo", "undone"] : ["redo", "done again"];
+      const request = () => { const entry = find(); return entry ? { entry, skip_changed: skip } : null; };
+      const answer = await this.store.change(`${word}_change`, request, id);
       if (!answer) return;
-      if (answer.conflict) Studio.against(verb, answer.conflict, () => { this.turn(verb, true); });
-      else this.say(answer.done ? `${verb === "Undo" ? "Undone" : "Done again"}: ${answer.done}.` : "");
+      if (answer.conflict) Studio.against(verb, answer.conflict, () => { this.turnEntry(verb, () => answer[`${word}_id`], true, id); });
+      else if (answer.done) this.say(`${done[0].toUpperCase()}${done.slice(1)}: ${answer.done}.`);
+      else this.say(`Nothing was ${done}: another window has changed this data set since. The button says what it would ${word} now.`, true);
       this.panel?.changed?.();
     }
 
     compare(name) {
       const draft = this.store.drafts.get(name);
-      if (draft?.theirs) Studio.conflict(name, draft.text, draft.theirs.text, (text) => this.store.settle(name, text));
+      const { id } = this.store;
+      if (draft?.theirs) Studio.conflict(name, draft.text, draft.theirs.text, (text) => {
+        if (id !== this.store.id) throw new Error("Another data set was opened. Yours is kept: open the former one again, and decide there.");
+        return this.store.settle(name, text);
+      });
     }
 
     open(name) { this.viewer.open(name); }
@@ -314,7 +335,7 @@
     }
 
     showState(answer) {
-      if (this.store.info && "undo" in answer) Object.assign(this.store.info, { undo: answer.undo, redo: answer.redo });
+      if (this.store.info && "undo" in answer) Object.assign(this.store.info, { undo: answer.undo, undo_id: answer.undo_id, redo: answer.redo, redo_id: answer.redo_id });
       for (const [button, verb, what] of [[this.undo, "Undo", answer.undo], [this.redo, "Redo", answer.redo]]) {
         const text = what ? `${verb}: ${what}` : verb;
         if (button.textContent !== text) button.textContent = button.title = text;

@@ -6,10 +6,11 @@
   const GATHER = 20; // milliseconds in which wanted cards are gathered into one request
   const THUMBS = 400; // milliseconds between two looks for thumbnails that are being made
   const RETRY = 3000; // milliseconds until a caption that could not be sent is sent again
+  const IN_TURN = 5000; // milliseconds that a change waits for the one before it, which may be of thousands of files
   const KEPT_COUNTS = 3000;
 
   /**
-   * `hooks`: listed() when the list is another, changed(names) when cards are, state(answer) for what can be undone,
+   * `hooks`: leave() before another data set opens, false to stay; listed() when the list is another, changed(names) when cards are, state(answer) for what can be undone,
    * conflict(name) when a caption was changed by somebody else, failed(sentence).
    */
   Studio.SetStore = class {
@@ -24,14 +25,16 @@
       clearTimeout(this.gathering);
       clearTimeout(this.retrying);
       Object.assign(this, { names: [], at: new Map(), cards: new Map(), wanted: new Set(), pending: new Set(), kept: new Set(),
-        drafts: new Map(), saving: new Map(), line: Promise.resolve(), asOf: new Map(), selected: new Set(), turn: this.turn + 1, isNew: false, gathering: 0, retrying: 0, tag: "", info: null });
+        drafts: new Map(), saving: new Map(), line: Promise.resolve(), changing: Promise.resolve(), asOf: new Map(), selected: new Set(), turn: this.turn + 1, isNew: false, gathering: 0, retrying: 0, tag: "", info: null });
     }
 
+    /** Call a function for this data set; who asks after a wait gives the `id` of the one that was open before it. */
     ask(name, request = {}) { return Studio.ask(this.server, name, { id: this.id, ...request }); }
 
     /** Open another data set; what was typed in it and never saved comes back. */
     async open(id) {
       const info = await Studio.ask(this.server, "read_info", { id });
+      if (this.id && !await this.hooks.leave()) throw new Error("A mask is not saved yet: look at the image that is open large.");
       if (this.id) await this.flush(); // what was typed meanwhile
       this.clear();
       Object.assign(this, { id, info, tag: info.tag });
@@ -278,21 +281,37 @@
     /** A change was answered, of one image or of any: what was asked before and comes after may know nothing of it. */
     told(answer, name = "") {
       this.toldAt = performance.now();
+      this.last = answer;
       if (name) this.asOf.set(name, this.toldAt);
       else this.changedAt = this.toldAt;
       this.hooks.state(answer);
     }
 
-    /** Make a change and show what came of it; returns the answer, or null when it was refused. */
-    async change(name, request) {
+    /**
+     * Make a change and show what came of it; returns the answer, or null when it was refused. It is made to the data set
+     * `id`, though another one may be open when it goes out. It waits for the answer to the change before it, which says
+     * what undo would take back: a `request` that hangs on that is a function.
+     */
+    change(name, request, id = this.id) {
+      const asked = this.changing.then(() => this.put(name, request, id));
+      this.changing = Promise.race([asked.catch(() => {}), new Promise((go) => { setTimeout(go, IN_TURN); })]);
       return this.attempt(async () => {
-        if (!await this.flush()) throw new Error("A caption is not saved yet: look at the marked card first.");
-        const answer = await this.ask(name, request);
-        this.told(answer);
-        this.tag = "";
-        await this.look();
+        const answer = await asked;
+        if (answer && id === this.id) {
+          this.tag = "";
+          await this.look();
+        }
         return answer;
       });
+    }
+
+    async put(name, request, id) {
+      if (id === this.id && !await this.flush()) throw new Error("A caption is not saved yet: look at the marked card first.");
+      const wanted = typeof request === "function" ? request() : request;
+      if (!wanted) return null;
+      const answer = await this.ask(name, { id, ...wanted });
+      if (id === this.id) this.told(answer);
+      return answer;
     }
 
     async attempt(work) {

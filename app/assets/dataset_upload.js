@@ -5,7 +5,7 @@
   const { h } = Studio;
   const PARCEL = { files: 40, bytes: 64e6 }; // of one request
 
-  /** Makes `element` take dropped files; `upload(files)` gets [name with folders, File] pairs. */
+  /** Makes `element` take dropped files; `upload(files)` is called at once and gets the promise of [name with folders, File] pairs. */
   Studio.dropZone = (element, upload) => {
     const isOurs = (event) => [...(event.dataTransfer?.types ?? [])].includes("Files");
     let depth = 0;
@@ -13,14 +13,14 @@
     element.addEventListener("dragenter", (event) => { if (isOurs(event)) { depth += 1; show(); } });
     element.addEventListener("dragleave", (event) => { if (isOurs(event)) { depth -= 1; show(); } });
     element.addEventListener("dragover", (event) => { if (isOurs(event)) event.preventDefault(); });
-    element.addEventListener("drop", async (event) => {
+    element.addEventListener("drop", (event) => {
       if (!isOurs(event)) return;
       event.preventDefault();
       depth = 0;
       show();
       const files = [...event.dataTransfer.files].map((file) => [file.name, file]);
       const entries = [...event.dataTransfer.items].map((item) => item.webkitGetAsEntry?.()).filter(Boolean);
-      upload(entries.length ? (await Promise.all(entries.map((entry) => filesOf(entry)))).flat() : files);
+      upload(entries.length ? Promise.all(entries.map((entry) => filesOf(entry))).then((found) => found.flat()) : files);
     });
   };
 

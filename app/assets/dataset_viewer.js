@@ -32,7 +32,7 @@
     async open(name) {
       if (!this.element.isConnected) document.querySelector(".st-data").append(this.element);
       const turn = (this.turn += 1);
-      this.name = name;
+      Object.assign(this, { name, id: this.store.id });
       this.said.textContent = "";
       this.mask(false);
       this.title.textContent = name;
@@ -103,8 +103,11 @@
       return !this.brush.isChanged || this.keep();
     }
 
+    /** True when it is closed, with what was drawn and typed saved. */
     async close() {
-      if (await this.leave()) this.element.close();
+      const isDone = !this.element.open || await this.leave();
+      if (isDone) this.element.close();
+      return isDone;
     }
 
     left() {
@@ -167,10 +170,10 @@
 
     async write(png, label) {
       this.said.textContent = "";
-      const { name } = this;
+      const { id, name } = this;
       try {
-        const answer = await this.store.ask("save_mask", { name, png, version: this.version });
-        this.store.told(answer, name);
+        const answer = await this.store.ask("save_mask", { id, name, png, version: this.version });
+        if (id === this.store.id) this.store.told(answer, name);
         if (!answer.saved) {
           this.version = answer.version; // one is told: the next time it is written over that one
           throw new Error("Another tab or program changed this mask after you opened it, so yours is not saved. Save again to put yours in its place, or take your strokes back to keep the other one.");

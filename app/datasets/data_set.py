@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -52,7 +52,8 @@ class DataSet:
     def state(self) -> Answer:
         """What every answer tells of the whole."""
         undo, redo = self.journal.next_undo(), self.journal.next_redo()
-        return {"undo": undo.what if undo else None, "redo": redo.what if redo else None,
+        return {"undo": undo.what if undo else None, "undo_id": undo.id if undo else None,
+                "redo": redo.what if redo else None, "redo_id": redo.id if redo else None,
                 "tag": f"{self.index.tag}-{undo.id if undo else 0}-{redo.id if redo else 0}"}
 
     def records(self, names: Sequence[str] | None = None) -> list[Record]:
@@ -233,21 +234,27 @@ class DataSet:
         with self.journal.held():
             return trash.empty(self.root) | self.state()
 
-    def undo(self, skip_changed: bool = False) -> Answer:
-        return self._turn(self.journal.next_undo(), self.journal.undo, skip_changed)
+    def undo(self, entry_id: int | None = None, skip_changed: bool = False) -> Answer:
+        """Take back the newest change, if it is still the one of this id: another window may have made one since."""
+        with self.journal.held():
+            return self._turn(self.journal.next_undo(), self.journal.undo, entry_id, skip_changed)
 
-    def redo(self, skip_changed: bool = False) -> Answer:
-        return self._turn(self.journal.next_redo(), self.journal.redo, skip_changed)
+    def redo(self, entry_id: int | None = None, skip_changed: bool = False) -> Answer:
+        """Make the change again that was undone last; as `undo`."""
+        with self.journal.held():
+            return self._turn(self.journal.next_redo(), self.journal.redo, entry_id, skip_changed)
 
-    def _turn(self, entry: Entry | None, turn: Any, skip_changed: bool) -> Answer:
+    def _turn(self, entry: Entry | None, turn: Callable[[bool], Done | None], entry_id: int | None,
+              skip_changed: bool) -> Answer:
+        if entry is None or entry_id not in (None, entry.id):
+            return {"done": None, **self.state()}
         try:
             done = turn(skip_changed)
         except Changed as error:
-            return {"conflict": {"what": entry.what if entry else "", "files": error.files}, **self.state()}
-        if done is None:
-            return {"done": None, **self.state()}
-        self._look_again(done)
-        return {"done": done.entry.what, **self.state()}
+            return {"conflict": {"what": entry.what, "files": error.files}, **self.state()}
+        if done:
+            self._look_again(done)
+        return {"done": entry.what, **self.state()}
 
     def change(self, what: str, changes: Sequence[Change]) -> Answer:
         """Make changes as one entry of the journal."""

@@ -92,6 +92,7 @@ class RestoreFiles(OfSet):
 
 
 class Turn(OfSet):
+    entry: Annotated[int, Field(ge=1)]  # as the page shows it
     skip_changed: bool = False
 
 
@@ -153,8 +154,8 @@ def _of_changes(library: Library) -> list[Any]:
                         lambda asked: of(asked).save_mask(asked.name, decoded(asked.png), asked.version)),
         server_function("restore_files", RestoreFiles, lambda asked: of(asked).restore(asked.keys)),
         server_function("empty_trash", OfSet, lambda asked: of(asked).empty_trash()),
-        server_function("undo_change", Turn, lambda asked: of(asked).undo(asked.skip_changed)),
-        server_function("redo_change", Turn, lambda asked: of(asked).redo(asked.skip_changed))]
+        server_function("undo_change", Turn, lambda asked: of(asked).undo(asked.entry, asked.skip_changed)),
+        server_function("redo_change", Turn, lambda asked: of(asked).redo(asked.entry, asked.skip_changed))]
 
 
 def add_files(data_set: DataSet, asked: AddFiles) -> Answer:
