@@ -14,6 +14,7 @@ from app import form
 from app.paths import Places, can_be_sent, inside
 from trainer import preset
 from trainer.errors import UserError
+from trainer.files import write_atomic
 from trainer.run import check_name
 
 SHELVES = ("shipped", "own")
@@ -63,26 +64,33 @@ def save(places: Places, name: str, text: str, shelf: str, known: str = "", repl
     known: the tag of the file that the page has; when the file is another one by now, `Changed` is raised.  With
     `replace` neither hinders, and what was there goes to the trash.
     """
-    thrown = ""
+    kept = None
     file = _own(places, name)
     text = form.settled(text, folder_of(places, shelf)) if shelf != "own" else text
     with _writing:
         if file.exists() and replace:
-            thrown = _throw(places, file)
+            kept = _keep(places, file)
         elif file.exists():
             if not known:
                 return None
             if tag(preset.read_text(file)) != known:
                 raise Changed(f"{name} was changed by somebody else since you opened it")
-        preset.save(file, text)
-    return Saved(text, thrown)
+        try:
+            preset.save(file, text)
+        except (UserError, OSError):
+            if kept:
+                kept.unlink()
+            raise
+    return Saved(text, kept.name if kept else "")
 
 
 def delete(places: Places, name: str) -> str:
     """Move one's own preset to the trash; returns what `restore` takes."""
     file = find(places, "own", name)
     with _writing:
-        return _throw(places, file)
+        thrown = _in_trash(places, file)
+        os.replace(file, thrown)
+    return thrown.name
 
 
 class Restored(NamedTuple):
@@ -102,18 +110,22 @@ def restore(places: Places, thrown: str, replace: bool = False) -> Restored:
     with _writing:
         if goal.exists() and not replace:
             raise UserError(f"there is another preset called {goal.stem} by now; rename that one first")
-        gone = _throw(places, goal) if goal.exists() else ""
+        gone = _keep(places, goal).name if goal.exists() else ""
         os.replace(source, goal)
     return Restored(goal.stem, gone)
 
 
-def _throw(places: Places, file: Path) -> str:
-    """Move a file to the trash; returns its name there."""
-    trash = _trash(places)
-    trash.mkdir(parents=True, exist_ok=True)
-    thrown = f"{datetime.now():%Y%m%d-%H%M%S-%f}-{file.stem}.toml"
-    os.replace(file, trash / thrown)
-    return thrown
+def _keep(places: Places, file: Path) -> Path:
+    """Copy a file that is about to be replaced into the trash."""
+    kept = _in_trash(places, file)
+    write_atomic(kept, file.read_bytes())
+    return kept
+
+
+def _in_trash(places: Places, file: Path) -> Path:
+    """Where a preset comes to lie in the trash."""
+    _trash(places).mkdir(parents=True, exist_ok=True)
+    return _trash(places) / f"{datetime.now():%Y%m%d-%H%M%S-%f}-{file.stem}.toml"
 
 
 def _own(places: Places, name: str) -> Path:

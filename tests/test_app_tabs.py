@@ -119,6 +119,7 @@ def test_presets_are_saved_opened_and_never_replaced_by_accident(server, jobs):
     faulty = server["save_preset"]({"text": "x = =", "name": "mine", "shelf": "own", "replace": True})
     assert "not valid TOML" in faulty["error"]
     assert (jobs.places.presets / "mine.toml").read_text() == other
+    assert len(list((jobs.places.workspace / "trash/presets").iterdir())) == 1
 
 
 def test_a_preset_that_was_changed_meanwhile_is_told_and_one_that_was_deleted_comes_back(server, jobs):
@@ -129,7 +130,7 @@ def test_a_preset_that_was_changed_meanwhile_is_told_and_one_that_was_deleted_co
     assert answer == {"changed": "mine was changed by somebody else since you opened it"}
     thrown = server["delete_preset"]({"name": "mine"})["thrown"]
     assert server["list_presets"]({})["own"] == []
-    assert server["restore_preset"]({"thrown": thrown}) == {"name": "mine"}
+    assert server["restore_preset"]({"thrown": thrown}) == {"name": "mine", "thrown": ""}
     assert "batch_size = 2" in (jobs.places.presets / "mine.toml").read_text()
     assert "no preset 'demo'" in server["delete_preset"]({"name": "demo"})["error"]
 
