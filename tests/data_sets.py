@@ -51,3 +51,8 @@ def wait_for(condition: Callable[[], object], seconds: float = 60.0) -> None:
     while not condition():
         assert time.monotonic() < deadline, "it took too long"
         time.sleep(0.02)
+
+
+def card(data_set, name):
+    """What the page is told of one image."""
+    return data_set.list_images(names=[name])["cards"][0]
