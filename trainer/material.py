@@ -56,16 +56,13 @@ class Material:
     def _leave_out_held(self) -> None:
         """Train on no image that is held out, be it in a folder within data.folder, or a copy."""
         held = {item.sha256 for item in self.held}
-        both = [item for item in self.trained if item.sha256 in held]
+        both = [item for item in self.train if item.sha256 in held]
         if not both:
             return
-        self.train, self.prior = ([item for item in items if item.sha256 not in held]
-                                  for items in (self.train, self.prior))
+        self.train = [item for item in self.train if item.sha256 not in held]
         if not self.train:
             raise UserError(f"evaluate.folder: every image of data.folder is in {self.preset.evaluate.folder} too"
                             ", so that none would be left to train on; hold out fewer, or use evaluate.holdout instead")
-        if self.preset.data.regularisation and not self.prior:
-            raise UserError("data.regularisation: every image in it is held out, so that none is left; name others")
         self.remarks.append(f"held out, so not trained on though they lie among the images to train on: {len(both)}, "
                             f"such as {both[0].path.name}")
 
