@@ -107,6 +107,8 @@ def test_pictures_that_break_while_decoding_are_left_out_of_every_measure(own_pr
     projects.pictures(own_project.parent / "held", 5, seed=1)
     for name in ("held/000.png", "train/001.png"):
         broken_png(own_project.parent / name)
+        with open(own_project.parent / name, "ab") as file:
+            file.write(name.encode())  # else one would be held out, and not trained on, as a copy of the other
     run = trained(own_project, tmp_path, "evaluate.distance=efflite0", "evaluate.images=4", "train.steps=1")
     assert run.state().word == "done"
     assert {Path(event["file"]).parent.name for event in events(run, "skipped")} == {"held", "train"}
