@@ -35,13 +35,13 @@ MPI = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; the exit code is 0 done or stopped, 1 a user's error, 2 a bug."""
-    os.environ.setdefault(*cores.WAIT)
     quiet_bitsandbytes()
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         if words[:1] and words[0] in shell.VERBS:
             return _look(words)
         options = _parser().parse_args(words)
+        cores.choose_waiting(os.environ)
         processes = _processes()
         if (options.check or processes > 1) and options.gpus:
             raise UserError("--gpus starts the processes of a run: it does not go with --check, accelerate or torchrun")

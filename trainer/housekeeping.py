@@ -9,6 +9,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
+import torch
+
 from trainer import averaging, checkpoint, evaluation, gpu, prompts
 from trainer.adapters import effective_rank
 from trainer.best import Best, choose, steps_without_gain
@@ -21,7 +23,8 @@ from trainer.publish import publish
 from trainer.session import Session
 
 DISK_RESERVE = 2  # free space wanted before a checkpoint, as a multiple of the last one's size
-SPECTRA = ThreadPoolExecutor(1, "spectra")
+# Alone, without a team of threads of its own: with more threads than cores, OpenMP lets all of them sleep at each wait.
+SPECTRA = ThreadPoolExecutor(1, "spectra", initializer=torch.set_num_threads, initargs=(1,))
 PAUSE_POLL = 0.2  # seconds between two looks while paused
 
 

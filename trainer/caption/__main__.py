@@ -25,7 +25,7 @@ from trainer.quantize import quiet_bitsandbytes
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; the exit code is 0 done or stopped, 1 a user's error, 2 a bug."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    os.environ.setdefault(*cores.WAIT)
+    cores.choose_waiting(os.environ)
     quiet_bitsandbytes()
     task = None
     try:

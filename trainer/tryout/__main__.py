@@ -23,7 +23,7 @@ from trainer.tryout.task import Draw, Settings, Task, parse
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; the exit code is 0 done, 1 a user's error, 2 a bug."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    os.environ.setdefault(*cores.WAIT)
+    cores.choose_waiting(os.environ)
     try:
         options = _parser().parse_args(arguments)
         if options.task is not None:
