@@ -1,10 +1,12 @@
 """The page as such: what it costs, its theme, and contrast and names where something is wrong or nothing is there."""
 
+import os
 import re
 import statistics
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -47,13 +49,34 @@ def edit_preset(page):
 
 @pytest.mark.timed
 def test_the_page_is_usable_within_two_seconds(browser, server):
-    times = []
-    for _ in range(3):
-        begun = time.monotonic()
-        with opened(browser, f"{server.address}?run=crashed") as page:
-            expect(curve(page, "Loss")).to_be_visible()
-            times.append(time.monotonic() - begun)
-    assert statistics.median(times) < 2
+    """Where the machine is slow, it takes half as much again as a page of Gradio with next to nothing on it."""
+    ours, nothing = [], []
+    with nearly_nothing() as address:
+        for _ in range(3):
+            ours.append(until(browser, f"{server.address}?run=crashed", lambda page: curve(page, "Loss")))
+            nothing.append(until(browser, address, lambda page: page.get_by_text("Next to nothing")))
+    assert statistics.median(ours) < max(2, 1.5 * statistics.median(nothing)), (ours, nothing)
+
+
+def until(browser, address, shown):
+    """Seconds until this is seen."""
+    begun = time.monotonic()
+    with opened(browser, address) as page:
+        expect(shown(page)).to_be_visible()
+        return time.monotonic() - begun
+
+
+@contextmanager
+def nearly_nothing():
+    """Gradio with one line of text, at this address."""
+    program = ("import gradio, sys\nwith gradio.Blocks() as page:\n    gradio.Markdown('Next to nothing')\n"
+               "print(page.launch(prevent_thread_lock=True, quiet=True)[1], flush=True)\nsys.stdin.read()")
+    process = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                               text=True, env=dict(os.environ, GRADIO_ANALYTICS_ENABLED="False"))
+    try:
+        yield process.stdout.readline().strip()
+    finally:
+        process.communicate()
 
 
 @pytest.mark.timed

@@ -69,7 +69,6 @@ def test_no_tab_makes_the_page_scroll_sideways(browser, server, width):
 
 
 @pytest.mark.timed
-@pytest.mark.timed
 def test_every_tab_is_there_in_a_third_of_a_second(browser, server):
     """The quickest of five: others may be using the machine."""
     with opened(browser, server.address) as page:

@@ -16,7 +16,6 @@ import pytest
 from PIL import Image
 
 from tests.data_sets import draw, wait_for
-from trainer.cores import quota
 from trainer.data import decoding
 from trainer.data.decoding import Decoders, Picture, Wanted, cover_image, picture_of, processes_for
 
@@ -158,14 +157,3 @@ def test_processes_are_started_for_much_work_and_several_cores(tmp_path: Path, m
         monkeypatch.setattr(decoding, "usable", lambda cores=cores: cores)
         counts.append((processes_for(much), processes_for(much, sharing=4), processes_for(little)))
     assert counts == [(0, 0, 0), (2, 0, 0), (8, 2, 0), (16, 16, 0)]
-
-
-@pytest.mark.parametrize("files, cores", [
-    ({"cpu.max": "150000 100000\n"}, 1.5), ({"cpu.max": "max 100000\n"}, None), ({}, None),
-    ({"cpu/cpu.cfs_quota_us": "400000", "cpu/cpu.cfs_period_us": "100000"}, 4.0),
-    ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, None)])
-def test_a_containers_quota_of_cores_is_known(tmp_path: Path, files: dict[str, str], cores: float | None) -> None:
-    for name, text in files.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(text)
-    assert quota(tmp_path) == cores

@@ -228,6 +228,12 @@ def test_the_environment_is_read_only_at_the_doors():
     assert not readers
 
 
+def test_what_is_shipped_tells_no_folder_of_who_built_it():
+    """diffusers writes down where a model was loaded from."""
+    texts = {path: path.read_text("utf-8") for path in files(".json", "presets", "trainer")}
+    assert texts and not [path for path, text in texts.items() if '"_name_or_path": "/' in text]
+
+
 # The map
 
 

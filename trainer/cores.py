@@ -18,9 +18,9 @@ ONE_PROGRAM = 0.5  # cores; who uses more is in the way of a thread
 def choose_waiting(environment: MutableMapping[str, str]) -> None:
     """For the environment, before torch is loaded: whether a thread that waits for another one spins or sleeps.
 
-    To wake a thread costs: on two idle cores of a virtual machine, steps of the demo took 0.23 s with threads that
-    spin, 0.46 s with threads that sleep. Beside one busy program they took 0.95 s and 0.39 s: there a thread spins for
-    as long as the other waits for its core.
+    To wake a thread costs: on two cores of a virtual machine, steps of the demo took 0.23 s with threads that spin and
+    0.72 s with threads that sleep. Beside one busy program they took 0.88 s and 0.44 s: there a thread spins for as
+    long as the other one waits for its core (`python -m tests.bench.waiting`).
     """
     if WAIT not in environment and "torch" not in sys.modules and idle() < usable() - ONE_PROGRAM:
         environment[WAIT] = "PASSIVE"

@@ -61,6 +61,8 @@ def _save_base(work: Path, folder: Path) -> StableDiffusionPipeline:
         requires_safety_checker=False,
     )
     place_target_word(pipeline.text_encoder, pipeline.tokenizer)
+    for model in (pipeline.vae, pipeline.unet):
+        model.register_to_config(_name_or_path="")  # else the folder of whoever built it is told to everyone
     pipeline.to(torch.float16).save_pretrained(folder, max_shard_size=_SHARD)
     save_tokenizer(pipeline.tokenizer, folder / "tokenizer")
     return pipeline
