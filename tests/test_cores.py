@@ -57,15 +57,15 @@ def test_busy_programs_are_seen() -> None:
             program.wait()
 
 
-def test_the_choice_comes_before_torch_is_loaded() -> None:
+@pytest.mark.parametrize("package, option", [("trainer", "--preset"), ("trainer.caption", "--task"),
+                                             ("trainer.tryout", "--task")])
+def test_the_choice_comes_before_torch_is_loaded(package: str, option: str) -> None:
     """Its threads read it once."""
-    code = ("import sys; from trainer import cores; seen = []\n"
-            "cores.choose_waiting = lambda environment: seen.append('torch' in sys.modules)\n"
-            "from trainer import __main__ as program\n"
-            "code = program.main(['--preset', 'demo.toml', '--check', '--json'])\n"
-            "print(code, seen, 'torch' in sys.modules)")
+    code = ("import sys; from trainer import cores\n"
+            "cores.choose_waiting = lambda environment: sys.exit(f\"chosen, torch loaded: {'torch' in sys.modules}\")\n"
+            f"from {package}.__main__ import main\nmain(['{option}', 'demo.toml'])")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout.splitlines()[-1] == "0 [False] True", done.stderr
+    assert done.stderr.strip() == "chosen, torch loaded: False"
 
 
 def test_the_spectra_have_no_team_of_threads_beside_the_steps() -> None:

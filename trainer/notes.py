@@ -34,7 +34,7 @@ def write(run: Run, text: str) -> None:
     if text.strip():
         write_atomic(run.notes, text.encode("utf-8", errors="replace"))
     else:
-        (run.notes).unlink(missing_ok=True)
+        run.notes.unlink(missing_ok=True)
 
 
 def _is_cut_short(run: Run) -> bool:
