@@ -10,6 +10,7 @@ import psutil
 import pytest
 import torch
 
+from tests.bench.waiting import busy
 from trainer import cores
 from trainer.cores import WAIT, quota
 from trainer.housekeeping import SPECTRA
@@ -48,13 +49,9 @@ def test_a_users_own_choice_of_waiting_stays(monkeypatch) -> None:
 
 
 def test_busy_programs_are_seen() -> None:
-    programs = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(psutil.cpu_count() or 1)]
-    try:
-        assert cores.idle() < 0.5 * len(programs)
-    finally:
-        for program in programs:
-            program.kill()
-            program.wait()
+    count = psutil.cpu_count() or 1
+    with busy(count):
+        assert cores.idle() < 0.5 * count
 
 
 @pytest.mark.parametrize("package, option", [("trainer", "--preset"), ("trainer.caption", "--task"),

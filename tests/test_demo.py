@@ -17,7 +17,7 @@ from trainer.run import Run
 
 ROOT = Path(__file__).parent.parent
 SECONDS = 90  # the promise for two quiet CPU cores
-PLAIN_STEPS = 600  # of the peer, for the demo's own work: where the machine has less to give, the demo takes no longer
+PLAIN_STEPS = 450  # of the peer, for the demo's own work: where the machine has less to give, the demo takes no longer
 ALL_CORES = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}  # as at home
 METHODS = ["stella", "stiefel", "lora"]
 

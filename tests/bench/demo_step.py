@@ -15,18 +15,18 @@ import torch
 
 from tests.bench import peer, true_size
 from tests.bench.true_size import Size
+from trainer import preset
 
-UNET = Path(__file__).parents[2] / "presets/demo/base/unet/config.json"
-RESOLUTION, BATCH, RANK = 128, 4, 8  # as presets/demo.toml has them
 WARMUP, TIMED = 2, 15
 
 
 def main() -> None:
-    config = json.loads(UNET.read_text("utf-8"))
-    size = Size("sd15", config, RESOLUTION, BATCH, (77, config["cross_attention_dim"]))
+    demo = preset.load(preset.SHIPPED / "demo.toml")
+    config = json.loads((Path(demo.model.base) / "unet/config.json").read_text("utf-8"))
+    size = Size("sd15", config, demo.data.resolution, demo.train.batch_size, (77, config["cross_attention_dim"]))
     device, dtype = torch.device("cpu"), torch.float32
     denoiser = true_size.denoiser_of(size, "none", device, dtype)
-    step = peer.build(size, denoiser, RANK, False, device, dtype, *true_size.batch_of(size, dtype)).step
+    step = peer.build(size, denoiser, demo.adapter.rank, False, device, dtype, *true_size.batch_of(size, dtype)).step
     times = []
     for number in range(WARMUP + TIMED):
         begun = time.perf_counter()

@@ -52,6 +52,7 @@ def busy(count: int) -> Iterator[None]:
     finally:
         for program in programs:
             program.kill()
+            program.wait()
 
 
 def steps(policy: str, count: int) -> list[float]:
